@@ -1,0 +1,73 @@
+"""Shared by all tests: one thread, a fixed seed, a tiny model, a tiny world."""
+
+import numpy as np
+import pytest
+import torch
+
+from data import FeatureStore, WordPiece, build_vocab
+from switchbert import SwitchBertConfig
+
+# Two threads on tensors this small, beside one busy process, are many times slower than one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config():
+    """Without dropout, so that training mode differs from evaluation by the switches' noise alone.
+    """
+    return SwitchBertConfig.tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture
+def inputs():
+    """Encoder inputs, B = 3, T = 5, R = 4; the second sample has 3 words and 2 regions."""
+    return random_inputs(torch.Generator().manual_seed(1))
+
+
+def random_inputs(generator, b=3, t=5, r=4, feature_size=12, vocab_size=60):
+    text_mask, region_mask = torch.ones(b, t).long(), torch.ones(b, r).long()
+    text_mask[1, 3:] = 0
+    region_mask[1, 2:] = 0
+    corner = torch.rand(b, r, 2, generator=generator) * 0.5
+    size = torch.rand(b, r, 2, generator=generator) * 0.5
+    boxes = torch.cat([corner, corner + size, size.prod(-1, keepdim=True)], dim=-1)
+    return dict(
+        input_ids=torch.randint(5, vocab_size, (b, t), generator=generator),
+        text_mask=text_mask,
+        region_features=torch.randn(b, r, feature_size, generator=generator),
+        region_boxes=boxes,
+        region_mask=region_mask,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    words = ["a small red star", "a large blue circle", "left of the ring"]
+    path.write_text("".join(p + "\n" for p in build_vocab(words * 2)), encoding="utf-8")
+    return WordPiece(path)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Ten images, ids 0 to 9, of one to five regions; F = 12, C = 7."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("store") / "features"
+    writer = FeatureStore.create(folder, range(10), 5, 12, 7, detector="made up")
+    for row in writer.pending():
+        n = 1 + row % 5
+        corner = rng.random((n, 2)) * 50
+        probs = rng.random((n, 7))
+        writer.write(
+            row,
+            rng.normal(size=(n, 12)),
+            np.hstack([corner, corner + 20]),
+            (100, 80),
+            probs / probs.sum(axis=1, keepdims=True),
+        )
+    return writer.finish()
