@@ -285,8 +285,7 @@ def scene_regions(model, numbers, batch=16):
 
 
 def extract_scenes(model, numbers, folder):
-    """Write the regions of these scenes to a feature store, going on where an earlier call stopped.
-    """
+    """Write the regions of these scenes to a feature store, going on where an earlier call stopped."""
     writer = FeatureStore.create(
         folder,
         numbers,

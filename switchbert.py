@@ -178,7 +178,9 @@ def switch(logits, temperature, training):
 
 
 class Gate(nn.Module):
-    """What a switch decides from: one linear layer on the means of both modalities (A3).
+    """What a switch decides from: one linear layer on the means of both modalities.
+
+    ASSUMPTION A3.
 
     forward(summary (B, 2D), temperature) -> (B, 2, M): weights over M options, for text and for
     vision.
@@ -219,7 +221,9 @@ def of_tokens(weights, sizes):
 
 
 def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
-    """Attention of every token, each modality in its own mixture of modes. [abstract; A1, A2]
+    """Attention of every token, each modality in its own mixture of modes. [abstract]
+
+    ASSUMPTION A1: the modes. ASSUMPTION A2: how they share one attention.
 
     query, key, value: (B, H, L, d), the first num_text tokens are text, the others vision.
     mask: (B, L), 1 = real. modes: (B, 2, 3), row TEXT or VISION, columns INTRA, INTER, JOINT.
@@ -266,7 +270,7 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
 
 
 class SwitchAttention(nn.Module):
-    """Multi-head switch-attention with BERT's four projections, shared by both modalities (A6)."""
+    """Multi-head switch-attention; both modalities share its weights. ASSUMPTION A6."""
 
     def __init__(self, config):
         super().__init__()
@@ -292,8 +296,9 @@ class SwitchAttention(nn.Module):
 
 
 class SwitchInput(nn.Module):
-    """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1, Fig.
-    1; A4]
+    """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1]
+
+    ASSUMPTION A4.
     """
 
     def __init__(self, config, layer):
@@ -538,7 +543,7 @@ class PretrainingOutput:
 
     @property
     def loss(self):
-        """The sum of the three means, each with weight 1 (A7)."""
+        """The sum of the three means, each with weight 1. ASSUMPTION A7."""
         return self.losses.sum()
 
 
@@ -637,7 +642,9 @@ class SwitchBertForPretraining(nn.Module):
 
 
 class SwitchBertForVQA(nn.Module):
-    """Visual question answering as classification: pooled -> (B, num_answers) logits (A8).
+    """Visual question answering as classification: pooled -> (B, num_answers) logits.
+
+    ASSUMPTION A8, as for the two heads below.
 
     forward(the encoder's inputs) -> logits, SwitchBertOutput. Train with binary cross entropy.
     """

@@ -106,8 +106,7 @@ def parse_args(argv=None):
 
 
 def available_cores():
-    """Cores this process may use: a container or a job scheduler often allows fewer than there are.
-    """
+    """Cores this process may use: a container or a job scheduler often allows fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -379,7 +378,7 @@ def _draw_panel(draw, place, name, modality, switches, font, big):
 
 
 def toy_config(store, tokenizer, switches):
-    """The toy run's model: 4 layers x 128, under a million parameters (D2)."""
+    """The toy run's model: 4 layers x 128, under a million parameters. DEVIATION D2."""
     return SwitchBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

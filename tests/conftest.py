@@ -18,8 +18,7 @@ def fixed_seed():
 
 @pytest.fixture
 def config():
-    """Without dropout, so that training mode differs from evaluation by the switches' noise alone.
-    """
+    """Without dropout: training mode differs from evaluation by the switches' noise alone."""
     return SwitchBertConfig.tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 

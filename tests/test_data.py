@@ -247,8 +247,7 @@ def _sum_of_features(store, rows, queue):
 
 
 def test_a_store_is_read_by_several_processes(store):
-    """A pickled store carries its folder, not its arrays, and spawned readers see the same numbers.
-    """
+    """A pickled store carries its folder, not its arrays; spawned readers see the same."""
     assert len(pickle.dumps(store)) < 2000
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

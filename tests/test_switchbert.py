@@ -48,8 +48,7 @@ def tensors(dtype=torch.float64, requires_grad=False):
 
 
 def one_mode(q, k, v, mask, mode):
-    """Plain masked softmax attention, query by query: the definition, with no shared score matrix.
-    """
+    """Plain masked softmax attention, query by query: the definition."""
     out = torch.zeros_like(v)
     for b in range(B):
         for i in range(T + V):
