@@ -194,7 +194,7 @@ class WordPiece:
         return len(self.pieces)
 
     def split_word(self, word):
-        """The pieces of one word, longest match first; [UNK] alone if any part of it has no piece."""
+        """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
         if len(word) > self.longest_word:
             return [UNK]
         pieces, start = [], 0
@@ -466,7 +466,7 @@ class StoreWriter:
         self.arrays["counts"][row] = n  # last: a row counts as written only once all of it is there
 
     def fail(self, row):
-        """Mark an image as impossible to extract: it keeps an empty row, and readers do not see it."""
+        """Mark an image as impossible to extract: its row stays empty, readers do not see it."""
         self.arrays["counts"][row] = 0
 
     def finish(self):
@@ -571,7 +571,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
 class Thing(dict):
-    """One object of a scene: size, colour, shape (words), centre (x, y) and half width, in pixels."""
+    """One object of a scene: size, colour, shape (words); centre, half width (pixels)."""
 
     @property
     def box(self):
@@ -646,7 +646,8 @@ class Scene:
         return [self._caption(rng) for _ in range(n)]
 
     def _caption(self, rng):
-        # Three things where there are three: two leave a tenth of the captions true of other scenes.
+        # Three things where there are three: among 100 scenes 2 % of the captions are then true of
+        # another one as well. With two things it would be 8 %.
         things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
         names = ["a " + t.named("size", "colour", "shape") for t in things]
         relation = _pick(rng, _true_relations(things[0], things[1]))

@@ -142,7 +142,7 @@ def _toy_detector(feature_size=128):
     )
 
 
-def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0):
+def train_toy_detector(scenes, images, iterations=800, batch=8, lr=4e-3, seed=0):
     """A toy detector trained from random weights on these scenes; images: uint8 (N, 3, 128, 128).
 
     BatchNorm stays in training mode, which a batch of 8 pictures of 128 x 128 is enough for: the
@@ -285,7 +285,7 @@ def scene_regions(model, numbers, batch=16):
 
 
 def extract_scenes(model, numbers, folder):
-    """Write the regions of these scenes to a feature store, going on where an earlier call stopped."""
+    """Write the regions of these scenes to a feature store, or what of it is still missing."""
     writer = FeatureStore.create(
         folder,
         numbers,

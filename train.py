@@ -89,7 +89,7 @@ def parse_args(argv=None):
         choices=["learned", "intra", "single", "dual", "late"],
         help="learn the switches, or freeze them into a known architecture",
     )
-    p.add_argument("--steps", type=int, default=1500, help="optimiser steps")
+    p.add_argument("--steps", type=int, default=1000, help="optimiser steps")
     p.add_argument("--batch", type=int, default=64, help="image-caption pairs a step")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     p.add_argument("--seed", type=int, default=0, help="all randomness follows from it")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
 
 
 def available_cores():
-    """Cores this process may use: a container or a job scheduler often allows fewer than there are."""
+    """Cores this process may use: containers and job schedulers allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
