@@ -124,14 +124,8 @@ def _clean(char):
     if char in "\0\ufffd" or unicodedata.category(char) in ("Cc", "Cf"):
         return ""  # e.g. zero-width joiners
     c = ord(char)
-    chinese = (
-        0x4E00 <= c <= 0x9FFF
-        or 0x3400 <= c <= 0x4DBF
-        or 0xF900 <= c <= 0xFAFF
-        or 0x20000 <= c <= 0x2A6DF
-        or 0x2A700 <= c <= 0x2CEAF
-        or 0x2F800 <= c <= 0x2FA1F
-    )
+    chinese = (0x4E00 <= c <= 0x9FFF or 0x3400 <= c <= 0x4DBF or 0xF900 <= c <= 0xFAFF
+        or 0x20000 <= c <= 0x2A6DF or 0x2A700 <= c <= 0x2CEAF or 0x2F800 <= c <= 0x2FA1F)
     return f" {char} " if chinese else char
 
 
@@ -174,21 +168,17 @@ class WordPiece:
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(
                 f"{vocab_file}: cannot be read as a vocabulary ({error}); expected a text file "
-                "with one word piece a line"
-            ) from error
+                "with one word piece a line") from error
         self.pieces = [
-            line.rstrip("\r") for line in lines[:-1] + ([lines[-1]] if lines[-1] else [])
-        ]
+            line.rstrip("\r") for line in lines[:-1] + ([lines[-1]] if lines[-1] else [])]
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [s for s in SPECIALS if s not in self.ids]
         if missing:
             raise BadInput(
                 f"{vocab_file}: expected BERT's vocabulary with {' '.join(SPECIALS)}, found no "
-                f"{' '.join(missing)} among its {len(self.pieces)} lines"
-            )
+                f"{' '.join(missing)} among its {len(self.pieces)} lines")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            self.ids[s] for s in SPECIALS
-        )
+            self.ids[s] for s in SPECIALS)
 
     def __len__(self):
         return len(self.pieces)
@@ -321,8 +311,7 @@ class FeatureStore:
             done = int((np.load(self.folder / "counts.npy", mmap_mode="r") >= 0).sum())
             raise BadInput(
                 f"{folder}: a half-written feature store ({done} of {self.meta['num_images']} "
-                "images); run the command that was writing it again, and it will go on from there"
-            )
+                "images); run the command that was writing it again, and it will go on from there")
         self._open()
 
     @staticmethod
@@ -337,10 +326,8 @@ class FeatureStore:
         self.detector = m["detector"]
         # asarray: a plain view of the mapped pages, which numpy slices ten times faster than a
         # memmap.
-        self.arrays = {
-            name: np.asarray(_open_array(self.folder, name, *form))
-            for name, form in _layout(m).items()
-        }
+        self.arrays = {name: np.asarray(_open_array(self.folder, name, *form))
+            for name, form in _layout(m).items()}
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
         # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
         # half a gigabyte in every loading process; this takes 8 bytes an image.
@@ -368,41 +355,24 @@ class FeatureStore:
     def __getitem__(self, row):
         n = int(self.counts[row])
         probs = self.arrays.get("class_probs")
-        return {
-            "features": self.arrays["features"][row, :n].astype(np.float32),
+        return {"features": self.arrays["features"][row, :n].astype(np.float32),
             "boxes": np.array(self.arrays["boxes"][row, :n]),
             "class_probs": None if probs is None else probs[row, :n].astype(np.float32),
-            "size": tuple(int(x) for x in self.arrays["sizes"][row]),
-        }
+            "size": tuple(int(x) for x in self.arrays["sizes"][row])}
 
     @staticmethod
-    def create(
-        folder,
-        ids,
-        num_regions,
-        feature_size,
-        num_region_classes=0,
-        class_names=(),
-        detector="",
-        **more,
-    ):
+    def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
+            detector="", **more):
         """A StoreWriter for these images, new or where an interrupted one stopped.
 
         ids: every image that will be written, in row order. `more` goes into store.json as it is.
         Raises BadInput if the folder holds a store of something else.
         """
         ids = [canonical_id(i) for i in ids]
-        meta = dict(
-            version=STORE_VERSION,
-            complete=False,
-            num_images=len(ids),
-            num_regions=num_regions,
-            feature_size=feature_size,
-            num_region_classes=num_region_classes,
-            class_names=list(class_names),
-            detector=detector,
-            **more,
-        )
+        meta = dict(version=STORE_VERSION, complete=False, num_images=len(ids),
+            num_regions=num_regions, feature_size=feature_size,
+            num_region_classes=num_region_classes, class_names=list(class_names), detector=detector,
+            **more)
         return StoreWriter(Path(folder), ids, meta)
 
 
@@ -418,18 +388,15 @@ class StoreWriter:
         if len(set(ids)) != len(ids):
             twice = next(i for i, n in Counter(ids).items() if n > 1)
             raise BadInput(
-                f"{folder}: two images have the id {twice!r}; a store holds each id once"
-            )
+                f"{folder}: two images have the id {twice!r}; a store holds each id once")
         ids = np.array([i.encode() for i in ids], dtype=bytes)
         meta["id_bytes"] = max(ids.dtype.itemsize, 1)
         if (folder / "store.json").exists():
             self._check_same(_read_store_json(folder), ids)
         else:
             self._allocate(ids)
-        self.arrays = {
-            name: _open_array(folder, name, *form, mode="r+")
-            for name, form in _layout(meta).items()
-        }
+        self.arrays = {name: _open_array(folder, name, *form, mode="r+")
+            for name, form in _layout(meta).items()}
 
     def _allocate(self, ids):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -447,8 +414,7 @@ class StoreWriter:
         if different or old.shape != ids.shape or (old != ids).any():
             raise BadInput(
                 f"{self.folder}: holds a feature store of other images or settings (it differs in "
-                f"{', '.join(different) or 'ids'}); choose another folder or remove this one"
-            )
+                f"{', '.join(different) or 'ids'}); choose another folder or remove this one")
 
     def pending(self):
         """Rows that are still to be written."""
@@ -482,13 +448,9 @@ class StoreWriter:
 
 def _layout(meta):
     n, r = meta["num_images"], meta["num_regions"]
-    layout = {
-        "ids": (f"S{meta['id_bytes']}", (n,)),
-        "counts": (np.int32, (n,)),
-        "sizes": (np.int32, (n, 2)),
-        "boxes": (np.float32, (n, r, 4)),
-        "features": (np.float16, (n, r, meta["feature_size"])),
-    }
+    layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": (np.int32, (n,)),
+        "sizes": (np.int32, (n, 2)), "boxes": (np.float32, (n, r, 4)),
+        "features": (np.float16, (n, r, meta["feature_size"]))}
     if meta["num_region_classes"]:
         layout["class_probs"] = (np.float16, (n, r, meta["num_region_classes"]))
     return layout
@@ -497,10 +459,8 @@ def _layout(meta):
 def _read_store_json(folder):
     path = Path(folder) / "store.json"
     if not path.exists():
-        raise BadInput(
-            f"{folder}: no feature store here (store.json is missing); "
-            "extract_features.py writes one"
-        )
+        raise BadInput(f"{folder}: no feature store here (store.json is missing); "
+            "extract_features.py writes one")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["version"]
@@ -508,8 +468,7 @@ def _read_store_json(folder):
         raise BadInput(f"{path}: not a feature store's description ({error!r})") from error
     if version != STORE_VERSION:
         raise BadInput(
-            f"{path}: expected store version {STORE_VERSION}, found {version}; extract it again"
-        )
+            f"{path}: expected store version {STORE_VERSION}, found {version}; extract it again")
     return meta
 
 
@@ -519,13 +478,11 @@ def _open_array(folder, name, dtype, shape, mode="r"):
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"{path}: cannot be opened ({error}); the store is damaged, write it again"
-        ) from error
+            f"{path}: cannot be opened ({error}); the store is damaged, write it again") from error
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise BadInput(
             f"{path}: expected {shape} {np.dtype(dtype)} as store.json says, found {array.shape} "
-            f"{array.dtype}; the store is damaged, write it again"
-        )
+            f"{array.dtype}; the store is damaged, write it again")
     return array
 
 
@@ -543,30 +500,17 @@ def normalise_boxes(boxes, size):
 # A scene is a number. From it follow the objects, the picture, the captions, the questions and the
 # referring expressions, so a data set is a range of numbers, and held-out scenes are another range.
 
-COLOURS = {
-    "red": (215, 45, 45),
-    "green": (45, 165, 60),
-    "blue": (50, 85, 220),
-    "yellow": (235, 215, 50),
-    "purple": (150, 60, 185),
-    "orange": (240, 140, 30),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
-}
+COLOURS = {"red": (215, 45, 45), "green": (45, 165, 60), "blue": (50, 85, 220),
+    "yellow": (235, 215, 50), "purple": (150, 60, 185), "orange": (240, 140, 30),
+    "white": (245, 245, 245), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": (7, 9), "large": (14, 18)}  # half the width, in pixels: from, to
 TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
 SCENE_PIXELS = 128
-TRAIN_SCENES, HELD_OUT_SCENES = (
-    0,
-    1_000_000,
-)  # the first scene of each split; splits never come near
-RELATIONS = {
-    "left of": (0, -1),
-    "right of": (0, 1),
-    "above": (1, -1),
-    "below": (1, 1),
-}  # axis, sign
+TRAIN_SCENES, HELD_OUT_SCENES = (0,
+    1_000_000)  # the first scene of each split; splits never come near
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1),
+    "below": (1, 1)}  # axis, sign
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
@@ -581,10 +525,8 @@ class Thing(dict):
 
     def named(self, *words):
         """'small red star' for named('size', 'colour', 'shape'); an unnamed shape is a 'thing'."""
-        return " ".join(
-            [self[w] for w in ("size", "colour") if w in words]
-            + [self["shape"] if "shape" in words else "thing"]
-        )
+        return " ".join([self[w] for w in ("size", "colour") if w in words]
+            + [self["shape"] if "shape" in words else "thing"])
 
 
 class Scene:
@@ -621,10 +563,8 @@ class Scene:
             half = int(rng.integers(SIZES[thing["size"]][0], SIZES[thing["size"]][1] + 1))
             centre = rng.integers(half + 2, SCENE_PIXELS - half - 2, size=2)
             thing.update(centre=(int(centre[0]), int(centre[1])), half=half)
-            if all(
-                max(abs(int(a) - b) for a, b in zip(centre, t["centre"])) > half + t["half"] + 2
-                for t in self.things
-            ):
+            if all(max(abs(int(a) - b) for a, b in zip(centre, t["centre"])) > half + t["half"] + 2
+                    for t in self.things):
                 return thing
 
     def draw(self):
@@ -661,13 +601,8 @@ class Scene:
         picture.
         """
         rng = self._rng(3)
-        kinds = [
-            self._ask_colour,
-            self._ask_shape,
-            self._ask_count,
-            self._ask_existence,
-            self._ask_relation,
-        ]
+        kinds = [self._ask_colour, self._ask_shape, self._ask_count, self._ask_existence,
+            self._ask_relation]
         asked = [kinds[(self.number + i) % len(kinds)](rng) for i in range(n)]
         return [q for q in asked if q]
 
@@ -679,8 +614,7 @@ class Scene:
 
     def _ask_shape(self, rng):
         unique = [
-            t for t in self.things if len(self.where(size=t["size"], colour=t["colour"])) == 1
-        ]
+            t for t in self.things if len(self.where(size=t["size"], colour=t["colour"])) == 1]
         if unique:
             thing = _pick(rng, unique)
             return f"what shape is the {thing.named('size', 'colour')} ?", thing["shape"], "shape"
@@ -702,28 +636,20 @@ class Scene:
         if rng.random() < 0.5:
             thing = _pick(rng, self.things)
             return f"is there a {thing.named('colour', 'shape')} ?", "yes", "existence"
-        absent = [
-            (a["colour"], b["shape"])
-            for a in self.things
-            for b in self.things
-            if not self.where(colour=a["colour"], shape=b["shape"])
-        ]
+        absent = [(a["colour"], b["shape"]) for a in self.things for b in self.things
+            if not self.where(colour=a["colour"], shape=b["shape"])]
         if absent:
             return f"is there a {' '.join(_pick(rng, absent))} ?", "no", "existence"
 
     def _ask_relation(self, rng):
         unique = [
-            t for t in self.things if len(self.where(colour=t["colour"], shape=t["shape"])) == 1
-        ]
+            t for t in self.things if len(self.where(colour=t["colour"], shape=t["shape"])) == 1]
         if len(unique) < 2:
             return None
         a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
         true = _pick(rng, _true_relations(a, b))
-        opposite = next(
-            r
-            for r, (axis, sign) in RELATIONS.items()
-            if axis == RELATIONS[true][0] and sign == -RELATIONS[true][1]
-        )
+        opposite = next(r for r, (axis, sign) in RELATIONS.items()
+            if axis == RELATIONS[true][0] and sign == -RELATIONS[true][1])
         asked, answer = ((true, "yes"), (opposite, "no"))[int(rng.integers(2))]
         names = [t.named("colour", "shape") for t in (a, b)]
         return f"is the {names[0]} {asked} the {names[1]} ?", answer, "relation"
@@ -735,12 +661,8 @@ class Scene:
         A relation expression is one whose attributes alone fit two things or more.
         """
         rng = self._rng(4)
-        found = [
-            self._refer_by_attribute(rng)
-            if i % 2 == self.number % 2
-            else self._refer_by_relation(rng)
-            for i in range(n)
-        ]
+        found = [self._refer_by_attribute(rng) if i % 2 == self.number % 2
+            else self._refer_by_relation(rng) for i in range(n)]
         return [e for e in found if e]
 
     def _refer_by_attribute(self, rng):
@@ -755,16 +677,13 @@ class Scene:
         for i, thing in enumerate(self.things):
             rivals = [t for t in self.where(shape=thing["shape"]) if t is not thing]
             for mark in self.things:
-                if (
-                    mark["shape"] == thing["shape"]
-                    or len(self.where(**{k: mark[k] for k in ("colour", "shape")})) > 1
-                ):
+                if (mark["shape"] == thing["shape"]
+                        or len(self.where(**{k: mark[k] for k in ("colour", "shape")})) > 1):
                     continue  # the landmark itself must be beyond doubt
                 fits += [
                     (f"the {thing['shape']} {r} the {mark.named('colour', 'shape')}", i, "relation")
                     for r in _true_relations(thing, mark)
-                    if rivals and not any(_clearly(t, r, mark, 0) for t in rivals)
-                ]
+                    if rivals and not any(_clearly(t, r, mark, 0) for t in rivals)]
         return _pick(rng, fits) if fits else None
 
 
@@ -786,10 +705,8 @@ def _true_relations(a, b):
 
 def _draw_shape(draw, thing):
     (x, y), h = thing["centre"], thing["half"]
-    colour, box = (
-        COLOURS[thing["colour"]],
-        [thing.box[0], thing.box[1], thing.box[2] - 1, thing.box[3] - 1],
-    )
+    colour, box = (COLOURS[thing["colour"]],
+        [thing.box[0], thing.box[1], thing.box[2] - 1, thing.box[3] - 1])
     third = h / 3
     if thing["shape"] == "circle":
         draw.ellipse(box, fill=colour)
@@ -804,11 +721,8 @@ def _draw_shape(draw, thing):
         draw.rectangle([x - h, y - third, x + h - 1, y + third], fill=colour)
     else:  # star: ten points, far and near in turn
         draw.polygon(
-            [
-                (x + r * math.sin(k * math.pi / 5), y - r * math.cos(k * math.pi / 5))
-                for k in range(10)
-                for r in [h if k % 2 == 0 else 0.42 * h]
-            ],
+            [(x + r * math.sin(k * math.pi / 5), y - r * math.cos(k * math.pi / 5))
+                for k in range(10) for r in [h if k % 2 == 0 else 0.42 * h]],
             fill=colour,
         )
 
@@ -816,10 +730,8 @@ def _draw_shape(draw, thing):
 # --- 5. Pretraining -------------------------------------------------------------------------------
 
 IGNORE = -100  # label of a word piece that is not predicted (torch's cross entropy skips it)
-MISMATCH, MATCH = (
-    0,
-    1,
-)  # itm_labels. ViLBERT and VOLTA have it the other way round: here 1 means match.
+MISMATCH, MATCH = (0,
+    1)  # itm_labels. ViLBERT and VOLTA have it the other way round: here 1 means match.
 
 
 class PretrainingDataset(torch.utils.data.Dataset):
@@ -832,35 +744,32 @@ class PretrainingDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5, masking=True
-    ):
+            self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5, masking=True):
         self.store, self.tokenizer, self.max_tokens = store, tokenizer, max_tokens
-        self.seed, self.mismatch, self.masking, self.epoch = seed, mismatch, masking, 0
+        self.seed, self.mismatch, self.masking = seed, mismatch, masking
         rows = [store.row(image_id) for image_id, _ in captions]
         kept = [(r, t) for r, (_, t) in zip(rows, captions) if r is not None and t.strip()]
-        self.skipped = {
-            "without features": sum(row is None for row in rows),
-            "without words": sum(not text.strip() for _, text in captions),
-        }
+        self.skipped = {"without features": sum(row is None for row in rows),
+            "without words": sum(not text.strip() for _, text in captions)}
         if len({row for row, _ in kept}) < 2:
             raise BadInput(
                 f"{store.folder}: of {len(captions)} captions, {self.skipped['without features']} "
                 f"name an image that is not in this store and {self.skipped['without words']} are "
-                "empty; captions of at least two images are needed"
-            )
+                "empty; captions of at least two images are needed")
         self.rows = np.array([row for row, _ in kept])
         self.texts = [text for _, text in kept]
-
-    def set_epoch(self, epoch):
-        """Draw other masks and mismatches from now on."""
-        self.epoch = epoch
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index):
-        """One example: a dict of numpy arrays; `collate` stacks them."""
-        rng = np.random.default_rng([self.seed, self.epoch, index])
+    def __getitem__(self, key):
+        """One example: a dict of numpy arrays; `collate` stacks them.
+
+        key: an index, or (epoch, index): every epoch draws other masks and mismatches. The epoch
+        is in the key, so that loading processes need not be told of it.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = np.random.default_rng([self.seed, epoch, index])
         text, match = self.texts[index], MATCH
         if rng.random() < self.mismatch:
             text, match = self.texts[self._other_image(index, rng)], MISMATCH

@@ -47,23 +47,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data import (
-    HELD_OUT_SCENES,
-    SCENE_PIXELS,
-    TOY_CLASSES,
-    BadInput,
-    FeatureStore,
-    Scene,
-    write_whole,
-)
+from data import (HELD_OUT_SCENES, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
+    write_whole)
 
 # --- 1. The toy detector --------------------------------------------------------------------------
 
 
 def _block(inputs, outputs, stride):
     shortcut = nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-    )
+        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     return BasicBlock(inputs, outputs, stride, shortcut)
 
 
@@ -71,13 +63,8 @@ class MeanPoolHead(nn.Sequential):
     """RoI map (P, c, 7, 7) -> the region feature (P, F): one more convolution, and its mean."""
 
     def __init__(self, inputs, outputs):
-        super().__init__(
-            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
+        super().__init__(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(outputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Predictor(nn.Module):
@@ -113,13 +100,9 @@ def build_detector(name, weights=None):
 
 def _toy_detector(feature_size=128):
     backbone = nn.Sequential(
-        OrderedDict(
-            stem=nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False),
-            norm=nn.BatchNorm2d(32),
-            relu=nn.ReLU(),
-            layer1=_block(32, 32, stride=2),
-            layer2=_block(32, 64, stride=2),
-        )
+        OrderedDict(stem=nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False),
+            norm=nn.BatchNorm2d(32), relu=nn.ReLU(), layer1=_block(32, 32, stride=2),
+            layer2=_block(32, 64, stride=2))
     )  # stride 8 in all
     backbone.out_channels = 64
     return FasterRCNN(
@@ -142,7 +125,7 @@ def _toy_detector(feature_size=128):
     )
 
 
-def train_toy_detector(scenes, images, iterations=800, batch=8, lr=4e-3, seed=0):
+def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0):
     """A toy detector trained from random weights on these scenes; images: uint8 (N, 3, 128, 128).
 
     BatchNorm stays in training mode, which a batch of 8 pictures of 128 x 128 is enough for: the
@@ -154,8 +137,7 @@ def train_toy_detector(scenes, images, iterations=800, batch=8, lr=4e-3, seed=0)
     targets = [toy_targets(scene) for scene in scenes]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=iterations, pct_start=0.1
-    )
+        optimizer, lr, total_steps=iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(scenes))
     order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])[: iterations * batch]
     for chosen in tqdm(order.split(batch), desc="training the detector", leave=False, disable=None):
@@ -170,16 +152,14 @@ def train_toy_detector(scenes, images, iterations=800, batch=8, lr=4e-3, seed=0)
 def toy_targets(scene):
     """torchvision's form of what is in a scene: boxes (n, 4) in pixels and labels (n,)."""
     labels = [TOY_CLASSES.index(f"{t['colour']} {t['shape']}") for t in scene.things]
-    return {
-        "boxes": torch.tensor([t.box for t in scene.things], dtype=torch.float32),
-        "labels": torch.tensor(labels),
-    }
+    return {"boxes": torch.tensor([t.box for t in scene.things], dtype=torch.float32),
+        "labels": torch.tensor(labels)}
 
 
 # --- 2. Regions -----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def regions(model, images, num_regions):
     """The best regions of some pictures: a list of (boxes (n, 4), features (n, F), probs (n, C)), n
     <= R.
@@ -213,8 +193,7 @@ def select_regions(boxes, probs, most, least=1, confidence=0.2, overlap=0.3):
     num_boxes, num_classes = scores.shape
     classes = torch.arange(num_classes, device=boxes.device).repeat(num_boxes)  # (P (C-1),)
     survivors = torchvision.ops.batched_nms(
-        boxes.repeat_interleave(num_classes, dim=0), scores.flatten(), classes, overlap
-    )
+        boxes.repeat_interleave(num_classes, dim=0), scores.flatten(), classes, overlap)
     rank = torch.zeros_like(scores).flatten()
     rank[survivors] = scores.flatten()[survivors]
     rank, order = rank.view_as(scores).amax(dim=1).sort(descending=True, stable=True)  # (P,)
@@ -229,10 +208,8 @@ TOY_REGIONS = 8  # R: a scene has 6 things at most, and a detector is never quit
 def draw_scenes(numbers):
     """uint8 (N, 3, 128, 128)"""
     return torch.stack(
-        [
-            pil_to_tensor(Scene(n).draw())
-            for n in tqdm(numbers, desc="drawing scenes", leave=False, disable=None)
-        ]
+        [pil_to_tensor(Scene(n).draw())
+            for n in tqdm(numbers, desc="drawing scenes", leave=False, disable=None)]
     )
 
 
@@ -247,12 +224,9 @@ def toy_detector(weights, numbers):
         quality = detection_quality(model, held_out)
         weights.parent.mkdir(parents=True, exist_ok=True)
         write_whole(weights, lambda f: torch.save(model.state_dict(), f), mode="wb")
-        print(
-            f"detector: trained in {time.time() - started:.0f} s; "
+        print(f"detector: trained in {time.time() - started:.0f} s; "
             f"things in {len(held_out)} held-out "
-            "scenes " + ", ".join(f"{v:.3f} {k}" for k, v in quality.items()),
-            flush=True,
-        )
+            "scenes " + ", ".join(f"{v:.3f} {k}" for k, v in quality.items()), flush=True)
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
 
 
@@ -269,10 +243,8 @@ def detection_quality(model, numbers):
         first = (iou >= 0.5).float().argmax(dim=1)
         hit = iou.amax(dim=1) >= 0.5
         named += (hit & (probs[first, 1:].argmax(dim=1) + 1 == targets["labels"])).sum().item()
-        found, found_well = (
-            found + hit.sum().item(),
-            found_well + (iou.amax(dim=1) >= 0.75).sum().item(),
-        )
+        found, found_well = (found + hit.sum().item(),
+            found_well + (iou.amax(dim=1) >= 0.75).sum().item())
         total += len(hit)
     return {"found at IoU .5": found / total, "at .75": found_well / total, "named": named / total}
 
@@ -286,20 +258,12 @@ def scene_regions(model, numbers, batch=16):
 
 def extract_scenes(model, numbers, folder):
     """Write the regions of these scenes to a feature store, or what of it is still missing."""
-    writer = FeatureStore.create(
-        folder,
-        numbers,
-        TOY_REGIONS,
-        model.roi_heads.box_predictor.cls_score.in_features,
-        len(TOY_CLASSES),
-        TOY_CLASSES,
-        detector="toy",
-        torchvision=torchvision.__version__,
-    )
+    writer = FeatureStore.create(folder, numbers, TOY_REGIONS,
+        model.roi_heads.box_predictor.cls_score.in_features, len(TOY_CLASSES), TOY_CLASSES,
+        detector="toy", torchvision=torchvision.__version__)
     pending, size = writer.pending(), (SCENE_PIXELS, SCENE_PIXELS)
     found = scene_regions(model, [numbers[row] for row in pending])
     for row, (boxes, features, probs) in zip(
-        tqdm(pending, desc="extracting regions", leave=False, disable=None), found
-    ):
+            tqdm(pending, desc="extracting regions", leave=False, disable=None), found):
         writer.write(row, features.numpy(), boxes.numpy(), size, probs.numpy())
     return writer.finish()

@@ -107,13 +107,10 @@ class SwitchBertConfig:
     def __post_init__(self):
         if self.switches != "learned" and self.switches not in FROZEN:
             raise ValueError(
-                f"switches={self.switches!r}: expected 'learned' or one of {sorted(FROZEN)}"
-            )
+                f"switches={self.switches!r}: expected 'learned' or one of {sorted(FROZEN)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
+                f"num_attention_heads={self.num_attention_heads}")
 
     @classmethod
     def base(cls, **changes):
@@ -123,17 +120,9 @@ class SwitchBertConfig:
     @classmethod
     def tiny(cls, **changes):
         """A few thousand parameters, for tests."""
-        small = dict(
-            vocab_size=60,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=40,
-            region_feature_size=12,
-            num_region_classes=7,
-            pooler_size=16,
-        )
+        small = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=40, region_feature_size=12,
+            num_region_classes=7, pooler_size=16)
         return cls(**{**small, **changes})
 
 
@@ -247,8 +236,7 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
 
     attended, lse = [], []
     for block, values in zip(
-        scores.split(sizes, dim=-1), value.split(sizes, dim=2)
-    ):  # text keys, vision keys
+        scores.split(sizes, dim=-1), value.split(sizes, dim=2)):  # text keys, vision keys
         probs = block.softmax(dim=-1)  # (B, H, L, T or L-T)
         probs = probs if dropout is None else dropout(probs)
         attended.append(probs.to(value.dtype) @ values)  # (B, H, L, d)
@@ -256,14 +244,12 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
 
     text_share = torch.sigmoid(lse[0] - lse[1])  # (B, H, L, 1), a for text
     intra, inter, joint = of_tokens(modes, sizes)[:, None, :, :, None].unbind(
-        dim=3
-    )  # (B, 1, L, 1) each
+        dim=3)  # (B, 1, L, 1) each
     is_text = (torch.arange(sum(sizes), device=scores.device) < num_text).view(1, 1, -1, 1)
     # A block without any real token spread its attention over padding: attending to nothing is
     # zero.
     exists = [
-        part.any(dim=-1, keepdim=True) for part in real.split(sizes, dim=-1)
-    ]  # (B, 1, 1, 1) each
+        part.any(dim=-1, keepdim=True) for part in real.split(sizes, dim=-1)]  # (B, 1, 1, 1) each
     on_text = (torch.where(is_text, intra, inter) + text_share * joint) * exists[0]  # (B, H, L, 1)
     on_vision = (torch.where(is_text, inter, intra) + (1 - text_share) * joint) * exists[1]
     return on_text.to(value.dtype) * attended[0] + on_vision.to(value.dtype) * attended[1]
@@ -331,8 +317,7 @@ class SwitchBertLayer(nn.Module):
         self.switch_input = SwitchInput(config, layer) if learned and layer > 0 else None
         self.mode_gate = Gate(config.hidden_size, 3) if learned else None
         self.frozen_mode = (
-            None if learned else FROZEN[config.switches](layer, config.num_hidden_layers)
-        )
+            None if learned else FROZEN[config.switches](layer, config.num_hidden_layers))
         self.attention = SwitchAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -459,8 +444,7 @@ class SwitchBert(nn.Module):
         self.text_embeddings = TextEmbeddings(config)
         self.region_embeddings = RegionEmbeddings(config)
         self.layers = nn.ModuleList(
-            SwitchBertLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+            SwitchBertLayer(config, i) for i in range(config.num_hidden_layers))
         self.pooler = Pooler(config)
         init_weights(self, config.initializer_range)
 
@@ -473,8 +457,7 @@ class SwitchBert(nn.Module):
         vision = self.region_embeddings(region_features, region_boxes, region_mask)  # (B, 1+R, D)
         depths = [torch.cat([text, vision], dim=1)]  # (B, L, D)
         mask = torch.cat(
-            [text_mask, torch.ones_like(region_mask[:, :1]), region_mask], dim=1
-        )  # (B, L)
+            [text_mask, torch.ones_like(region_mask[:, :1]), region_mask], dim=1)  # (B, L)
         num_text, modes, depth_weights = text.shape[1], [], []
         means = averaging_matrix(mask, num_text).to(text.dtype)  # (B, 2, L)
         for layer in self.layers:
@@ -483,13 +466,8 @@ class SwitchBert(nn.Module):
             modes.append(mode)
             depth_weights.append(weights)
         text, vision = states[:, :num_text], states[:, num_text:]
-        return SwitchBertOutput(
-            text,
-            vision[:, 1:],
-            self.pooler(text[:, 0], vision[:, 0]),
-            torch.stack(modes, dim=1),
-            depth_weights,
-        )
+        return SwitchBertOutput(text, vision[:, 1:], self.pooler(text[:, 0], vision[:, 0]),
+            torch.stack(modes, dim=1), depth_weights)
 
 
 def init_weights(module, std):
@@ -513,11 +491,8 @@ class Transform(nn.Sequential):
     """What BERT does to a state before it predicts from it: (K, D) -> (K, D)"""
 
     def __init__(self, config):
-        super().__init__(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.GELU(),
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-        )
+        super().__init__(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(),
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
 
 
 @dataclass
@@ -568,55 +543,33 @@ class SwitchBertForPretraining(nn.Module):
         self.mrc_classifier = nn.Linear(config.hidden_size, config.num_region_classes)
         self.itm_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.itm_classifier = nn.Linear(config.pooler_size, 2)
-        for head in (
-            self.mlm_transform,
-            self.mrc_transform,
-            self.mrc_classifier,
-            self.itm_classifier,
-        ):
+        for head in (self.mlm_transform, self.mrc_transform, self.mrc_classifier,
+                self.itm_classifier):
             init_weights(head, config.initializer_range)
 
     def mlm_logits(self, states):
         """(K, D) text states -> (K, V) word scores."""
-        return F.linear(
-            self.mlm_transform(states),
-            self.bert.text_embeddings.word_embeddings.weight,
-            self.mlm_bias,
-        )
+        return F.linear(self.mlm_transform(states),
+            self.bert.text_embeddings.word_embeddings.weight, self.mlm_bias)
 
     def itm_logits(self, pooled):
         """(B, P) -> (B, 2): scores of MISMATCH and MATCH."""
         return self.itm_classifier(self.itm_dropout(pooled))
 
-    def forward(
-        self,
-        input_ids,
-        text_mask,
-        region_features,
-        region_boxes,
-        region_mask,
-        mlm_labels,
-        mrc_mask,
-        mrc_targets,
-        itm_labels,
-        temperature=None,
-    ):
+    def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask, mlm_labels,
+            mrc_mask, mrc_targets, itm_labels, temperature=None):
         out = self.bert(
-            input_ids, text_mask, region_features, region_boxes, region_mask, temperature
-        )
+            input_ids, text_mask, region_features, region_boxes, region_mask, temperature)
         match = itm_labels == MATCH
         mlm_sum, mlm_count, mlm_correct = self._mlm(out.text_states, mlm_labels, match)
         mrc_sum, mrc_count = self._mrc(out.region_states, mrc_mask, mrc_targets, match)
         itm = self.itm_logits(out.pooled).float()
         itm_sum = F.cross_entropy(itm, itm_labels, reduction="sum")
         itm_correct = (itm.argmax(dim=-1) == itm_labels).sum()
-        return PretrainingOutput(
-            sums=torch.stack([mlm_sum, mrc_sum, itm_sum]),
+        return PretrainingOutput(sums=torch.stack([mlm_sum, mrc_sum, itm_sum]),
             counts=torch.stack([mlm_count, mrc_count, itm_sum.new_tensor(len(itm))]).float(),
             correct=torch.stack([mlm_correct, itm_correct]).float(),
-            match_probability=itm.softmax(dim=-1)[:, MATCH],
-            encoder=out,
-        )
+            match_probability=itm.softmax(dim=-1)[:, MATCH], encoder=out)
 
     # On a mismatched pair the words say nothing of the picture, so neither loss is taken there
     # (A7). The big output layers see only the places that count: 15% of half of the batch.
@@ -625,8 +578,7 @@ class SwitchBertForPretraining(nn.Module):
         chosen = (labels != IGNORE) & match[:, None]  # (B, T)
         logits, target = self.mlm_logits(states[chosen]).float(), labels[chosen]  # (K, V), (K,)
         total = F.cross_entropy(
-            logits, target, reduction="sum"
-        )  # the sum over no place is 0, not NaN
+            logits, target, reduction="sum")  # the sum over no place is 0, not NaN
         return total, chosen.sum(), (logits.argmax(dim=-1) == target).sum()
 
     def _mrc(self, states, mask, targets, match):
@@ -653,13 +605,10 @@ class SwitchBertForVQA(nn.Module):
         super().__init__()
         self.config = config
         self.bert = SwitchBert(config)
-        self.classifier = nn.Sequential(
-            nn.Dropout(config.hidden_dropout_prob),
-            nn.Linear(config.pooler_size, 2 * config.hidden_size),
-            nn.GELU(),
+        self.classifier = nn.Sequential(nn.Dropout(config.hidden_dropout_prob),
+            nn.Linear(config.pooler_size, 2 * config.hidden_size), nn.GELU(),
             nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps),
-            nn.Linear(2 * config.hidden_size, num_answers),
-        )
+            nn.Linear(2 * config.hidden_size, num_answers))
         init_weights(self.classifier, config.initializer_range)
 
     def forward(self, *inputs, **named):
@@ -679,8 +628,7 @@ class SwitchBertForRetrieval(nn.Module):
         self.config = config
         self.bert = SwitchBert(config)
         self.classifier = nn.Sequential(
-            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.pooler_size, 1)
-        )
+            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.pooler_size, 1))
         init_weights(self.classifier, config.initializer_range)
 
     def forward(self, *inputs, **named):
@@ -702,15 +650,13 @@ class SwitchBertForReferring(nn.Module):
         self.config = config
         self.bert = SwitchBert(config)
         self.classifier = nn.Sequential(
-            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1)
-        )
+            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1))
         init_weights(self.classifier, config.initializer_range)
 
     def forward(
         self, input_ids, text_mask, region_features, region_boxes, region_mask, temperature=None
     ):
         out = self.bert(
-            input_ids, text_mask, region_features, region_boxes, region_mask, temperature
-        )
+            input_ids, text_mask, region_features, region_boxes, region_mask, temperature)
         logits = self.classifier(out.region_states).squeeze(-1).float()  # (B, R)
         return logits.masked_fill(region_mask == 0, torch.finfo(logits.dtype).min), out

@@ -12,96 +12,104 @@ Where this stands
     B batch, T word pieces, R regions, F region feature, C region classes
 
     python train.py                     the whole toy run: about 5 minutes on two CPU cores
+    python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
+    python train.py --resume            go on with a run that was stopped or killed
+    torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
-It draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and evaluates on scenes
-that nothing was trained on. What a run finds ready in runs/world/ it does not make again. It prints
-one line an evaluation:
+Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and
+evaluates on scenes that nothing was trained on. What a run finds ready in runs/world/ it does not
+make again. It prints one line an evaluation:
 
-    step  300/1500  tau 2.68  loss mlm 1.21 mrc 0.93 itm 0.69 | words .52  match .50 | 41 s
+    step   500/1000  tau 0.84  loss mlm 0.79 mrc 2.46 itm 0.54 | words .663  match .922 | 75 s
 
 `words` is the share of masked word pieces that were predicted right, `match` the accuracy of
-image-text matching (chance: .50), both on held-out scenes with hard switches. At the end: retrieval
-among 100 scenes that the model never saw, and what every layer chose, as a picture.
+image-text matching (chance: .50), both on held-out pairs with hard switches. At the end: retrieval
+among 100 images that the model never saw, and what every layer chose, as a picture.
+
+A run is a function of its settings: which pairs make up a batch, what is masked in them, and the
+noise of dropout and switches follow from (seed, epoch, step) and from no hidden state. That is why
+a killed run resumes bit for bit, and why 1, 2 or 8 processes train on the same batches.
 
 Map of the file
 
-    1. The run          settings, devices, threads, seeds
-    2. The toy world    from scene numbers to a feature store, captions and a vocabulary
-    3. Optimisation     parameter groups, learning rate, temperature
-    4. Evaluation       losses and accuracies, zero-shot retrieval
-    5. The record       checkpoint, metrics.csv, switches.png
-    6. Training         the loop
+    1. Settings         flags, and what the toy run and the full run set them to
+    2. Processes        one, several on this machine, or several machines
+    3. Data             the toy world, or a folder of captions and features
+    4. Optimisation     parameter groups, learning rate, the parts of a batch, one step
+    5. Evaluation       losses and accuracies, zero-shot retrieval
+    6. The record       checkpoint, metrics.csv, switches.png
+    7. The run          all of it in order
 
 Departures from the paper: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates), D2
 (the toy run's sizes, learning rate and annealing).
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (
-    HELD_OUT_SCENES,
-    TRAIN_SCENES,
-    BadInput,
-    FeatureStore,
-    PretrainingDataset,
-    Scene,
-    WordPiece,
-    build_vocab,
-    collate,
-    lengths_to_mask,
-    normalise_boxes,
-    pad,
-    write_whole,
-)
+from data import (HELD_OUT_SCENES, IGNORE, TRAIN_SCENES, BadInput, FeatureStore, PretrainingDataset,
+    Scene, WordPiece, build_vocab, collate, lengths_to_mask, normalise_boxes, pad, write_whole)
 from switchbert import MATCH, SwitchBertConfig, SwitchBertForPretraining, temperature
 
-# --- 1. The run -----------------------------------------------------------------------------------
+# --- 1. Settings ----------------------------------------------------------------------------------
+
+# What the data decide unless a flag of the same name does. FULL is the paper's [supp. 2] and, where
+# it is silent, VOLTA's (A7). anneal: share of the run at which the temperature reaches 0.2; None is
+# the paper's rate, 1e-6 a pair (A5).
+TOY = dict(epochs=4, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+FULL = dict(epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
 def parse_args(argv=None):
-    """The settings of a run. The defaults are the toy run's."""
+    """The settings of a run."""
     p = argparse.ArgumentParser(
-        description="Pretrain Switch-BERT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument(
-        "--out", type=Path, default=Path("runs/pretrain"), help="folder of this run's results"
-    )
-    p.add_argument(
-        "--world", type=Path, default=Path("runs/world"), help="folder of the toy regions"
-    )
-    p.add_argument("--scenes", type=int, default=4000, help="training scenes of the toy world")
-    p.add_argument(
-        "--switches",
-        default="learned",
-        choices=["learned", "intra", "single", "dual", "late"],
-        help="learn the switches, or freeze them into a known architecture",
-    )
-    p.add_argument("--steps", type=int, default=1000, help="optimiser steps")
-    p.add_argument("--batch", type=int, default=64, help="image-caption pairs a step")
-    p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+        description="Pretrain Switch-BERT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    both = {k: f"toy world: {TOY[k]}, data folder: {FULL[k]}" for k in TOY}
+    p.add_argument("--out", type=Path, default="runs/pretrain", help="folder of the results")
+    p.add_argument("--data", type=Path, help="folder with features/ and captions; default: data/ "
+        "if there is one, otherwise the toy world")
+    p.add_argument("--limit", type=int, help="use only so many pairs")
+    p.add_argument("--switches", choices=["learned", "intra", "single", "dual", "late"],
+        default="learned", help="learn the switches, or freeze them")
+    p.add_argument("--epochs", type=int, help=both["epochs"])
+    p.add_argument("--batch", type=int, help="pairs a step, over all processes; " + both["batch"])
+    p.add_argument("--lr", type=float, help="highest learning rate; " + both["lr"])
+    p.add_argument("--eval-every", type=int,
+        help="steps between evaluations and checkpoints; " + both["eval_every"])
+    p.add_argument("--anneal", type=float, help="share of the run at which the temperature reaches "
+        "0.2; " + both["anneal"] + " (the paper's 1e-6 a pair)")
     p.add_argument("--seed", type=int, default=0, help="all randomness follows from it")
-    p.add_argument("--eval-every", type=int, default=250, help="steps between evaluations")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=available_cores(),
-        help="CPU threads. On a machine that is busy with something else use 1: a second thread "
-        "that must wait for a core makes every operation wait",
-    )
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--gpus", type=int, default=1, help="processes, one a GPU; without GPUs on CPU")
+    p.add_argument("--accum", type=int, default=1, help="parts in which each process works off its "
+        "share of a batch: more parts, less memory, same result")
+    p.add_argument("--workers", type=int, default=0, help="loading processes for each process")
+    p.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where a GPU has it")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--threads", type=int,
+        help="CPU threads of each process; default: all cores. On "
+        "a machine that is busy with something else use 1: a second thread that must wait "
+        "for a core makes every operation wait")
     return p.parse_args(argv)
 
 
@@ -110,31 +118,130 @@ def available_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- 2. The toy world -----------------------------------------------------------------------------
+# --- 2. Processes ---------------------------------------------------------------------------------
+
+
+def launch(work, args):
+    """Run work(args) in args.gpus processes, or as the member of a job that torchrun started.
+
+    A process that fails ends the others, and its error is the one that is shown.
+    """
+    if "RANK" in os.environ:  # torchrun has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and _PORT
+        return _member(int(os.environ["LOCAL_RANK"]), work, args, None)
+    available = torch.cuda.device_count()
+    if available and args.gpus > available:
+        raise BadInput(f"--gpus {args.gpus}: this machine has {available}")
+    if args.gpus <= 1:
+        return _member(0, work, args, None)
+    with socket.socket() as probe:  # a port that is free now, so that two runs do not meet
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.spawn(_member, (work, args, port), nprocs=args.gpus, join=False)
+    # Ctrl-C reaches every process of the terminal by itself; SIGTERM reaches only this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in context.processes])
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessRaisedException as error:
+        last = str(error).strip().splitlines()[-1]
+        if last.startswith("data.BadInput: "):
+            raise BadInput(last.removeprefix("data.BadInput: ")) from None
+        raise
+
+
+def _member(local_rank, work, args, port):
+    torch.set_num_threads(args.threads or max(1, available_cores() // args.gpus))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if port is not None:
+        os.environ.update(RANK=str(local_rank), WORLD_SIZE=str(args.gpus), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        return work(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device():
+    """Where this process computes."""
+    return (torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available()
+        else (torch.device("cpu")))
+
+
+def total(tensor):
+    """The sum of this tensor over all processes, for every one of them."""
+    if dist.is_initialized():
+        tensor = tensor.to(device())  # NCCL adds up nothing that lies on the CPU
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(*words):
+    """Print once, not once a process, and at once."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The first process does what follows alone; the others do it after it, and find it done."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+class Stop:
+    """SIGTERM or Ctrl-C: finish the step, save, end. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, self._ask)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# --- 3. Data --------------------------------------------------------------------------------------
 
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
 
 
-def toy_world(folder, num_scenes):
+def toy_world(folder=Path("runs/world"), num_scenes=4000):
     """(store, training captions, held-out captions, tokenizer) of the toy world, made where it is
     missing.
 
     Captions are (image id, text) pairs; a scene's id is its number.
     """
-    numbers = [
-        *range(TRAIN_SCENES, TRAIN_SCENES + num_scenes),
-        *range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT),
-    ]
+    numbers = [*range(TRAIN_SCENES, TRAIN_SCENES + num_scenes),
+        *range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)]
     store_folder, vocab_file = folder / f"features-{num_scenes}", folder / "vocab.txt"
     if not FeatureStore.is_complete(store_folder):
         # Only here: whoever has a store needs no torchvision.
         from extract_features import extract_scenes, toy_detector
 
         extract_scenes(
-            toy_detector(folder / "detector.pt", numbers[:num_scenes]), numbers, store_folder
-        )
-    captions = [(n, text) for n in numbers for text in Scene(n).captions()]
-    training, held_out = captions[: -4 * NUM_HELD_OUT], captions[-4 * NUM_HELD_OUT :]
+            toy_detector(folder / "detector.pt", numbers[:num_scenes]), numbers, store_folder)
+    training = [(n, text) for n in numbers[:num_scenes] for text in Scene(n).captions(4)]
+    held_out = [(n, text) for n in numbers[num_scenes:] for text in Scene(n).captions(2)]
     if not vocab_file.exists():
         pieces = build_vocab(toy_sentences())
         write_whole(vocab_file, lambda f: f.writelines(p + "\n" for p in pieces))
@@ -149,7 +256,28 @@ def toy_sentences():
         yield from (expression for expression, _, _ in scene.expressions())
 
 
-# --- 3. Optimisation ------------------------------------------------------------------------------
+@dataclass
+class Data:
+    """What a run trains on: where it is, pairs as (image id, text), and the words."""
+
+    name: str
+    store: FeatureStore
+    captions: list
+    held_out_captions: list
+    tokenizer: WordPiece
+    toy: bool
+
+
+def load_data(folder):
+    """The data of a folder, or of the toy world where it is None."""
+    if folder is None:
+        with first_process_first():
+            store, training, held_out, tokenizer = toy_world()
+        return Data("the toy world (no data/ here)", store, training, held_out, tokenizer, True)
+    raise BadInput(f"{folder}: reading a data folder is not written yet")
+
+
+# --- 4. Optimisation ------------------------------------------------------------------------------
 
 
 def learning_rate(step, total, peak, warmup=0.1):
@@ -175,74 +303,147 @@ def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
         scale = gate_rate if "gate." in name else 1.0
         groups.setdefault((decay, scale), []).append(parameter)
     return torch.optim.AdamW(
-        [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()],
-        lr=lr,
-        betas=(0.9, 0.999),
-        eps=1e-6,
-        fused=True,
-    )
+        [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()], lr=lr,
+        betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-# --- 4. Evaluation --------------------------------------------------------------------------------
+class Parts(torch.utils.data.Sampler):
+    """Which pairs each process works on: the keys (epoch, index) of one part after the other.
+
+    The pairs of step s are a slice of the epoch's permutation, which follows from (seed, epoch).
+    The slice is cut into world_size x accum equal parts, and process r takes the r-th run of
+    `accum` parts: so the batch of a step is the same for any number of processes.
+    """
+
+    def __init__(self, num_pairs, batch, epochs, seed, accum=1, first_step=0):
+        self.num_pairs, self.batch, self.seed, self.accum = num_pairs, batch, seed, accum
+        self.steps_per_epoch, self.first_step = num_pairs // batch, first_step
+        self.steps, self._order = epochs * self.steps_per_epoch, (None, None)
+        if self.steps_per_epoch == 0:
+            raise BadInput(f"--batch {batch}: there are only {num_pairs} pairs")
+        if batch % (world_size() * accum):
+            raise BadInput(f"--batch {batch} cannot be cut into {world_size()} processes x "
+                f"--accum {accum} equal parts")
+
+    def numbers(self):
+        """The numbers of this process's parts among all parts of a step."""
+        return range(rank() * self.accum, (rank() + 1) * self.accum)
+
+    def keys(self, step):
+        """The parts of a step, each a list of (epoch, index)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch != self._order[0]:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, rng.permutation(self.num_pairs)
+        order = self._order[1]
+        size = self.batch // (world_size() * self.accum)
+        start = [k * self.batch + n * size for n in self.numbers()]
+        return [[(epoch, int(i)) for i in order[s : s + size]] for s in start]
+
+    def __len__(self):
+        return (self.steps - self.first_step) * self.accum
+
+    def __iter__(self):
+        for step in range(self.first_step, self.steps):
+            yield from self.keys(step)
 
 
-def to_device(batch, device):
+def to_device(batch):
     return {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-    }
+        k: v.to(device(), non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-@torch.inference_mode()
-def evaluate(model, dataset, device, batch_size=200, look=None):
+def targets_of(batch):
+    """(3,): what the losses are means of: masked pieces and regions of matches, and pairs."""
+    match = batch["itm_labels"] == MATCH
+    regions = (batch["mrc_mask"] & match[:, None]).sum() if batch["mrc_targets"] is not None else 0
+    pieces = ((batch["mlm_labels"] != IGNORE) & match[:, None]).sum()
+    return torch.tensor([int(pieces), int(regions), len(match)], dtype=torch.float32)
+
+
+def train_step(model, optimizer, batches, part_numbers, seed, step, tau, autocast):
+    """One optimiser step on this process's parts of the batch; the three mean losses (3,).
+
+    The mean is over what is masked in the *whole* batch. Processes and parts hold different numbers
+    of masked places, so a mean of their means would weigh places unequally, and differently for
+    another number of processes: their sums are divided by the common count instead.
+    """
+    counts = total(sum(targets_of(b) for b in batches)).clamp(min=1)
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(3, device=device())
+    for i, (number, batch) in enumerate(zip(part_numbers, batches)):
+        torch.manual_seed(int(np.random.default_rng([seed, step, number]).integers(2**63)))
+        last = i == len(batches) - 1 or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if last else model.no_sync(), autocast:
+            out = model(**to_device(batch), temperature=tau)
+            # DistributedDataParallel averages gradients over processes; the losses are to be added.
+            (world_size() * (out.sums / counts.to(out.sums)).sum()).backward()
+        sums += out.sums.detach()
+    losses = total(sums).cpu() / counts.cpu()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    if not (losses.isfinite().all() and norm.isfinite()):
+        raise FloatingPointError(losses)
+    optimizer.step()
+    return losses
+
+
+# --- 5. Evaluation --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, dataset, batch_size=200, look=None):
     """Held-out losses and accuracies, and what the switches chose (hard): two dicts.
 
-    look: a function that changes each batch before the model sees it, or None.
+    look: a function that changes each batch before the model sees it, or None. Each process takes
+    its share of the batches, and what is added up is counts, so that the shares need not be equal.
     """
     model.eval()
-    sums, counts, correct, modes, depths = 0, 0, 0, 0, 0
-    for start in range(0, len(dataset), batch_size):
+    sums = counts = correct = modes = depths = 0
+    for start in range(rank() * batch_size, len(dataset), world_size() * batch_size):
         batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        out = model(**to_device(look(batch) if look else batch, device))
+        out = model(**to_device(look(batch) if look else batch))
         sums, counts, correct = sums + out.sums, counts + out.counts, correct + out.correct
         modes = modes + out.encoder.modes.sum(dim=0)  # (layers, 2, 3)
-        layers = [d.sum(dim=0) for d in out.encoder.depths]  # (2, l+1) each
-        depths = [a + b for a, b in zip(depths, layers)] if depths else layers
-    losses, n = (sums / counts.clamp(min=1)).tolist(), len(dataset)
-    return (
-        dict(
-            zip(("val_mlm", "val_mrc", "val_itm"), losses),
-            mlm_accuracy=(correct[0] / counts[0]).item(),
-            itm_accuracy=(correct[1] / counts[2]).item(),
-        ),
-        {"modes": (modes / n).tolist(), "depths": [(d / n).tolist() for d in depths]},
+        layers = torch.cat(
+            [d.sum(dim=0) for d in out.encoder.depths], dim=1)  # (2, 1 + ... + layers)
+        depths = depths + layers
+    n, layers = len(dataset), model.config.num_hidden_layers
+    shapes = {"sums": (3,), "counts": (3,), "correct": (2,), "modes": (layers, 2, 3),
+        "depths": (2, layers * (layers + 1) // 2)}
+    # A process without a share has only zeros to add.
+    found = {k: total(torch.zeros(shape, device=device()) + value).cpu()
+        for (k, shape), value in zip(shapes.items(), (sums, counts, correct, modes, depths))}
+    scores = dict(
+        zip(("val_mlm", "val_mrc", "val_itm"),
+            (found["sums"] / found["counts"].clamp(min=1)).tolist())
     )
+    words, matches = (found["correct"] / found["counts"][[0, 2]].clamp(min=1)).tolist()
+    each = (found["depths"] / n).split([*range(1, layers + 1)], dim=1)  # (2, l+1) for each layer
+    return ({**scores, "mlm_accuracy": words, "itm_accuracy": matches},
+        {"modes": (found["modes"] / n).tolist(), "depths": [d.tolist() for d in each]})
 
 
-@torch.inference_mode()
-def match_scores(model, store, tokenizer, texts, image_ids, device, max_tokens=38, batch_size=500):
-    """(texts, images): the log odds that text i and image j belong together, by the pretrained ITM
-    head.
+@torch.no_grad()
+def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, batch_size=500):
+    """(texts, images): the pretrained head's log odds that text i and image j match.
+
+    Every pair goes through the whole model; the processes share the pairs.
     """
     model.eval()
     rows = [store[store.row(i)] for i in image_ids]
-    images = dict(
-        region_features=pad([r["features"] for r in rows]),
+    images = dict(region_features=pad([r["features"] for r in rows]),
         region_boxes=pad([normalise_boxes(r["boxes"], r["size"]) for r in rows]),
-        region_mask=lengths_to_mask([r["boxes"] for r in rows]),
-    )
+        region_mask=lengths_to_mask([r["boxes"] for r in rows]))
     ids = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
     words = dict(input_ids=pad(ids), text_mask=lengths_to_mask(ids))
-    pairs = torch.cartesian_prod(
-        torch.arange(len(texts)), torch.arange(len(rows))
-    )  # (texts x images, 2)
-    scores = []
-    for chunk in tqdm(pairs.split(batch_size), desc="scoring pairs", leave=False, disable=None):
-        batch = {k: v[chunk[:, 0]] for k, v in words.items()} | {
-            k: v[chunk[:, 1]] for k, v in images.items()
-        }
-        logits = model.itm_logits(model.bert(**to_device(batch, device)).pooled).float()
-        scores.append((logits[:, MATCH] - logits[:, 1 - MATCH]).cpu())
-    return torch.cat(scores).view(len(texts), len(rows))
+    scores = torch.zeros(len(texts) * len(rows), device=device())
+    chunks = torch.arange(len(scores)).split(batch_size)[rank() :: world_size()]
+    for chunk in tqdm(chunks, desc="scoring pairs", leave=False, disable=quiet()):
+        text, image = chunk // len(rows), chunk % len(rows)
+        batch = {k: v[text] for k, v in words.items()} | {k: v[image] for k, v in images.items()}
+        logits = model.itm_logits(model.bert(**to_device(batch)).pooled).float()
+        scores[chunk.to(device())] = logits[:, MATCH] - logits[:, 1 - MATCH]
+    return total(scores).cpu().view(len(texts), len(rows))
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -258,11 +459,8 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     image_rank = ((scores >= own[:, None]) & ~right).sum(dim=1)  # 0 is best
     best = scores.masked_fill(~right, -math.inf).amax(dim=0)  # (images,)
     text_rank = ((scores >= best) & ~right).sum(dim=0)
-    return {
-        f"{name} R@{k}": (rank < k).float().mean().item()
-        for name, rank in (("image", image_rank), ("text", text_rank))
-        for k in ks
-    }
+    return {f"{name} R@{k}": (rank < k).float().mean().item()
+        for name, rank in (("image", image_rank), ("text", text_rank)) for k in ks}
 
 
 def without_pictures(batch):
@@ -272,8 +470,7 @@ def without_pictures(batch):
     b = len(batch["input_ids"])
     blank = dict(
         region_features=batch["region_features"].new_zeros(
-            b, 1, batch["region_features"].shape[-1]
-        ),
+            b, 1, batch["region_features"].shape[-1]),
         region_boxes=torch.zeros(b, 1, 5),
         region_mask=torch.zeros(b, 1, dtype=torch.long),
         mrc_mask=torch.zeros(b, 1, dtype=torch.bool),
@@ -283,21 +480,77 @@ def without_pictures(batch):
     return {**batch, **blank}
 
 
-# --- 5. The record --------------------------------------------------------------------------------
-
-
-def save_checkpoint(path, model, tokenizer, store, progress):
-    """Everything that a later script needs, as plain values and tensors (torch.load's
-    weights_only=True).
+def text_only_accuracy(config, training, held_out, args, steps=150):
+    """Masked-word accuracy of a model of the same size that never sees a picture: what words alone
+    give. It learns the pattern of the sentences, which takes few steps (README: more do not help).
     """
-    checkpoint = {
-        "config": asdict(model.config),
-        "model": model.state_dict(),
-        "vocab": tokenizer.pieces,
-        "store": {k: store.meta[k] for k in ("detector", "feature_size", "num_region_classes")},
-        **progress,
-    }
-    write_whole(path, lambda f: torch.save(checkpoint, f), mode="wb")
+    torch.manual_seed(args.seed)
+    model = SwitchBertForPretraining(config).to(device())
+    optimizer = make_optimizer(model, args.lr)
+    parts = Parts(len(training), args.batch, args.epochs, args.seed, args.accum)
+    for step in range(min(steps, parts.steps)):
+        set_learning_rate(optimizer, learning_rate(step, steps, args.lr))
+        batches = [
+            without_pictures(collate([training[k] for k in part])) for part in parts.keys(step)]
+        train_step(model.train(), optimizer, batches, parts.numbers(), args.seed, step, 1.0,
+            autocast_for(args))
+    return evaluate(model, held_out, look=without_pictures)[0]["mlm_accuracy"]
+
+
+# --- 6. The record --------------------------------------------------------------------------------
+
+
+def quiet():
+    """tqdm's `disable`: bars only from the first process, and only on a terminal."""
+    return True if rank() else None
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint whole, and keep the one before it as *.previous.pt."""
+    previous = path.with_suffix(".previous.pt")
+    fresh = path.with_suffix(".new.pt")
+    write_whole(fresh, lambda f: torch.save(checkpoint, f), mode="wb")
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(
+        fresh, path)  # killed between these two lines, load_checkpoint finds the previous one
+
+
+def load_checkpoint(path):
+    """The newest readable checkpoint of this name: a dict of plain values and tensors.
+
+    A file that is cut off or something else is said so, and the one before it used. Raises BadInput
+    if there is none.
+    """
+    problems = []
+    for candidate in (path, path.with_suffix(".previous.pt")):
+        if not candidate.exists():
+            problems.append(f"{candidate}: there is no such file")
+            continue
+        try:
+            checkpoint = torch.load(candidate, map_location="cpu", weights_only=True)
+            if checkpoint["format"] == CHECKPOINT_FORMAT:
+                for problem in problems:
+                    say(f"{problem}; going on from {candidate}")
+                return checkpoint
+            problems.append(f"{candidate}: a checkpoint of another version")
+        except Exception as error:  # torch.load raises whatever its unpickler or zip reader meets
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problems.append(f"{candidate}: not a whole checkpoint of train.py ({first[:80]})")
+    raise BadInput("; ".join(problems))
+
+
+CHECKPOINT_FORMAT = "switchbert-1"
+
+
+def check_fits(checkpoint, store):
+    """Raise BadInput if a store's regions are not of the kind that a checkpoint was trained on."""
+    for key in ("feature_size", "num_region_classes", "detector"):
+        ours, theirs = checkpoint["store"][key], store.meta[key]
+        if ours != theirs:
+            raise BadInput(
+                f"{store.folder}: its {key} is {theirs!r}, but the checkpoint was trained "
+                f"with {ours!r}; use the store that it was trained on, or start anew")
 
 
 def append_row(path, row):
@@ -310,16 +563,31 @@ def append_row(path, row):
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-MODE_COLOURS = {
-    "own kind only": (66, 114, 196),
-    "other kind only": (237, 125, 49),
-    "both together": (112, 173, 71),
-}
+def drop_rows_after(path, step):
+    """Cut a CSV back to what was written up to this step: a resumed run writes the rest again."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        kept = rows[:1] + [r for r in rows[1:] if r and int(r[0]) <= step]
+        write_whole(path, lambda f: csv.writer(f).writerows(kept))
+
+
+def switch_columns(switches):
+    """The shares of every switch for the CSV: {'layer2 text own': .., ...}"""
+    row = {}
+    for i, (modes, depths) in enumerate(zip(switches["modes"], switches["depths"]), 1):
+        for m, modality in enumerate(("text", "vision")):
+            names = ["own", "other", "both", *(f"depth{d}" for d in range(i))]
+            row |= {f"layer{i} {modality} {n}": v for n, v in zip(names, modes[m] + depths[m])}
+    return row
+
+
+MODE_COLOURS = {"own kind only": (66, 114, 196), "other kind only": (237, 125, 49),
+    "both together": (112, 173, 71)}
 
 
 def draw_switches(path, switches, title):
-    """A picture of what every layer chose: for text and vision, whom it attends to and which depth
-    it reads.
+    """A picture of what every layer chose: whom text and vision attend to, which depth they read.
 
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples,
     as lists.
@@ -335,16 +603,12 @@ def draw_switches(path, switches, title):
         draw.rectangle([x, 46, x + 14, 60], fill=colour)
         draw.text((x + 20, 45), f"attends to {name}", "black", font)
         x += 200
-    draw.text(
-        (x, 45),
-        "squares: the darker, the more often this depth is read (0 = the embeddings)",
-        "black",
-        font,
-    )
+    draw.text((x, 45),
+        "squares: the darker, the more often this depth is read (0 = the embeddings)", "black",
+        font)
     for modality, name in enumerate(("text", "vision")):
         _draw_panel(
-            draw, (modality * panel, top, cell, bar, left), name, modality, switches, font, big
-        )
+            draw, (modality * panel, top, cell, bar, left), name, modality, switches, font, big)
     write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
 
 
@@ -366,170 +630,258 @@ def _draw_panel(draw, place, name, modality, switches, font, big):
         for depth, share in enumerate(switches["depths"][layer][modality]):
             shade, at = int(255 * (1 - share)), grid + depth * cell
             draw.rectangle(
-                [at, y, at + cell - 3, y + cell], fill=(shade, shade, shade), outline="grey"
-            )
+                [at, y, at + cell - 3, y + cell], fill=(shade, shade, shade), outline="grey")
             if 0.005 < share:
                 draw.text(
                     (at + 4, y + 9), f"{100 * share:.0f}", "white" if share > 0.5 else "black", font
                 )
 
 
-# --- 6. Training ----------------------------------------------------------------------------------
+# --- 7. The run -----------------------------------------------------------------------------------
 
 
 def toy_config(store, tokenizer, switches):
     """The toy run's model: 4 layers x 128, under a million parameters. DEVIATION D2."""
-    return SwitchBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=40,
-        pooler_size=128,
-        switches=switches,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        region_feature_size=store.feature_size,
-        num_region_classes=store.num_region_classes,
-    )
+    return SwitchBertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
+        num_attention_heads=4, intermediate_size=256, max_position_embeddings=40, pooler_size=128,
+        switches=switches, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
-def batches(dataset, steps, batch_size, seed):
-    """`steps` batches; every epoch in another order, which follows from (seed, epoch) alone."""
-    done = 0
-    for epoch in range(steps):
-        dataset.set_epoch(epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            if done == steps:
-                return
-            yield collate([dataset[i] for i in order[start : start + batch_size]])
-            done += 1
+def settle(args, data, checkpoint):
+    """Fill in what the user left open: from the checkpoint of a resumed run, or from the data.
 
-
-def train(model, dataset, args, look=None, on_step=None):
-    """Optimise `model` for args.steps steps; on_step(step, output) after each."""
-    optimizer = make_optimizer(model, args.lr)
-    # The temperature reaches its floor, 5.0 / 0.2 = 25 times lower, at 90 % of the run (A5, D2).
-    rate = math.log(25) / (0.9 * args.steps * args.batch)
-    bar = tqdm(
-        batches(dataset, args.steps, args.batch, args.seed),
-        total=args.steps,
-        leave=False,
-        disable=None,
-        desc="training",
-    )
-    for step, batch in enumerate(bar):
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, args.steps, args.lr)
-        tau = temperature(step * args.batch, rate=rate)
-        out = model(**to_device(look(batch) if look else batch, args.device), temperature=tau)
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        if on_step:
-            on_step(step + 1, tau, out)
-
-
-class Progress:
-    """What a run says and writes while it trains: call it after each step.
-
-    Every args.eval_every steps it evaluates, prints one line and adds one to metrics.csv.
-    `switches` holds what the switches chose at the last evaluation.
+    Settings that make the run what it is cannot change on the way; what only says how it is
+    computed (--gpus, --accum, --workers, ...) can.
     """
-
-    def __init__(self, model, held_out, held_out_whole, args, started):
-        self.model, self.held_out, self.held_out_whole = model, held_out, held_out_whole
-        self.args, self.started, self.losses, self.steps = args, started, torch.zeros(3), 0
-        (args.out / "metrics.csv").unlink(missing_ok=True)
-
-    def __call__(self, step, tau, out):
-        self.losses += out.losses.detach().cpu()
-        self.steps += 1
-        if step % self.args.eval_every and step != self.args.steps:
-            return
-        self.scores, self.switches = evaluate(self.model, self.held_out, self.args.device)
-        whole, _ = evaluate(self.model, self.held_out_whole, self.args.device)
-        self.scores["itm_accuracy"] = whole["itm_accuracy"]
-        row = dict(
-            step=step,
-            pairs=step * self.args.batch,
-            temperature=tau,
-            seconds=time.time() - self.started,
-            **dict(zip(("mlm", "mrc", "itm"), (self.losses / self.steps).tolist())),
-            **self.scores,
+    for key, value in (TOY if data.toy else FULL).items():
+        given = getattr(args, key)
+        saved = checkpoint["settings"][key] if checkpoint else value
+        if checkpoint and given is not None and given != saved:
+            flag = "--" + key.replace("_", "-")
+            raise BadInput(f"{flag} {given}: the run that is resumed has {saved}; leave it out, or "
+                "start a new run with another --out")
+        setattr(
+            args, key, value if given is None and not checkpoint else saved if checkpoint else given
         )
-        self.losses, self.steps = torch.zeros(3), 0
-        append_row(self.args.out / "metrics.csv", row)
+    if checkpoint:
+        for key in ("seed", "switches", "limit"):
+            setattr(args, key, checkpoint["settings"][key])
+    if args.precision is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if bf16 else "fp32"
+
+
+def autocast_for(args):
+    """bf16 for matrix products; the model itself keeps softmax, losses and gates in float32."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def temperature_rate(args, steps):
+    """The temperature's decay per pair (A5)."""
+    if args.anneal is None:
+        return 1e-6
+    return math.log(5.0 / 0.2) / (args.anneal * steps * args.batch)
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * rate
+
+
+def about(args, data, model):
+    """Everything that config.json says of a run."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+        "numpy": np.__version__}
+    return {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "data": data.name, "pairs": len(data.captions), "model": asdict(model.config),
+        "versions": versions, "git_commit": commit, "processes": world_size()}
+
+
+class Run:
+    """A pretraining run: what is trained, how far it is, and what is written of it."""
+
+    def __init__(self, args):
+        self.args, self.started = args, time.time()
+        folder = args.data or (Path("data") if Path("data").is_dir() else None)
+        self.data = load_data(folder)
+        say(f"training on {self.data.name}")
+        self.path = args.out / "checkpoint.pt"
+        checkpoint = load_checkpoint(self.path) if args.resume else None
+        settle(args, self.data, checkpoint)
+        store, tokenizer = self.data.store, self.data.tokenizer
+        if checkpoint:
+            check_fits(checkpoint, store)
+        captions = self.data.captions[: args.limit]
+        self.training = PretrainingDataset(store, captions, tokenizer, seed=args.seed)
+        self.held_out, self.whole = (
+            PretrainingDataset(
+                store, self.data.held_out_captions, tokenizer, seed=args.seed + 1, masking=masking)
+            for masking in (True, False)
+        )
+        if any(self.training.skipped.values()):
+            say("left out: "
+                + ", ".join(f"{n} captions {k}" for k, n in self.training.skipped.items()))
+        torch.manual_seed(args.seed)
+        config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
+            else (toy_config(store, tokenizer, args.switches)))
+        self.model = SwitchBertForPretraining(config).to(device())
+        self.optimizer = make_optimizer(self.model, args.lr)
+        self.step, self.losses, self.since = 0, torch.zeros(3), 0
+        if checkpoint:
+            self._restore(checkpoint)
+        self.parts = Parts(
+            len(self.training), args.batch, args.epochs, args.seed, args.accum, self.step)
+
+    def _restore(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.since = checkpoint["step"], checkpoint["since"]
+        self.losses = checkpoint["losses"]
+        say(f"resuming after step {self.step}")
+        if rank() == 0:
+            drop_rows_after(self.args.out / "metrics.csv", self.step)
+
+    def save(self):
+        """Write the checkpoint: all that a resumed run, finetuning or a reader needs."""
+        if rank() == 0:
+            settings = {k: getattr(self.args, k) for k in (*TOY, "seed", "switches", "limit")}
+            store = {k: self.data.store.meta[k]
+                for k in ("detector", "feature_size", "num_region_classes")}
+            save_checkpoint(
+                self.path,
+                {"format": CHECKPOINT_FORMAT, "config": asdict(self.model.config),
+                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "vocab": self.data.tokenizer.pieces, "store": store, "settings": settings,
+                    "step": self.step, "pairs_seen": self.step * self.args.batch,
+                    "since": self.since, "losses": self.losses.clone()},
+            )
+
+    def begin(self):
+        """Make the folder of the results, and say what will be done."""
+        args, steps = self.args, self.parts.steps
+        if rank() == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                (args.out / "metrics.csv").unlink(missing_ok=True)
+            config = about(args, self.data, self.model)
+            write_whole(args.out / "config.json", lambda f: json.dump(config, f, indent=1))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        say(f"pretraining: {len(self.training)} pairs, {parameters:,} parameters, {steps} steps of "
+            f"{args.batch} pairs, {world_size()} process(es) on {device().type}, "
+            f"{torch.get_num_threads()} threads, {args.precision}")
+
+    def optimise(self):
+        """Train to the end, or until somebody asks to stop. True if it came to the end."""
+        args, stop, rate = self.args, Stop(), temperature_rate(self.args, self.parts.steps)
+        model = torch.compile(self.model, dynamic=True) if args.compile else self.model
+        if dist.is_initialized():
+            model = DistributedDataParallel(model)
+        loader = iter(
+            DataLoader(self.training, batch_sampler=self.parts, collate_fn=collate,
+                num_workers=args.workers, pin_memory=torch.cuda.is_available())
+        )
+        bar = tqdm(
+            total=self.parts.steps, initial=self.step, desc="training", leave=False, disable=quiet()
+        )
+        while self.step < self.parts.steps:
+            set_learning_rate(self.optimizer, learning_rate(self.step, self.parts.steps, args.lr))
+            tau = temperature(self.step * args.batch, rate=rate)
+            batches = [next(loader) for _ in range(args.accum)]
+            self.losses += self._guarded_step(model.train(), batches, tau)
+            self.step, self.since = self.step + 1, self.since + 1
+            bar.update()
+            if self.step % args.eval_every == 0 or self.step == self.parts.steps:
+                self.evaluate(tau)
+                self.save()
+            elif total(torch.tensor(float(stop.asked))) > 0:  # asked of any process, all stop here
+                self.save()
+                say(f"stopped after step {self.step}; --resume goes on from here")
+                return False
+        return True
+
+    def _guarded_step(self, model, batches, tau):
+        try:
+            return train_step(model, self.optimizer, batches, self.parts.numbers(), self.args.seed,
+                self.step, tau, autocast_for(self.args))
+        except FloatingPointError as error:
+            losses = ", ".join(f"{n} {x:.4g}" for n, x in zip(("mlm", "mrc", "itm"), error.args[0]))
+            rows = [self.training.rows[i] for part in self.parts.keys(self.step) for _, i in part]
+            ids = " ".join(self.data.store.ids[r].decode() for r in rows)
+            raise BadInput(
+                f"step {self.step + 1}: a loss or its gradient is not finite ({losses}); the "
+                f"last good checkpoint is kept; images of this process: {ids}") from None
+        except torch.cuda.OutOfMemoryError:
+            raise BadInput(f"GPU out of memory with {self.args.batch} pairs in {world_size()} x "
+                f"{self.args.accum} parts: try --accum {2 * self.args.accum}, which gives "
+                "the same result with half the memory") from None
+
+    def measure(self):
+        """Held-out scores, and what the switches chose."""
+        self.scores, self.switches = evaluate(self.model, self.held_out)
+        self.scores["itm_accuracy"] = evaluate(self.model, self.whole)[0]["itm_accuracy"]
+
+    def evaluate(self, tau):
+        """Measure; print one line and add one to metrics.csv."""
+        self.measure()
+        seconds, args = time.time() - self.started, self.args
+        row = dict(step=self.step, pairs=self.step * args.batch, temperature=tau,
+            lr=learning_rate(self.step - 1, self.parts.steps, args.lr), seconds=seconds,
+            pairs_per_second=(self.step - self.parts.first_step) * args.batch / seconds,
+            **dict(zip(("mlm", "mrc", "itm"), (self.losses / self.since).tolist())), **self.scores)
+        self.losses, self.since = torch.zeros(3), 0
+        if rank() == 0:
+            append_row(args.out / "metrics.csv", row | switch_columns(self.switches))
         line = (
-            "step {step:5d}/{steps}  tau {temperature:.2f}  loss mlm {mlm:.2f} mrc {mrc:.2f} "
-            "itm {itm:.2f} | words {mlm_accuracy:.3f}  match {itm_accuracy:.3f} | {seconds:.0f} s"
-        )
-        print(line.format(**row, steps=self.args.steps), flush=True)
+            "step {step:5d}/{steps}  tau {temperature:.2f}  loss mlm {mlm:.2f} mrc {mrc:.2f} itm "
+            "{itm:.2f} | words {mlm_accuracy:.3f}  match {itm_accuracy:.3f} | {seconds:.0f} s")
+        say(line.format(**row, steps=self.parts.steps))
+
+    def finish(self):
+        """The picture, zero-shot retrieval, and in the toy world what words alone give."""
+        if rank() == 0:
+            draw_switches(self.args.out / "switches.png", self.switches,
+                "What every layer of this Switch-BERT chose")
+        first = dict(
+            reversed(
+                [(i, text) for i, text in self.data.held_out_captions
+                    if self.data.store.row(i) is not None]
+            )
+        )  # the first caption of each
+        ids = sorted(first, key=str)[:100]
+        scores = match_scores(
+            self.model, self.data.store, self.data.tokenizer, [first[i] for i in ids], ids)
+        recall = recall_at(scores, torch.arange(len(ids)))
+        say(f"zero-shot among {len(ids)}: " + ", ".join(f"{k} {v:.2f}" for k, v in recall.items()))
+        if self.data.toy:
+            blind = text_only_accuracy(self.model.config, self.training, self.held_out, self.args)
+            say(f"masked words: {self.scores['mlm_accuracy']:.3f} with pictures, "
+                f"{blind:.3f} without")
+            recall["text_only_mlm_accuracy"] = blind
+        say(f"{self.args.out}: checkpoint.pt, metrics.csv, config.json, switches.png")
+        say(f"done in {time.time() - self.started:.0f} s")
+        return {**self.scores, **recall}
 
 
-def text_only_accuracy(config, training, held_out, args, steps=150):
-    """Masked-word accuracy of a model of the same size that never sees a picture: what words alone
-    give. It learns the pattern of the sentences, which takes few steps (README: more do not help).
-    """
-    torch.manual_seed(args.seed)
-    blind = SwitchBertForPretraining(config).to(args.device)
-    settings = argparse.Namespace(**{**vars(args), "steps": steps})
-    train(blind, training, settings, look=without_pictures)
-    return evaluate(blind, held_out, args.device, look=without_pictures)[0]["mlm_accuracy"]
-
-
-def zero_shot(model, store, tokenizer, captions, args):
-    """Retrieval recalls of the pretrained matching head, one caption for each of these images."""
-    ids, texts = zip(*captions)
-    scores = match_scores(model, store, tokenizer, texts, ids, args.device)
-    return recall_at(scores, torch.arange(len(ids)))
-
-
-def run(args):
-    """A whole toy run; returns its last measurements as a dict."""
-    torch.set_num_threads(args.threads)
-    started = time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
-    store, captions, held_out_captions, tokenizer = toy_world(args.world, args.scenes)
-    training = PretrainingDataset(store, captions, tokenizer, seed=args.seed)
-    held_out, whole = (
-        PretrainingDataset(store, held_out_captions, tokenizer, seed=args.seed + 1, masking=masking)
-        for masking in (True, False)
-    )
-    torch.manual_seed(args.seed)  # here: whether the detector was trained just now or found ready
-    model = SwitchBertForPretraining(toy_config(store, tokenizer, args.switches)).to(args.device)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    about = {"settings": settings, "model": asdict(model.config), "torch": torch.__version__}
-    write_whole(args.out / "config.json", lambda f: json.dump(about, f, indent=1))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"pretraining: {len(training)} pairs, {num_parameters:,} parameters, {args.steps} steps of "
-        f"{args.batch} pairs on {args.device} with {args.threads} threads",
-        flush=True,
-    )
-    progress = Progress(model, held_out, whole, args, started)
-    train(model, training, args, on_step=progress)
-    done = dict(step=args.steps, pairs_seen=args.steps * args.batch)
-    save_checkpoint(args.out / "checkpoint.pt", model, tokenizer, store, done)
-    title = "What every layer of this Switch-BERT chose"
-    draw_switches(args.out / "switches.png", progress.switches, title)
-    recall = zero_shot(model, store, tokenizer, held_out_captions[: 4 * 100 : 4], args)
-    print("zero-shot among 100: " + ", ".join(f"{k} {v:.2f}" for k, v in recall.items()))
-    blind = text_only_accuracy(model.config, training, held_out, args)
-    print(f"masked words: {progress.scores['mlm_accuracy']:.3f} with pictures, {blind:.3f} without")
-    print(f"{args.out}: checkpoint.pt, metrics.csv, config.json, switches.png")
-    print(f"done in {time.time() - started:.0f} s", flush=True)
-    return {**progress.scores, **recall, "text_only_mlm_accuracy": blind}
+def pretrain(args):
+    """A whole run in this process; its last measurements, or None if it was stopped."""
+    run = Run(args)
+    run.begin()
+    if run.step == run.parts.steps:  # resumed at its end: only the last lines are missing
+        run.measure()
+    return run.finish() if run.optimise() else None
 
 
 def main():
     """Run, and say in one sentence what is wrong with the input if something is."""
     try:
-        run(parse_args())
+        launch(pretrain, parse_args())
     except BadInput as error:
         sys.exit(f"error: {error}")
 

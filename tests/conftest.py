@@ -35,13 +35,9 @@ def random_inputs(generator, b=3, t=5, r=4, feature_size=12, vocab_size=60):
     corner = torch.rand(b, r, 2, generator=generator) * 0.5
     size = torch.rand(b, r, 2, generator=generator) * 0.5
     boxes = torch.cat([corner, corner + size, size.prod(-1, keepdim=True)], dim=-1)
-    return dict(
-        input_ids=torch.randint(5, vocab_size, (b, t), generator=generator),
-        text_mask=text_mask,
-        region_features=torch.randn(b, r, feature_size, generator=generator),
-        region_boxes=boxes,
-        region_mask=region_mask,
-    )
+    return dict(input_ids=torch.randint(5, vocab_size, (b, t), generator=generator),
+        text_mask=text_mask, region_features=torch.randn(b, r, feature_size, generator=generator),
+        region_boxes=boxes, region_mask=region_mask)
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +58,6 @@ def store(tmp_path_factory):
         n = 1 + row % 5
         corner = rng.random((n, 2)) * 50
         probs = rng.random((n, 7))
-        writer.write(
-            row,
-            rng.normal(size=(n, 12)),
-            np.hstack([corner, corner + 20]),
-            (100, 80),
-            probs / probs.sum(axis=1, keepdims=True),
-        )
+        writer.write(row, rng.normal(size=(n, 12)), np.hstack([corner, corner + 20]), (100, 80),
+            probs / probs.sum(axis=1, keepdims=True))
     return writer.finish()

@@ -6,16 +6,8 @@ import torch
 
 import extract_features
 from data import HELD_OUT_SCENES, TOY_CLASSES, BadInput, FeatureStore, Scene
-from extract_features import (
-    build_detector,
-    detection_quality,
-    draw_scenes,
-    extract_scenes,
-    regions,
-    select_regions,
-    toy_targets,
-    train_toy_detector,
-)
+from extract_features import (build_detector, detection_quality, draw_scenes, extract_scenes,
+    regions, select_regions, toy_targets, train_toy_detector)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +91,7 @@ def test_the_targets_of_a_scene_are_its_things():
     scene = Scene(5)
     targets = toy_targets(scene)
     for thing, box, label in zip(
-        scene.things, targets["boxes"].tolist(), targets["labels"].tolist()
-    ):
+            scene.things, targets["boxes"].tolist(), targets["labels"].tolist()):
         assert tuple(box) == thing.box
         assert TOY_CLASSES[label] == f"{thing['colour']} {thing['shape']}"
 
