@@ -27,8 +27,10 @@ Map of the file
     1. Small rules     canonical ids, plain-sentence errors, files that appear whole or not at all
     2. WordPiece       BERT's uncased tokenizer, and a vocabulary builder for corpora without one
     3. Feature store   one folder format: the contract between detector and model
-    4. Toy world       drawn scenes with captions, questions and referring expressions
-    5. Pretraining     masking, mismatching, collate
+    4. Captions        the published caption files, recognised by what is in them
+    5. Toy world       drawn scenes with captions, questions and referring expressions
+    6. Pretraining     masking, mismatching, collate
+    7. Command line    python data.py check PATH..., python data.py vocab CAPTIONS... -o vocab.txt
 
 Every random choice is drawn from (seed, epoch, index) and from nothing else. So an example looks
 the same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
@@ -38,18 +40,22 @@ in the README. In this file: A7 (masking rates, boxes, mismatches), A9 (the regi
 convention).
 """
 
+import argparse
 import heapq
 import json
 import math
 import os
 import re
+import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 # --- 1. Small rules -------------------------------------------------------------------------------
 
@@ -353,12 +359,16 @@ class FeatureStore:
         return row if row >= 0 and self.ids[row] == key and self.counts[row] > 0 else None
 
     def __getitem__(self, row):
-        n = int(self.counts[row])
-        probs = self.arrays.get("class_probs")
-        return {"features": self.arrays["features"][row, :n].astype(np.float32),
+        n, probs = int(self.counts[row]), self.arrays.get("class_probs")
+        record = {"features": self.arrays["features"][row, :n].astype(np.float32),
             "boxes": np.array(self.arrays["boxes"][row, :n]),
             "class_probs": None if probs is None else probs[row, :n].astype(np.float32),
             "size": tuple(int(x) for x in self.arrays["sizes"][row])}
+        problem = record_problem(record)
+        if problem:
+            name = self.ids[row].decode()
+            raise BadInput(f"{self.folder}: image {name}: {problem}; extract it again")
+        return record
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -486,6 +496,21 @@ def _open_array(folder, name, dtype, shape, mode="r"):
     return array
 
 
+def record_problem(record):
+    """What is wrong with an image's regions, in words, or None. Looked at whenever one is read: a
+    NaN that gets into a batch shows only as a NaN loss, thousands of images later.
+    """
+    boxes, (width, height) = record["boxes"], record["size"]
+    for name in ("features", "boxes", "class_probs"):
+        if record[name] is not None and not np.isfinite(record[name]).all():
+            return f"{name} with NaN or infinity"
+    if len(boxes) and (boxes.min() < -1 or (boxes.max(axis=0)[2:] > (width + 1, height + 1)).any()):
+        return f"a box outside the picture of {width} x {height} pixels"
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        return "a box whose x2 < x1 or y2 < y1"
+    return None
+
+
 def normalise_boxes(boxes, size):
     """(n, 4) pixels -> (n, 5): x1/W, y1/H, x2/W, y2/H, area/(W*H), all in [0, 1]. ASSUMPTION A7."""
     width, height = size
@@ -495,7 +520,109 @@ def normalise_boxes(boxes, size):
     return out
 
 
-# --- 4. The toy world -----------------------------------------------------------------------------
+# --- 4. Captions ----------------------------------------------------------------------------------
+#
+# Caption files as they are published. They are told apart by what is in them, never by their name:
+#
+#     Conceptual Captions   a very typical bus station <TAB> http://lh6.ggpht.com/-IvRtNLNcG8o/...
+#     CC12M                 the same two columns the other way round
+#     own data              dog_1 <TAB> a dog on a sofa               (image id, caption)
+#     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
+#     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
+#                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
+#
+# A picture of Conceptual Captions has no id but its link: its id is crc32(url), as in VOLTA's
+# files.
+
+
+def read_captions(path, split=None):
+    """(image id, caption) pairs of a caption file, in its order; its format is recognised.
+
+    split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
+    A file without splits is given whole as its "train", and has nothing in the others. Raises
+    BadInput with the line or key of the first problem.
+    """
+    kind, records = open_captions(path)
+    return [(i, text) for i, text, s in records if split in (None, s)]
+
+
+def open_captions(path):
+    """(name of the format, iterator of (image id, caption, split)) of a caption file."""
+    with open_text(path) as file:
+        start = file.read(4096).lstrip()
+    if start.startswith(("{", "[")):
+        return _json_captions(path)
+    first = start.split("\n")[0].rstrip("\r").split("\t")
+    if len(first) != 2:
+        raise BadInput(
+            f"{path}: line 1: expected a JSON file or two columns with a tab between them (image "
+            f"id and caption, or caption and link), found {len(first)} column(s)")
+    links = [bool(re.match(r"https?://\S+$", cell)) for cell in first]
+    kind = ("Conceptual Captions" if links[1] else "CC12M" if links[0] else "image id, caption")
+    return kind, _tsv_captions(path, kind)
+
+
+def open_text(path):
+    """A text file, with or without a byte order mark. Raises BadInput if it cannot be opened."""
+    try:
+        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def _tsv_captions(path, kind):
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            cells = line.rstrip("\r\n").split("\t")
+            if len(cells) != 2:
+                raise BadInput(
+                    f"{path}: line {number}: expected 2 columns ({kind}), found {len(cells)}")
+            if any("\udc80" <= c <= "\udcff" for c in line):  # surrogateescape's mark of bad bytes
+                raise BadInput(f"{path}: line {number}: this is not UTF-8; convert the file")
+            if kind == "image id, caption":
+                yield canonical_id(cells[0]), cells[1], "train"
+            else:
+                text, url = cells if kind == "Conceptual Captions" else cells[::-1]
+                yield str(zlib.crc32(url.encode())), text, "train"
+
+
+def _json_captions(path):
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:  # bad UTF-8 is a ValueError too
+        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
+    keys = content if isinstance(content, dict) else {}
+    if "annotations" in keys:
+        return "COCO captions", _coco_captions(path, keys["annotations"])
+    if "images" in keys:
+        return "Karpathy's splits", _karpathy_captions(path, keys["images"])
+    found = ", ".join(map(repr, list(keys)[:5])) or "no keys"
+    raise BadInput(f"{path}: expected the key 'annotations' (COCO captions) or 'images' "
+        f"(Karpathy's splits), found {found}")
+
+
+def _coco_captions(path, annotations):
+    for number, record in enumerate(annotations):
+        try:
+            yield canonical_id(record["image_id"]), record["caption"], "train"
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{path}: annotations[{number}]: expected image_id and caption "
+                f"({error!r}); is this COCO's instances or questions file?") from error
+
+
+def _karpathy_captions(path, images):
+    for number, image in enumerate(images):
+        try:
+            split = "train" if image["split"] == "restval" else image["split"]
+            image_id = canonical_id(image.get("cocoid", image["filename"]))
+            for sentence in image["sentences"]:
+                yield image_id, sentence["raw"], split
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}: images[{number}]: expected filename, split and sentences with "
+                f"raw ({error!r})") from error
+
+
+# --- 5. The toy world -----------------------------------------------------------------------------
 #
 # A scene is a number. From it follow the objects, the picture, the captions, the questions and the
 # referring expressions, so a data set is a range of numbers, and held-out scenes are another range.
@@ -727,7 +854,7 @@ def _draw_shape(draw, thing):
         )
 
 
-# --- 5. Pretraining -------------------------------------------------------------------------------
+# --- 6. Pretraining -------------------------------------------------------------------------------
 
 IGNORE = -100  # label of a word piece that is not predicted (torch's cross entropy skips it)
 MISMATCH, MATCH = (0,
@@ -871,3 +998,85 @@ def collate(examples):
         mrc_targets=None if targets[0] is None else torch.from_numpy(np.concatenate(targets)),
         itm_labels=torch.tensor(columns["itm_labels"]),
     )
+
+
+# --- 7. Command line ------------------------------------------------------------------------------
+
+
+def check(paths):
+    """Say what these stores, captions and vocabularies are; True if a run could use all of them."""
+    stores, captions, good = [], {}, True
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                stores.append(check_store(path))
+            elif path.suffix == ".txt":
+                print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
+            else:
+                captions[path] = check_captions(path)
+        except BadInput as error:
+            print(f"PROBLEM {error}")
+            good = False
+    for path, ids in captions.items():
+        for store in stores:
+            found = sum(store.row(i) is not None for i in ids)
+            print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
+            good &= found > 1
+    return good
+
+
+def check_store(folder):
+    """Print what a store is and read all of it once. Raises BadInput at the first problem."""
+    store = FeatureStore(folder)
+    failed = int((store.counts == 0).sum())
+    size = sum(array.nbytes for array in store.arrays.values())
+    print(f"{folder}: a feature store of {len(store):,} images ({failed:,} failed), up to "
+          f"{store.num_regions} regions of {store.feature_size}, {size / 1e9:.2f} GB")
+    known = f"{store.num_region_classes} with background" if store.num_region_classes else "none"
+    print(f"{folder}: class distributions: {known}; detector: {store.detector or 'not said'}")
+    for row in tqdm(np.flatnonzero(store.counts > 0), desc="reading", leave=False, disable=None):
+        store[row]
+    return store
+
+
+def check_captions(path):
+    """Print what a caption file is; its image ids."""
+    kind, records = open_captions(path)
+    splits, ids, empty, example = Counter(), {}, 0, ""
+    for image_id, text, split in records:
+        splits[split] += 1
+        ids[image_id] = None
+        empty += not text.strip()
+        example = example or text
+    if not ids:
+        raise BadInput(f"{path}: {kind} without a caption")
+    counts = ", ".join(f"{n:,} {split}" for split, n in splits.items())
+    print(f"{path}: {kind}: {splits.total():,} captions ({counts}; {empty} empty) of {len(ids):,} "
+          f"images, the first: {example[:60]!r}")
+    return list(ids)
+
+
+def main(argv=None):
+    """python data.py check | vocab"""
+    parser = argparse.ArgumentParser(description="Look at data before a run does.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("check", help="say what files and stores are, and whether they fit")
+    p.add_argument("paths", nargs="+", help="feature stores, caption files, vocabularies (.txt)")
+    p = commands.add_parser("vocab", help="build a vocabulary from captions")
+    p.add_argument("captions", nargs="+", help="caption files")
+    p.add_argument("-o", "--out", required=True, help="the vocabulary to write, e.g. vocab.txt")
+    p.add_argument("--size", type=int, default=30522, help="most pieces (default: BERT's 30522)")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "check":
+            sys.exit(0 if check(args.paths) else 1)
+        texts = (text for path in args.captions for _, text in read_captions(path))
+        pieces = build_vocab(texts, args.size)
+        write_whole(args.out, lambda f: f.writelines(p + "\n" for p in pieces))
+        print(f"{args.out}: {len(pieces)} word pieces")
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

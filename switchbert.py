@@ -49,6 +49,7 @@ Map of the file
     5. Embeddings         words, regions and the global region
     6. The encoder        SwitchBert
     7. Heads              pretraining (MLM, MRC, ITM), VQA, retrieval, referring expressions
+    8. BERT weights       a Hugging Face folder, read into the encoder
 
     config = SwitchBertConfig.base()                       # 12 layers x 768
     model = SwitchBertForPretraining(config)
@@ -59,8 +60,11 @@ Where the paper is silent the code says ASSUMPTION An; the README lists all of t
 and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switches start).
 """
 
+import json
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -539,8 +543,10 @@ class SwitchBertForPretraining(nn.Module):
         # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word embeddings,
         # which therefore are the output matrix too; only the bias is new.
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.mrc_transform = Transform(config)
-        self.mrc_classifier = nn.Linear(config.hidden_size, config.num_region_classes)
+        # A parameter that no loss reaches would stop DistributedDataParallel: no classes, no head.
+        classes = config.num_region_classes
+        self.mrc_transform = Transform(config) if classes else nn.Identity()
+        self.mrc_classifier = nn.Linear(config.hidden_size, classes) if classes else nn.Identity()
         self.itm_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.itm_classifier = nn.Linear(config.pooler_size, 2)
         for head in (self.mlm_transform, self.mrc_transform, self.mrc_classifier,
@@ -660,3 +666,127 @@ class SwitchBertForReferring(nn.Module):
             input_ids, text_mask, region_features, region_boxes, region_mask, temperature)
         logits = self.classifier(out.region_states).squeeze(-1).float()  # (B, R)
         return logits.masked_fill(region_mask == 0, torch.finfo(logits.dtype).min), out
+
+
+# --- 8. BERT weights ------------------------------------------------------------------------------
+#
+# Name in Hugging Face's BERT -> name here. Both modalities share these weights (A6), and so start
+# as BERT's. Old files say gamma and beta for a LayerNorm's weight and bias.
+
+BERT_NAMES = {
+    r"embeddings\.(word|position|token_type)_embeddings\.": r"bert.text_embeddings.\1_embeddings.",
+    r"embeddings\.LayerNorm\.": "bert.text_embeddings.norm.",
+    r"encoder\.layer\.(\d+)\.attention\.self\.": r"bert.layers.\1.attention.",
+    r"encoder\.layer\.(\d+)\.attention\.output\.dense\.": r"bert.layers.\1.attention.dense.",
+    r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.": (
+        r"bert.layers.\1.attention_norm."),
+    r"encoder\.layer\.(\d+)\.intermediate\.dense\.": r"bert.layers.\1.intermediate.",
+    r"encoder\.layer\.(\d+)\.output\.dense\.": r"bert.layers.\1.output.",
+    r"encoder\.layer\.(\d+)\.output\.LayerNorm\.": r"bert.layers.\1.output_norm.",
+    r"cls\.predictions\.transform\.dense\.": "mlm_transform.0.",
+    r"cls\.predictions\.transform\.LayerNorm\.": "mlm_transform.2.",
+    r"cls\.predictions\.bias$": "mlm_bias",
+}
+# The sizes of config.json that must be the model's. Positions may be more in the file: cut off.
+BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size")
+
+
+def load_bert(model, folder):
+    """Start a model from a Hugging Face BERT folder (A6): (missing, unexpected) parameter names.
+
+    model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is one.
+    folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
+    missing: what the model has and the file does not (regions, gates, poolers, other heads).
+    unexpected: what the file has and the model does not use (its pooler, next-sentence head).
+    Raises ValueError, before anything is changed, if a size does not fit or a file is not whole.
+    """
+    folder = Path(folder)
+    inside = isinstance(model, SwitchBert)
+    _check_bert_config(folder / "config.json", model.config)
+    own, found, unexpected = model.state_dict(), {}, []
+    weights = _read_bert_weights(folder)
+    for name, tensor in weights.items():
+        here = _name_here(name)
+        here = here.removeprefix("bert.") if here and inside else here
+        if here and here.endswith("position_embeddings.weight"):
+            tensor = tensor[: model.config.max_position_embeddings]
+        if here not in own:
+            if not name.endswith(("position_ids", "predictions.decoder.weight", "decoder.bias")):
+                unexpected.append(name)
+        elif own[here].shape != tensor.shape:
+            raise ValueError(f"{folder}: {name} has the shape {tuple(tensor.shape)}, but "
+                f"this model needs {tuple(own[here].shape)}")
+        else:
+            found[here] = tensor
+    if not found:
+        raise ValueError(f"{folder}: none of its {len(weights)} weights has a name of BERT's")
+    model.load_state_dict(found, strict=False)
+    return [name for name in own if name not in found], unexpected
+
+
+def _check_bert_config(path, config):
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a Hugging Face BERT's config ({error})") from error
+    for size in BERT_SIZES:
+        if theirs.get(size) != getattr(config, size):
+            raise ValueError(f"{path}: {size} is {theirs.get(size)}, but this model has "
+                f"{getattr(config, size)}; choose a BERT of the model's size")
+    if theirs.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{path}: hidden_act is {theirs['hidden_act']!r}, this model has 'gelu'")
+
+
+def _name_here(name):
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
+    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    for theirs, ours in BERT_NAMES.items():
+        if re.match(theirs, name):
+            return re.sub(f"^{theirs}", ours, name)
+    return None
+
+
+def _read_bert_weights(folder):
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
+    path = folder / "pytorch_model.bin"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin here") from None
+    except Exception as error:  # torch.load raises whatever its zip reader or unpickler meets
+        raise ValueError(f"{path}: not a whole PyTorch file ({str(error)[:80]})") from error
+
+
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
+    JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
+
+    Everything that the header claims is checked against the file before it is used. Raises
+    ValueError.
+    """
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError(f"{path}: cut off, or no safetensors file (header of {length} bytes in a "
+            f"file of {len(data)})")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        return {name: _safetensor(data, 8 + length, **entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _safetensor(data, base, dtype, shape, data_offsets):
+    kind, (start, end) = SAFETENSORS_TYPES[dtype], data_offsets
+    count = math.prod(shape)
+    if not 0 <= start <= end <= len(data) - base or end - start != count * kind.itemsize:
+        raise ValueError(f"bytes {start} to {end} do not hold {shape} of {dtype}")
+    return torch.frombuffer(data, dtype=kind, count=count, offset=base + start).view(shape)

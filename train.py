@@ -50,11 +50,14 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,16 +71,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (HELD_OUT_SCENES, IGNORE, TRAIN_SCENES, BadInput, FeatureStore, PretrainingDataset,
-    Scene, WordPiece, build_vocab, collate, lengths_to_mask, normalise_boxes, pad, write_whole)
-from switchbert import MATCH, SwitchBertConfig, SwitchBertForPretraining, temperature
+    Scene, WordPiece, build_vocab, collate, lengths_to_mask, normalise_boxes, pad, read_captions,
+    write_whole)
+from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 
 # What the data decide unless a flag of the same name does. FULL is the paper's [supp. 2] and, where
 # it is silent, VOLTA's (A7). anneal: share of the run at which the temperature reaches 0.2; None is
 # the paper's rate, 1e-6 a pair (A5).
-TOY = dict(epochs=4, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
-FULL = dict(epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
+TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
 def parse_args(argv=None):
@@ -91,6 +95,10 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=int, help="use only so many pairs")
     p.add_argument("--switches", choices=["learned", "intra", "single", "dual", "late"],
         default="learned", help="learn the switches, or freeze them")
+    p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or the toy run's 4 "
+        "x 128; " + both["model"])
+    p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; default: "
+        "bert/ in the data folder if it is there")
     p.add_argument("--epochs", type=int, help=both["epochs"])
     p.add_argument("--batch", type=int, help="pairs a step, over all processes; " + both["batch"])
     p.add_argument("--lr", type=float, help="highest learning rate; " + both["lr"])
@@ -268,13 +276,51 @@ class Data:
     toy: bool
 
 
-def load_data(folder):
-    """The data of a folder, or of the toy world where it is None."""
+def load_data(folder, out, limit=None):
+    """The data of a folder, or of the toy world where it is None.
+
+    A folder holds features/ (a store), caption files (*.tsv, *.json, any number), and a vocabulary,
+    vocab.txt or that of bert/; where there is neither, one is built from the captions into `out`.
+    """
     if folder is None:
         with first_process_first():
             store, training, held_out, tokenizer = toy_world()
-        return Data("the toy world (no data/ here)", store, training, held_out, tokenizer, True)
-    raise BadInput(f"{folder}: reading a data folder is not written yet")
+        name = "the toy world (no data/ here)"
+        return Data(name, store, training[:limit], held_out, tokenizer, True)
+    store = FeatureStore(folder / "features")
+    training, held_out = split_captions(folder)
+    if limit:
+        training = training[:limit]
+    places = (folder / "vocab.txt", folder / "bert" / "vocab.txt")
+    vocab = next((p for p in places if p.exists()), None)
+    if vocab is None:
+        vocab = out / "vocab.txt"
+        with first_process_first():
+            if not vocab.exists():
+                out.mkdir(parents=True, exist_ok=True)
+                pieces = build_vocab(text for _, text in training)
+                write_whole(vocab, lambda f: f.writelines(p + "\n" for p in pieces))
+    return Data(str(folder), store, training, held_out, WordPiece(vocab), False)
+
+
+def split_captions(folder):
+    """(training, held-out) pairs of all caption files of a folder.
+
+    Held out are the `val` captions of files that have splits; if none has, those of 1 % of the
+    images (5 at least): the ones with the smallest crc32, whatever the files and their order.
+    At most 1,000 captions.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json"))
+    if not files:
+        raise BadInput(f"{folder}: no caption file here; expected *.tsv or *.json beside features/")
+    training = [pair for path in files for pair in read_captions(path, "train")]
+    held_out = [pair for path in files for pair in read_captions(path, "val")]
+    if not held_out:
+        ids = sorted({i for i, _ in training}, key=lambda i: (zlib.crc32(i.encode()), i))
+        chosen = set(ids[: max(5, len(ids) // 100)])
+        held_out = [pair for pair in training if pair[0] in chosen]
+        training = [pair for pair in training if pair[0] not in chosen]
+    return training, held_out[:1000]
 
 
 # --- 4. Optimisation ------------------------------------------------------------------------------
@@ -640,12 +686,16 @@ def _draw_panel(draw, place, name, modality, switches, font, big):
 # --- 7. The run -----------------------------------------------------------------------------------
 
 
-def toy_config(store, tokenizer, switches):
-    """The toy run's model: 4 layers x 128, under a million parameters. DEVIATION D2."""
-    return SwitchBertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4,
-        num_attention_heads=4, intermediate_size=256, max_position_embeddings=40, pooler_size=128,
-        switches=switches, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+def model_config(size, store, tokenizer, switches):
+    """The model of a run: the paper's, or the toy run's under a million parameters (DEVIATION D2).
+    """
+    known = dict(vocab_size=len(tokenizer), switches=switches,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
+    if size == "base":
+        return SwitchBertConfig.base(**known)
+    return SwitchBertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=40, pooler_size=128, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **known)
 
 
 def settle(args, data, checkpoint):
@@ -684,6 +734,12 @@ def temperature_rate(args, steps):
     return math.log(5.0 / 0.2) / (args.anneal * steps * args.batch)
 
 
+def summary(names):
+    """'bert.pooler (4), mrc_classifier (2)' for a list of parameter names."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", n).rsplit(".", 1)[0] for n in names)
+    return ", ".join(f"{n} ({k})" for n, k in counts.items()) or "nothing"
+
+
 def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group["lr"] = group["scale"] * rate
@@ -710,7 +766,7 @@ class Run:
     def __init__(self, args):
         self.args, self.started = args, time.time()
         folder = args.data or (Path("data") if Path("data").is_dir() else None)
-        self.data = load_data(folder)
+        self.data = load_data(folder, args.out, args.limit)
         say(f"training on {self.data.name}")
         self.path = args.out / "checkpoint.pt"
         checkpoint = load_checkpoint(self.path) if args.resume else None
@@ -718,26 +774,43 @@ class Run:
         store, tokenizer = self.data.store, self.data.tokenizer
         if checkpoint:
             check_fits(checkpoint, store)
-        captions = self.data.captions[: args.limit]
-        self.training = PretrainingDataset(store, captions, tokenizer, seed=args.seed)
+        self.training = PretrainingDataset(store, self.data.captions, tokenizer, seed=args.seed)
         self.held_out, self.whole = (
             PretrainingDataset(
                 store, self.data.held_out_captions, tokenizer, seed=args.seed + 1, masking=masking)
             for masking in (True, False)
         )
+        if not store.num_region_classes:
+            say(f"{store.folder} has no class distributions: training without MRC")
         if any(self.training.skipped.values()):
             say("left out: "
                 + ", ".join(f"{n} captions {k}" for k, n in self.training.skipped.items()))
         torch.manual_seed(args.seed)
         config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
-            else (toy_config(store, tokenizer, args.switches)))
-        self.model = SwitchBertForPretraining(config).to(device())
+            else model_config(args.model, store, tokenizer, args.switches))
+        self.model = SwitchBertForPretraining(config)
+        if not checkpoint:
+            self._start_from_bert(folder)
+        self.model.to(device())
         self.optimizer = make_optimizer(self.model, args.lr)
         self.step, self.losses, self.since = 0, torch.zeros(3), 0
         if checkpoint:
             self._restore(checkpoint)
         self.parts = Parts(
             len(self.training), args.batch, args.epochs, args.seed, args.accum, self.step)
+
+    def _start_from_bert(self, folder):
+        bert = self.args.bert
+        if bert is None and folder and (folder / "bert").is_dir():
+            bert = folder / "bert"
+        if bert is None:
+            return
+        try:
+            missing, unexpected = load_bert(self.model, bert)
+        except (ValueError, OSError) as error:
+            raise BadInput(str(error)) from error
+        say(f"started from {bert}; new in this model: {summary(missing)}; not used of BERT: "
+            f"{summary(unexpected)}")
 
     def _restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])

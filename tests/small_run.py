@@ -18,7 +18,7 @@ from data import FeatureStore, WordPiece  # noqa: E402
 CAPTIONS = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
 
 
-def load_data(folder):
+def load_data(*_):
     store, vocab = FeatureStore(os.environ["STORE"]), WordPiece(os.environ["VOCAB"])
     return train.Data("ten images", store, CAPTIONS, CAPTIONS, vocab, True)
 

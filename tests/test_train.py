@@ -78,7 +78,7 @@ def dataset(store, tokenizer):
 
 @pytest.fixture
 def model(store, tokenizer):
-    return SwitchBertForPretraining(train.toy_config(store, tokenizer, "learned"))
+    return SwitchBertForPretraining(train.model_config("small", store, tokenizer, "learned"))
 
 
 def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer):
@@ -175,7 +175,7 @@ def test_the_temperature_of_a_toy_run_reaches_its_floor_at_90_percent():
 def run(monkeypatch, store, tokenizer, tmp_path):
     """run(*flags): a whole run of 6 steps with the made-up store in the place of the toy world."""
     made_up = train.Data("ten images", store, CAPTIONS, CAPTIONS, tokenizer, True)
-    monkeypatch.setattr(train, "load_data", lambda folder: made_up)
+    monkeypatch.setattr(train, "load_data", lambda *_: made_up)
 
     def start(*flags):
         size = ["--batch", "10", "--epochs", "2", "--eval-every", "3"]
