@@ -703,7 +703,7 @@ def load_bert(model, folder):
     """
     folder = Path(folder)
     inside = isinstance(model, SwitchBert)
-    _check_bert_config(folder / "config.json", model.config)
+    check_bert_config(folder, model.config)
     own, found, unexpected = model.state_dict(), {}, []
     weights = _read_bert_weights(folder)
     for name, tensor in weights.items():
@@ -725,7 +725,9 @@ def load_bert(model, folder):
     return [name for name in own if name not in found], unexpected
 
 
-def _check_bert_config(path, config):
+def check_bert_config(folder, config):
+    """Raise ValueError unless the BERT of this folder has the sizes of a SwitchBertConfig."""
+    path = Path(folder) / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

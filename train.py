@@ -20,7 +20,7 @@ Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, p
 evaluates on scenes that nothing was trained on. What a run finds ready in runs/world/ it does not
 make again. It prints one line an evaluation:
 
-    step   500/1000  tau 0.84  loss mlm 0.79 mrc 2.46 itm 0.54 | words .663  match .922 | 75 s
+    step   500/1000  lr 5.6e-04  tau 0.84  loss mlm 0.80 mrc 2.43 itm 0.58 | words ...  match ...
 
 `words` is the share of masked word pieces that were predicted right, `match` the accuracy of
 image-text matching (chance: .50), both on held-out pairs with hard switches. At the end: retrieval
@@ -73,7 +73,8 @@ from tqdm import tqdm
 from data import (HELD_OUT_SCENES, IGNORE, TRAIN_SCENES, BadInput, FeatureStore, PretrainingDataset,
     Scene, WordPiece, build_vocab, collate, lengths_to_mask, normalise_boxes, pad, read_captions,
     write_whole)
-from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, load_bert, temperature)
+from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, check_bert_config,
+    load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 
@@ -151,6 +152,8 @@ def launch(work, args):
     try:
         while not context.join():
             pass
+    except mp.ProcessExitedException as error:  # ended by a signal, or by sys.exit
+        sys.exit(error.exit_code)
     except mp.ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
         if last.startswith("data.BadInput: "):
@@ -266,9 +269,8 @@ def toy_sentences():
 
 @dataclass
 class Data:
-    """What a run trains on: where it is, pairs as (image id, text), and the words."""
+    """What a run trains on: regions, pairs as (image id, text), and the words."""
 
-    name: str
     store: FeatureStore
     captions: list
     held_out_captions: list
@@ -285,8 +287,7 @@ def load_data(folder, out, limit=None):
     if folder is None:
         with first_process_first():
             store, training, held_out, tokenizer = toy_world()
-        name = "the toy world (no data/ here)"
-        return Data(name, store, training[:limit], held_out, tokenizer, True)
+        return Data(store, training[:limit], held_out, tokenizer, True)
     store = FeatureStore(folder / "features")
     training, held_out = split_captions(folder)
     if limit:
@@ -300,7 +301,7 @@ def load_data(folder, out, limit=None):
                 out.mkdir(parents=True, exist_ok=True)
                 pieces = build_vocab(text for _, text in training)
                 write_whole(vocab, lambda f: f.writelines(p + "\n" for p in pieces))
-    return Data(str(folder), store, training, held_out, WordPiece(vocab), False)
+    return Data(store, training, held_out, WordPiece(vocab), False)
 
 
 def split_captions(folder):
@@ -589,14 +590,16 @@ def load_checkpoint(path):
 CHECKPOINT_FORMAT = "switchbert-1"
 
 
-def check_fits(checkpoint, store):
-    """Raise BadInput if a store's regions are not of the kind that a checkpoint was trained on."""
+def check_fits(checkpoint, store, tokenizer):
+    """Raise BadInput if a checkpoint was trained on other regions or words than these."""
     for key in ("feature_size", "num_region_classes", "detector"):
         ours, theirs = checkpoint["store"][key], store.meta[key]
         if ours != theirs:
-            raise BadInput(
-                f"{store.folder}: its {key} is {theirs!r}, but the checkpoint was trained "
-                f"with {ours!r}; use the store that it was trained on, or start anew")
+            raise BadInput(f"{store.folder}: its {key} is {theirs!r}, but the checkpoint was "
+                f"trained with {ours!r}; use the store that it was trained on, or start anew")
+    if checkpoint["vocab"] != tokenizer.pieces:
+        raise BadInput(f"the vocabulary has {len(tokenizer)} pieces and is not the checkpoint's, "
+            f"of {len(checkpoint['vocab'])}; use the vocabulary that it was trained with")
 
 
 def append_row(path, row):
@@ -734,6 +737,21 @@ def temperature_rate(args, steps):
     return math.log(5.0 / 0.2) / (args.anneal * steps * args.batch)
 
 
+def bert_folder(args, data_folder):
+    """The BERT to start from: --bert, or bert/ in the data folder, or None."""
+    if args.bert is None and data_folder and (data_folder / "bert").is_dir():
+        return data_folder / "bert"
+    return args.bert
+
+
+def in_a_sentence(function, *args):
+    """function(*args); a ValueError or OSError of it is the user's to mend."""
+    try:
+        return function(*args)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+
+
 def summary(names):
     """'bert.pooler (4), mrc_classifier (2)' for a list of parameter names."""
     counts = Counter(re.sub(r"\.\d+\.", ".*.", n).rsplit(".", 1)[0] for n in names)
@@ -756,7 +774,7 @@ def about(args, data, model):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
         "numpy": np.__version__}
     return {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "data": data.name, "pairs": len(data.captions), "model": asdict(model.config),
+        "data": str(data.store.folder), "pairs": len(data.captions), "model": asdict(model.config),
         "versions": versions, "git_commit": commit, "processes": world_size()}
 
 
@@ -764,16 +782,22 @@ class Run:
     """A pretraining run: what is trained, how far it is, and what is written of it."""
 
     def __init__(self, args):
-        self.args, self.started = args, time.time()
+        self.args, self.started, self.path = args, time.time(), args.out / "checkpoint.pt"
         folder = args.data or (Path("data") if Path("data").is_dir() else None)
-        self.data = load_data(folder, args.out, args.limit)
-        say(f"training on {self.data.name}")
-        self.path = args.out / "checkpoint.pt"
+        say(f"training on {folder or 'the toy world (no data/ here)'}")
         checkpoint = load_checkpoint(self.path) if args.resume else None
+        if checkpoint:
+            args.limit = checkpoint["settings"]["limit"]
+        self.data = load_data(folder, args.out, args.limit)
         settle(args, self.data, checkpoint)
         store, tokenizer = self.data.store, self.data.tokenizer
         if checkpoint:
-            check_fits(checkpoint, store)
+            check_fits(checkpoint, store, tokenizer)
+        config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
+            else model_config(args.model, store, tokenizer, args.switches))
+        bert = None if checkpoint else bert_folder(args, folder)
+        if bert:
+            in_a_sentence(check_bert_config, bert, config)  # before anything large is built
         self.training = PretrainingDataset(store, self.data.captions, tokenizer, seed=args.seed)
         self.held_out, self.whole = (
             PretrainingDataset(
@@ -786,11 +810,11 @@ class Run:
             say("left out: "
                 + ", ".join(f"{n} captions {k}" for k, n in self.training.skipped.items()))
         torch.manual_seed(args.seed)
-        config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
-            else model_config(args.model, store, tokenizer, args.switches))
         self.model = SwitchBertForPretraining(config)
-        if not checkpoint:
-            self._start_from_bert(folder)
+        if bert:
+            missing, unexpected = in_a_sentence(load_bert, self.model, bert)
+            say(f"started from {bert}; new in this model: {summary(missing)}; not used of BERT: "
+                f"{summary(unexpected)}")
         self.model.to(device())
         self.optimizer = make_optimizer(self.model, args.lr)
         self.step, self.losses, self.since = 0, torch.zeros(3), 0
@@ -798,19 +822,6 @@ class Run:
             self._restore(checkpoint)
         self.parts = Parts(
             len(self.training), args.batch, args.epochs, args.seed, args.accum, self.step)
-
-    def _start_from_bert(self, folder):
-        bert = self.args.bert
-        if bert is None and folder and (folder / "bert").is_dir():
-            bert = folder / "bert"
-        if bert is None:
-            return
-        try:
-            missing, unexpected = load_bert(self.model, bert)
-        except (ValueError, OSError) as error:
-            raise BadInput(str(error)) from error
-        say(f"started from {bert}; new in this model: {summary(missing)}; not used of BERT: "
-            f"{summary(unexpected)}")
 
     def _restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
@@ -856,6 +867,7 @@ class Run:
         model = torch.compile(self.model, dynamic=True) if args.compile else self.model
         if dist.is_initialized():
             model = DistributedDataParallel(model)
+        self.resumed_at, self.done = time.time(), 0  # of this interval, for pairs per second
         loader = iter(
             DataLoader(self.training, batch_sampler=self.parts, collate_fn=collate,
                 num_workers=args.workers, pin_memory=torch.cuda.is_available())
@@ -868,7 +880,7 @@ class Run:
             tau = temperature(self.step * args.batch, rate=rate)
             batches = [next(loader) for _ in range(args.accum)]
             self.losses += self._guarded_step(model.train(), batches, tau)
-            self.step, self.since = self.step + 1, self.since + 1
+            self.step, self.since, self.done = self.step + 1, self.since + 1, self.done + 1
             bar.update()
             if self.step % args.eval_every == 0 or self.step == self.parts.steps:
                 self.evaluate(tau)
@@ -902,31 +914,30 @@ class Run:
 
     def evaluate(self, tau):
         """Measure; print one line and add one to metrics.csv."""
+        args, trained = self.args, time.time() - self.resumed_at
         self.measure()
-        seconds, args = time.time() - self.started, self.args
         row = dict(step=self.step, pairs=self.step * args.batch, temperature=tau,
-            lr=learning_rate(self.step - 1, self.parts.steps, args.lr), seconds=seconds,
-            pairs_per_second=(self.step - self.parts.first_step) * args.batch / seconds,
+            lr=learning_rate(self.step - 1, self.parts.steps, args.lr),
+            seconds=time.time() - self.started, pairs_per_second=self.done * args.batch / trained,
             **dict(zip(("mlm", "mrc", "itm"), (self.losses / self.since).tolist())), **self.scores)
-        self.losses, self.since = torch.zeros(3), 0
+        self.losses, self.since, self.done = torch.zeros(3), 0, 0
         if rank() == 0:
             append_row(args.out / "metrics.csv", row | switch_columns(self.switches))
+            draw_switches(args.out / "switches.png", self.switches,
+                f"What every layer of this Switch-BERT chose, after {self.step} steps")
         line = (
-            "step {step:5d}/{steps}  tau {temperature:.2f}  loss mlm {mlm:.2f} mrc {mrc:.2f} itm "
-            "{itm:.2f} | words {mlm_accuracy:.3f}  match {itm_accuracy:.3f} | {seconds:.0f} s")
+            "step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  loss mlm {mlm:.2f} mrc "
+            "{mrc:.2f} itm {itm:.2f} | words {mlm_accuracy:.3f}  match {itm_accuracy:.3f} | "
+            "{pairs_per_second:.0f} pairs/s, {seconds:.0f} s")
         say(line.format(**row, steps=self.parts.steps))
+        self.resumed_at = time.time()
 
     def finish(self):
-        """The picture, zero-shot retrieval, and in the toy world what words alone give."""
-        if rank() == 0:
-            draw_switches(self.args.out / "switches.png", self.switches,
-                "What every layer of this Switch-BERT chose")
-        first = dict(
-            reversed(
-                [(i, text) for i, text in self.data.held_out_captions
-                    if self.data.store.row(i) is not None]
-            )
-        )  # the first caption of each
+        """Zero-shot retrieval, and in the toy world what words alone give."""
+        first = {}  # the first held-out caption of each image
+        for image_id, text in self.data.held_out_captions:
+            if self.data.store.row(image_id) is not None:
+                first.setdefault(image_id, text)
         ids = sorted(first, key=str)[:100]
         scores = match_scores(
             self.model, self.data.store, self.data.tokenizer, [first[i] for i in ids], ids)

@@ -20,7 +20,7 @@ CAPTIONS = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", 
 
 def load_data(*_):
     store, vocab = FeatureStore(os.environ["STORE"]), WordPiece(os.environ["VOCAB"])
-    return train.Data("ten images", store, CAPTIONS, CAPTIONS, vocab, True)
+    return train.Data(store, CAPTIONS, CAPTIONS, vocab, True)
 
 
 train.load_data = load_data

@@ -174,7 +174,7 @@ def test_the_temperature_of_a_toy_run_reaches_its_floor_at_90_percent():
 @pytest.fixture
 def run(monkeypatch, store, tokenizer, tmp_path):
     """run(*flags): a whole run of 6 steps with the made-up store in the place of the toy world."""
-    made_up = train.Data("ten images", store, CAPTIONS, CAPTIONS, tokenizer, True)
+    made_up = train.Data(store, CAPTIONS, CAPTIONS, tokenizer, True)
     monkeypatch.setattr(train, "load_data", lambda *_: made_up)
 
     def start(*flags):
@@ -255,11 +255,14 @@ def test_what_makes_a_run_cannot_change_when_it_is_resumed(run, tmp_path):
             run("--resume", *flags)
 
 
-def test_a_store_of_other_regions_is_refused_with_both_sides_named(store):
+def test_a_store_of_other_regions_is_refused_and_both_sides_named(store, tokenizer):
     ours = {"feature_size": 2048, "num_region_classes": 1601, "detector": "vg"}
     with pytest.raises(BadInput, match="feature_size is 12, but .* trained with 2048"):
-        train.check_fits({"store": ours}, store)
-    train.check_fits({"store": {k: store.meta[k] for k in ours}}, store)
+        train.check_fits({"store": ours, "vocab": []}, store, tokenizer)
+    ours = {k: store.meta[k] for k in ours}
+    train.check_fits({"store": ours, "vocab": tokenizer.pieces}, store, tokenizer)
+    with pytest.raises(BadInput, match="is not the checkpoint's, of 1"):
+        train.check_fits({"store": ours, "vocab": ["x"]}, store, tokenizer)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pairs(run, tmp_path, monkeypatch):
