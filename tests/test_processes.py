@@ -112,6 +112,8 @@ def test_a_run_of_two_processes_is_resumed_by_one(start, undisturbed, tmp_path):
     finish(start(tmp_path, "--accum", 2, "--resume"))
     expected, found = weights(undisturbed), weights(tmp_path)
     assert column(tmp_path, "step") == column(undisturbed, "step")
+    one, two = (list(map(float, column(out, "mlm"))) for out in (undisturbed, tmp_path))
+    assert one == pytest.approx(two, rel=1e-3)  # also of the interval in which it was stopped
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-4)
 

@@ -36,6 +36,6 @@ def test_every_script_is_in_the_table():
     assert {name for name, _ in rows} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("line", re.findall(r"python train\.py[^\n`#|]*", README))
+@pytest.mark.parametrize("line", re.findall(r"python train\.py[^\n`#|)]*", README))
 def test_commands_of_the_readme_are_understood(line):
     train.parse_args(shlex.split(line)[2:])
