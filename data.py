@@ -293,6 +293,8 @@ def _merge(parts, pair, merged):
 # code.
 
 STORE_VERSION = 1
+STORE_KEYS = ("complete", "num_images", "num_regions", "feature_size", "num_region_classes",
+    "class_names", "detector", "id_bytes")
 BACKGROUND = 0  # ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and
 #                    torchvision do so; detectron2 ports put it last.
 
@@ -474,6 +476,7 @@ def _read_store_json(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["version"]
+        _ = [meta[key] for key in STORE_KEYS]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a feature store's description ({error!r})") from error
     if version != STORE_VERSION:
@@ -532,7 +535,7 @@ def normalise_boxes(boxes, size):
 #                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
 #
 # A picture of Conceptual Captions has no id but its link: its id is crc32(url), as in VOLTA's
-# files.
+# files. Of 3.3 million links about 1,300 pairs share one: the second picture stays out of a store.
 
 
 def read_captions(path, split=None):

@@ -25,9 +25,10 @@ Map of the file
     2. Regions               which boxes of a picture are kept, and what is stored of them
     3. A store of scenes     what `train.py` calls when there is no other data
 
-The same steps with the toy detector take about two minutes on two CPU cores:
+`python train.py` runs these steps where it finds no other data, in about two minutes on two CPU
+cores, and prints how good the detector is on scenes that it was not trained on:
 
-    python extract_features.py -o runs/toy
+    detector: trained in 86 s; things in 200 held-out scenes 1.000 found at IoU .5, ...
 
 DEVIATION D1: the toy world's detector is small and trained here; it keeps 8 regions, not 36, since
 a scene has 6 things at most.

@@ -20,7 +20,7 @@ Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, p
 evaluates on scenes that nothing was trained on. What a run finds ready in runs/world/ it does not
 make again. It prints one line an evaluation:
 
-    step   500/1000  lr 5.6e-04  tau 0.84  loss mlm 0.80 mrc 2.43 itm 0.58 | words ...  match ...
+    step   450/900  lr 5.6e-04  tau 0.84  loss mlm 0.80 mrc 2.43 itm 0.58 | words ...  match ...
 
 `words` is the share of masked word pieces that were predicted right, `match` the accuracy of
 image-text matching (chance: .50), both on held-out pairs with hard switches. At the end: retrieval
@@ -81,7 +81,7 @@ from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, check
 # What the data decide unless a flag of the same name does. FULL is the paper's [supp. 2] and, where
 # it is silent, VOLTA's (A7). anneal: share of the run at which the temperature reaches 0.2; None is
 # the paper's rate, 1e-6 a pair (A5).
-TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
@@ -236,7 +236,7 @@ class Stop:
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
 
 
-def toy_world(folder=Path("runs/world"), num_scenes=4000):
+def toy_world(folder=Path("runs/world"), num_scenes=3600):
     """(store, training captions, held-out captions, tokenizer) of the toy world, made where it is
     missing.
 
@@ -602,6 +602,16 @@ def check_fits(checkpoint, store, tokenizer):
             f"of {len(checkpoint['vocab'])}; use the vocabulary that it was trained with")
 
 
+def keep_earlier_run(folder):
+    """Another run's results in the folder of a new one move aside, to the first free name."""
+    if (folder / "checkpoint.pt").exists():
+        aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}-{n}")).exists())
+        folder.rename(aside)
+        say(f"the run that was in {folder} is now in {aside}")
+    else:
+        (folder / "metrics.csv").unlink(missing_ok=True)  # of a run that never saved anything
+
+
 def append_row(path, row):
     """Add a line to a CSV; the first one brings the header."""
     new = not path.exists()
@@ -851,9 +861,9 @@ class Run:
         """Make the folder of the results, and say what will be done."""
         args, steps = self.args, self.parts.steps
         if rank() == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                (args.out / "metrics.csv").unlink(missing_ok=True)
+                keep_earlier_run(args.out)
+            args.out.mkdir(parents=True, exist_ok=True)
             config = about(args, self.data, self.model)
             write_whole(args.out / "config.json", lambda f: json.dump(config, f, indent=1))
         parameters = sum(p.numel() for p in self.model.parameters())

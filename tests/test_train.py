@@ -220,6 +220,16 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
+def test_a_new_run_moves_an_earlier_one_aside(run, tmp_path, capsys):
+    run()
+    first = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    run("--seed", "1")
+    run("--seed", "2")
+    assert f"{tmp_path}/run is now in {tmp_path}/run-2" in capsys.readouterr().out
+    assert (tmp_path / "run-1" / "checkpoint.pt").read_bytes() == first
+    assert (tmp_path / "run-2" / "metrics.csv").exists()
+
+
 def test_a_checkpoint_that_is_cut_off_is_recognised_and_the_one_before_used(run, tmp_path, capsys):
     run()
     path = tmp_path / "run" / "checkpoint.pt"
