@@ -13,7 +13,8 @@ import train
 from data import BadInput, FeatureStore, read_captions
 from switchbert import SwitchBertConfig, SwitchBertForPretraining
 
-URL = "http://lh6.ggpht.com/-IvRtNLNcG8o/TpFyrudaT6I/AAAAAAAAM6o/_11MuAAKalQ/IMG_3422.JPG?imgmax=800"
+URL = ("http://lh6.ggpht.com/-IvRtNLNcG8o/TpFyrudaT6I/AAAAAAAAM6o/_11MuAAKalQ/"
+       "IMG_3422.JPG?imgmax=800")
 ID = str(zlib.crc32(URL.encode()) & 0xFFFFFFFF)
 COCO = {"info": {}, "licenses": [],
     "images": [{"id": 57870, "file_name": "COCO_train2014_000000057870.jpg", "height": 480}],
