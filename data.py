@@ -295,8 +295,8 @@ def _merge(parts, pair, merged):
 STORE_VERSION = 1
 STORE_KEYS = ("complete", "num_images", "num_regions", "feature_size", "num_region_classes",
     "class_names", "detector", "id_bytes")
-BACKGROUND = 0  # ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and
-#                    torchvision do so; detectron2 ports put it last.
+# ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and
+# torchvision do so; detectron2 ports put it last.
 
 
 class FeatureStore:

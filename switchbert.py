@@ -63,7 +63,7 @@ and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switch
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -513,7 +513,6 @@ class PretrainingOutput:
     correct: torch.Tensor
     match_probability: torch.Tensor
     encoder: SwitchBertOutput
-    names: tuple = field(default=("mlm", "mrc", "itm"))
 
     @property
     def losses(self):
