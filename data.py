@@ -175,13 +175,23 @@ class WordPiece:
             raise BadInput(
                 f"{vocab_file}: cannot be read as a vocabulary ({error}); expected a text file "
                 "with one word piece a line") from error
-        self.pieces = [
-            line.rstrip("\r") for line in lines[:-1] + ([lines[-1]] if lines[-1] else [])]
+        self._take([line.rstrip("\r") for line in lines[:-1] + ([lines[-1]] if lines[-1] else [])],
+            vocab_file)
+
+    @classmethod
+    def of_pieces(cls, pieces, source="the checkpoint's vocabulary"):
+        """A tokenizer from a list of pieces, such as a checkpoint holds."""
+        self = cls.__new__(cls)
+        self._take(pieces, source)
+        return self
+
+    def _take(self, pieces, source):
+        self.pieces = pieces
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [s for s in SPECIALS if s not in self.ids]
         if missing:
             raise BadInput(
-                f"{vocab_file}: expected BERT's vocabulary with {' '.join(SPECIALS)}, found no "
+                f"{source}: expected BERT's vocabulary with {' '.join(SPECIALS)}, found no "
                 f"{' '.join(missing)} among its {len(self.pieces)} lines")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             self.ids[s] for s in SPECIALS)
@@ -521,6 +531,20 @@ def normalise_boxes(boxes, size):
     out[:, :4] = np.clip(boxes / np.array([width, height, width, height], dtype=np.float32), 0, 1)
     out[:, 4] = (out[:, 2] - out[:, 0]) * (out[:, 3] - out[:, 1])
     return out
+
+
+def region_inputs(store, image_id, blank=False):
+    """What the encoder reads of an image: region_features (n, F), region_boxes (n, 5) as numpy.
+
+    Of an image without features, or if blank, none: n = 0, and the model has the words alone.
+    """
+    row = None if blank else store.row(image_id)
+    if row is None:
+        return dict(region_features=np.zeros((0, store.feature_size), np.float32),
+            region_boxes=np.zeros((0, 5), np.float32))
+    record = store[row]
+    return dict(region_features=record["features"],
+        region_boxes=normalise_boxes(record["boxes"], record["size"]))
 
 
 # --- 4. Captions ----------------------------------------------------------------------------------
@@ -968,7 +992,7 @@ def pad(arrays, value=0):
     """Stack arrays that differ in length: (B, longest, ...) filled up with `value`. As a torch
     tensor.
     """
-    longest = max(len(a) for a in arrays)
+    longest = max(1, *(len(a) for a in arrays))
     out = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
     for row, array in zip(out, arrays):
         row[: len(array)] = array
@@ -980,6 +1004,23 @@ def lengths_to_mask(arrays):
     return pad([np.ones(len(a), dtype=np.int64) for a in arrays])
 
 
+def model_inputs(examples):
+    """What the encoder reads, padded to the longest of these examples: input_ids, text_mask (B, T);
+    region_features (B, R, F), region_boxes (B, R, 5), region_mask (B, R).
+
+    An example may have no region at all; a batch has at least one place for one.
+    """
+    ids, features, boxes = (
+        [e[name] for e in examples] for name in ("input_ids", "region_features", "region_boxes"))
+    return dict(
+        input_ids=pad(ids),  # [PAD] is id 0 in every BERT vocabulary
+        text_mask=lengths_to_mask(ids),
+        region_features=pad(features),
+        region_boxes=pad(boxes),
+        region_mask=lengths_to_mask(boxes),
+    )
+
+
 def collate(examples):
     """A batch from examples of PretrainingDataset, padded to the longest of this batch, no further.
 
@@ -989,14 +1030,10 @@ def collate(examples):
     (B,).
     """
     columns = {name: [e[name] for e in examples] for name in examples[0]}
-    targets = columns.pop("mrc_targets")
+    targets = columns["mrc_targets"]
     return dict(
-        input_ids=pad(columns["input_ids"]),  # [PAD] is id 0 in every BERT vocabulary
-        text_mask=lengths_to_mask(columns["input_ids"]),
+        **model_inputs(examples),
         mlm_labels=pad(columns["mlm_labels"], IGNORE),
-        region_features=pad(columns["region_features"]),
-        region_boxes=pad(columns["region_boxes"]),
-        region_mask=lengths_to_mask(columns["region_boxes"]),
         mrc_mask=pad(columns["mrc_mask"], False),
         mrc_targets=None if targets[0] is None else torch.from_numpy(np.concatenate(targets)),
         itm_labels=torch.tensor(columns["itm_labels"]),

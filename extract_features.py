@@ -40,6 +40,7 @@ from collections import OrderedDict
 
 import torch
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -175,10 +176,23 @@ def regions(model, images, num_regions):
     probs = model.roi_heads.box_predictor(features)[0].softmax(dim=-1)  # (B P, C)
     counts = [len(p) for p in proposals]
     found = []
-    for boxes, f, p in zip(proposals, features.split(counts), probs.split(counts)):
+    for image, size, boxes, f, p in zip(
+            images, prepared.image_sizes, proposals, features.split(counts), probs.split(counts)):
         kept = select_regions(boxes, p, num_regions)
-        found.append((boxes[kept], f[kept], p[kept]))
+        (h, w), (height, width) = size, image.shape[1:]  # as the detector saw it, as it is
+        boxes = boxes[kept] * boxes.new_tensor([width / w, height / h, width / w, height / h])
+        found.append((boxes, f[kept], p[kept]))
     return found
+
+
+def picture_regions(model, path, num_regions):
+    """A picture file's (PIL image, boxes (n, 4), features (n, F)), as numpy. Raises BadInput."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as a picture ({error})") from error
+    boxes, features, _ = regions(model, [pil_to_tensor(image) / 255], num_regions)[0]
+    return image, boxes.numpy(), features.numpy()
 
 
 def select_regions(boxes, probs, most, least=1, confidence=0.2, overlap=0.3):

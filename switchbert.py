@@ -636,6 +636,22 @@ class SwitchBertForRetrieval(nn.Module):
             nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.pooler_size, 1))
         init_weights(self.classifier, config.initializer_range)
 
+    @classmethod
+    def from_pretraining(cls, config, weights):
+        """A model that starts where pretraining ended; weights: its state dict.
+
+        The score is then the matching head's log odds of MATCH: log p1 / p0 = logit_1 - logit_0,
+        a linear layer whose weights are the difference of the two rows. So the model ranks before
+        it is finetuned (zero-shot retrieval), and finetuning need not begin anew. UNITER starts its
+        ranking layer from the row of MATCH alone.
+        """
+        model = cls(config)
+        for name in ("weight", "bias"):
+            rows = weights[f"itm_classifier.{name}"]
+            weights = weights | {f"classifier.1.{name}": (rows[MATCH] - rows[MISMATCH])[None]}
+        model.load_state_dict({k: weights[k] for k in model.state_dict()})
+        return model
+
     def forward(self, *inputs, **named):
         out = self.bert(*inputs, **named)
         return self.classifier(out.pooled).squeeze(-1), out

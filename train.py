@@ -59,6 +59,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (HELD_OUT_SCENES, IGNORE, TRAIN_SCENES, BadInput, FeatureStore, PretrainingDataset,
-    Scene, WordPiece, build_vocab, collate, lengths_to_mask, normalise_boxes, pad, read_captions,
-    write_whole)
-from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, check_bert_config,
-    load_bert, temperature)
+    Scene, WordPiece, build_vocab, collate, model_inputs, read_captions, region_inputs, write_whole)
+from switchbert import (MATCH, SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval,
+    check_bert_config, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 
@@ -90,23 +90,30 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(
         description="Pretrain Switch-BERT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     both = {k: f"toy world: {TOY[k]}, data folder: {FULL[k]}" for k in TOY}
-    p.add_argument("--out", type=Path, default="runs/pretrain", help="folder of the results")
     p.add_argument("--data", type=Path, help="folder with features/ and captions; default: data/ "
         "if there is one, otherwise the toy world")
-    p.add_argument("--limit", type=int, help="use only so many pairs")
     p.add_argument("--switches", choices=["learned", "intra", "single", "dual", "late"],
         default="learned", help="learn the switches, or freeze them")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or the toy run's 4 "
         "x 128; " + both["model"])
     p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; default: "
         "bert/ in the data folder if it is there")
+    add_run_flags(p, Path("runs/pretrain"), both)
+    return p.parse_args(argv)
+
+
+def add_run_flags(p, out, both):
+    """The flags of every training; both: for each setting that the data decide, its values."""
+    p.add_argument("--out", type=Path, default=out, help="folder of the results")
+    p.add_argument("--limit", type=int, help="train on only so many examples")
     p.add_argument("--epochs", type=int, help=both["epochs"])
-    p.add_argument("--batch", type=int, help="pairs a step, over all processes; " + both["batch"])
+    p.add_argument("--batch", type=int,
+        help="examples a step, over all processes; " + both["batch"])
     p.add_argument("--lr", type=float, help="highest learning rate; " + both["lr"])
     p.add_argument("--eval-every", type=int,
         help="steps between evaluations and checkpoints; " + both["eval_every"])
     p.add_argument("--anneal", type=float, help="share of the run at which the temperature reaches "
-        "0.2; " + both["anneal"] + " (the paper's 1e-6 a pair)")
+        "0.2; " + both["anneal"] + " (None: the paper's 1e-6 an example)")
     p.add_argument("--seed", type=int, default=0, help="all randomness follows from it")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--gpus", type=int, default=1, help="processes, one a GPU; without GPUs on CPU")
@@ -115,11 +122,9 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=0, help="loading processes for each process")
     p.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where a GPU has it")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--threads", type=int,
-        help="CPU threads of each process; default: all cores. On "
-        "a machine that is busy with something else use 1: a second thread that must wait "
-        "for a core makes every operation wait")
-    return p.parse_args(argv)
+    p.add_argument("--threads", type=int, help="CPU threads of each process; default: all cores. "
+        "On a machine that is busy with something else use 1: a second thread that must wait for a "
+        "core makes every operation wait")
 
 
 def available_cores():
@@ -400,34 +405,27 @@ def to_device(batch):
         k: v.to(device(), non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def targets_of(batch):
-    """(3,): what the losses are means of: masked pieces and regions of matches, and pairs."""
-    match = batch["itm_labels"] == MATCH
-    regions = (batch["mrc_mask"] & match[:, None]).sum() if batch["mrc_targets"] is not None else 0
-    pieces = ((batch["mlm_labels"] != IGNORE) & match[:, None]).sum()
-    return torch.tensor([int(pieces), int(regions), len(match)], dtype=torch.float32)
+def train_step(task, model, optimizer, batches, part_numbers, seed, step, tau, autocast):
+    """One optimiser step on this process's parts of the batch; the mean losses.
 
-
-def train_step(model, optimizer, batches, part_numbers, seed, step, tau, autocast):
-    """One optimiser step on this process's parts of the batch; the three mean losses (3,).
-
-    The mean is over what is masked in the *whole* batch. Processes and parts hold different numbers
-    of masked places, so a mean of their means would weigh places unequally, and differently for
-    another number of processes: their sums are divided by the common count instead.
+    task: a Run, or its class, of which counts, sums and clip are used. The mean is over what is
+    masked in the *whole* batch. Processes and parts hold different numbers of masked places, so a
+    mean of their means would weigh places unequally, and differently for another number of
+    processes: their sums are divided by the common count instead.
     """
-    counts = total(sum(targets_of(b) for b in batches)).clamp(min=1)
+    counts = total(sum(task.counts(b) for b in batches)).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(3, device=device())
+    sums = torch.zeros(len(counts), device=device())
     for i, (number, batch) in enumerate(zip(part_numbers, batches)):
         torch.manual_seed(int(np.random.default_rng([seed, step, number]).integers(2**63)))
         last = i == len(batches) - 1 or not isinstance(model, DistributedDataParallel)
         with contextlib.nullcontext() if last else model.no_sync(), autocast:
-            out = model(**to_device(batch), temperature=tau)
+            part = task.sums(model, to_device(batch), tau)
             # DistributedDataParallel averages gradients over processes; the losses are to be added.
-            (world_size() * (out.sums / counts.to(out.sums)).sum()).backward()
-        sums += out.sums.detach()
+            (world_size() * (part / counts.to(part)).sum()).backward()
+        sums += part.detach()
     losses = total(sums).cpu() / counts.cpu()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
     if not (losses.isfinite().all() and norm.isfinite()):
         raise FloatingPointError(losses)
     optimizer.step()
@@ -445,52 +443,56 @@ def evaluate(model, dataset, batch_size=200, look=None):
     its share of the batches, and what is added up is counts, so that the shares need not be equal.
     """
     model.eval()
-    sums = counts = correct = modes = depths = 0
+    found = torch.zeros(8 + num_switches(model.config), device=device())
     for start in range(rank() * batch_size, len(dataset), world_size() * batch_size):
         batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         out = model(**to_device(look(batch) if look else batch))
-        sums, counts, correct = sums + out.sums, counts + out.counts, correct + out.correct
-        modes = modes + out.encoder.modes.sum(dim=0)  # (layers, 2, 3)
-        layers = torch.cat(
-            [d.sum(dim=0) for d in out.encoder.depths], dim=1)  # (2, 1 + ... + layers)
-        depths = depths + layers
-    n, layers = len(dataset), model.config.num_hidden_layers
-    shapes = {"sums": (3,), "counts": (3,), "correct": (2,), "modes": (layers, 2, 3),
-        "depths": (2, layers * (layers + 1) // 2)}
-    # A process without a share has only zeros to add.
-    found = {k: total(torch.zeros(shape, device=device()) + value).cpu()
-        for (k, shape), value in zip(shapes.items(), (sums, counts, correct, modes, depths))}
-    scores = dict(
-        zip(("val_mlm", "val_mrc", "val_itm"),
-            (found["sums"] / found["counts"].clamp(min=1)).tolist())
-    )
-    words, matches = (found["correct"] / found["counts"][[0, 2]].clamp(min=1)).tolist()
-    each = (found["depths"] / n).split([*range(1, layers + 1)], dim=1)  # (2, l+1) for each layer
+        found += torch.cat([out.sums, out.counts, out.correct, switch_sums(out.encoder)])
+    found = total(found).cpu()
+    sums, counts, correct = found[:8].split([3, 3, 2])
+    scores = dict(zip(("val_mlm", "val_mrc", "val_itm"), (sums / counts.clamp(min=1)).tolist()))
+    words, matches = (correct / counts[[0, 2]].clamp(min=1)).tolist()
     return ({**scores, "mlm_accuracy": words, "itm_accuracy": matches},
-        {"modes": (found["modes"] / n).tolist(), "depths": [d.tolist() for d in each]})
+        switch_shares(found[8:] / len(dataset), model.config))
+
+
+def num_switches(config):
+    """How many numbers say what all switches chose: 2 x 3 modes and 2 x (l + 1) depths a layer."""
+    return sum(2 * 3 + 2 * (layer + 1) for layer in range(config.num_hidden_layers))
+
+
+def switch_sums(out):
+    """(num_switches,): what the switches chose, added up over a batch; out: SwitchBertOutput."""
+    each = [out.modes.sum(dim=0), *(d.sum(dim=0) for d in out.depths)]  # (layers, 2, 3), (2, l+1)
+    return torch.cat([x.flatten() for x in each])
+
+
+def switch_shares(sums, config):
+    """switch_sums as lists: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}"""
+    layers = config.num_hidden_layers
+    modes, *depths = sums.split([6 * layers, *(2 * (layer + 1) for layer in range(layers))])
+    return {"modes": modes.view(layers, 2, 3).tolist(),
+        "depths": [d.view(2, -1).tolist() for d in depths]}
 
 
 @torch.no_grad()
-def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, batch_size=500):
-    """(texts, images): the pretrained head's log odds that text i and image j match.
+def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
+    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the whole model; the processes share the pairs.
+    Every pair goes through the whole model: one text with all of these images is a batch. The
+    processes share the texts. temperature: as in the model, None for hard switches.
     """
     model.eval()
-    rows = [store[store.row(i)] for i in image_ids]
-    images = dict(region_features=pad([r["features"] for r in rows]),
-        region_boxes=pad([normalise_boxes(r["boxes"], r["size"]) for r in rows]),
-        region_mask=lengths_to_mask([r["boxes"] for r in rows]))
-    ids = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
-    words = dict(input_ids=pad(ids), text_mask=lengths_to_mask(ids))
-    scores = torch.zeros(len(texts) * len(rows), device=device())
-    chunks = torch.arange(len(scores)).split(batch_size)[rank() :: world_size()]
-    for chunk in tqdm(chunks, desc="scoring pairs", leave=False, disable=quiet()):
-        text, image = chunk // len(rows), chunk % len(rows)
-        batch = {k: v[text] for k, v in words.items()} | {k: v[image] for k, v in images.items()}
-        logits = model.itm_logits(model.bert(**to_device(batch)).pooled).float()
-        scores[chunk.to(device())] = logits[:, MATCH] - logits[:, 1 - MATCH]
-    return total(scores).cpu().view(len(texts), len(rows))
+    none = np.zeros(0, dtype=np.int64)
+    images = to_device(model_inputs([dict(region_inputs(store, i), input_ids=none)
+        for i in image_ids]))
+    scores = torch.zeros(len(texts), len(image_ids), device=device())
+    for i in range(rank(), len(texts), world_size()):
+        ids = torch.tensor(tokenizer.encode(texts[i], max_tokens), device=device())
+        words = ids.expand(len(image_ids), -1)  # (images, T)
+        batch = images | dict(input_ids=words, text_mask=torch.ones_like(words))
+        scores[i] = model(**batch, temperature=temperature)[0].float()
+    return total(scores).cpu()
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -539,8 +541,8 @@ def text_only_accuracy(config, training, held_out, args, steps=150):
         set_learning_rate(optimizer, learning_rate(step, steps, args.lr))
         batches = [
             without_pictures(collate([training[k] for k in part])) for part in parts.keys(step)]
-        train_step(model.train(), optimizer, batches, parts.numbers(), args.seed, step, 1.0,
-            autocast_for(args))
+        train_step(Pretraining, model.train(), optimizer, batches, parts.numbers(), args.seed, step,
+            1.0, autocast_for(args))
     return evaluate(model, held_out, look=without_pictures)[0]["mlm_accuracy"]
 
 
@@ -587,14 +589,19 @@ def load_checkpoint(path):
     raise BadInput("; ".join(problems))
 
 
-CHECKPOINT_FORMAT = "switchbert-1"
+CHECKPOINT_FORMAT = "switchbert-2"
+# What a checkpoint says of the regions that it was trained on.
+STORE_FACTS = ("feature_size", "detector", "num_region_classes", "class_names")
 
 
 def check_fits(checkpoint, store, tokenizer):
     """Raise BadInput if a checkpoint was trained on other regions or words than these."""
-    for key in ("feature_size", "num_region_classes", "detector"):
+    for key in STORE_FACTS:
         ours, theirs = checkpoint["store"][key], store.meta[key]
         if ours != theirs:
+            if key == "class_names":  # 1,600 names fit no sentence: the first that differs
+                at = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if len({*pair}) > 1)
+                key, ours, theirs = f"class {at}", *([*x, None][at] for x in (ours, theirs))
             raise BadInput(f"{store.folder}: its {key} is {theirs!r}, but the checkpoint was "
                 f"trained with {ours!r}; use the store that it was trained on, or start anew")
     if checkpoint["vocab"] != tokenizer.pieces:
@@ -645,7 +652,7 @@ MODE_COLOURS = {"own kind only": (66, 114, 196), "other kind only": (237, 125, 4
     "both together": (112, 173, 71)}
 
 
-def draw_switches(path, switches, title):
+def switches_picture(switches, title):
     """A picture of what every layer chose: whom text and vision attend to, which depth they read.
 
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples,
@@ -668,7 +675,7 @@ def draw_switches(path, switches, title):
     for modality, name in enumerate(("text", "vision")):
         _draw_panel(
             draw, (modality * panel, top, cell, bar, left), name, modality, switches, font, big)
-    write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
+    return image
 
 
 def _draw_panel(draw, place, name, modality, switches, font, big):
@@ -711,13 +718,13 @@ def model_config(size, store, tokenizer, switches):
         attention_probs_dropout_prob=0.0, **known)
 
 
-def settle(args, data, checkpoint):
-    """Fill in what the user left open: from the checkpoint of a resumed run, or from the data.
+def settle(args, defaults, checkpoint, fixed=("seed", "switches", "limit")):
+    """Fill in what the user left open: from the checkpoint of a resumed run, or from the defaults.
 
     Settings that make the run what it is cannot change on the way; what only says how it is
     computed (--gpus, --accum, --workers, ...) can.
     """
-    for key, value in (TOY if data.toy else FULL).items():
+    for key, value in defaults.items():
         given = getattr(args, key)
         saved = checkpoint["settings"][key] if checkpoint else value
         if checkpoint and given is not None and given != saved:
@@ -728,7 +735,7 @@ def settle(args, data, checkpoint):
             args, key, value if given is None and not checkpoint else saved if checkpoint else given
         )
     if checkpoint:
-        for key in ("seed", "switches", "limit"):
+        for key in fixed:
             setattr(args, key, checkpoint["settings"][key])
     if args.precision is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -740,11 +747,11 @@ def autocast_for(args):
     return torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def temperature_rate(args, steps):
+def temperature_rate(args, steps, initial=5.0):
     """The temperature's decay per pair (A5)."""
     if args.anneal is None:
         return 1e-6
-    return math.log(5.0 / 0.2) / (args.anneal * steps * args.batch)
+    return math.log(initial / 0.2) / (args.anneal * max(1, steps) * args.batch)
 
 
 def bert_folder(args, data_folder):
@@ -773,7 +780,7 @@ def set_learning_rate(optimizer, rate):
         group["lr"] = group["scale"] * rate
 
 
-def about(args, data, model):
+def about(args, store, examples, model):
     """Everything that config.json says of a run."""
     try:
         commit = subprocess.run(
@@ -784,54 +791,35 @@ def about(args, data, model):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
         "numpy": np.__version__}
     return {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "data": str(data.store.folder), "pairs": len(data.captions), "model": asdict(model.config),
+        "data": str(store.folder), "examples": examples, "model": asdict(model.config),
         "versions": versions, "git_commit": commit, "processes": world_size()}
 
 
 class Run:
-    """A pretraining run: what is trained, how far it is, and what is written of it."""
+    """What every training has in common: the loop, stopping and resuming, and the record.
 
-    def __init__(self, args):
-        self.args, self.started, self.path = args, time.time(), args.out / "checkpoint.pt"
-        folder = args.data or (Path("data") if Path("data").is_dir() else None)
-        say(f"training on {folder or 'the toy world (no data/ here)'}")
-        checkpoint = load_checkpoint(self.path) if args.resume else None
-        if checkpoint:
-            args.limit = checkpoint["settings"]["limit"]
-        self.data = load_data(folder, args.out, args.limit)
-        settle(args, self.data, checkpoint)
-        store, tokenizer = self.data.store, self.data.tokenizer
-        if checkpoint:
-            check_fits(checkpoint, store, tokenizer)
-        config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
-            else model_config(args.model, store, tokenizer, args.switches))
-        bert = None if checkpoint else bert_folder(args, folder)
-        if bert:
-            in_a_sentence(check_bert_config, bert, config)  # before anything large is built
-        self.training = PretrainingDataset(store, self.data.captions, tokenizer, seed=args.seed)
-        self.held_out, self.whole = (
-            PretrainingDataset(
-                store, self.data.held_out_captions, tokenizer, seed=args.seed + 1, masking=masking)
-            for masking in (True, False)
-        )
-        if not store.num_region_classes:
-            say(f"{store.folder} has no class distributions: training without MRC")
-        if any(self.training.skipped.values()):
-            say("left out: "
-                + ", ".join(f"{n} captions {k}" for k, n in self.training.skipped.items()))
-        torch.manual_seed(args.seed)
-        self.model = SwitchBertForPretraining(config)
-        if bert:
-            missing, unexpected = in_a_sentence(load_bert, self.model, bert)
-            say(f"started from {bert}; new in this model: {summary(missing)}; not used of BERT: "
-                f"{summary(unexpected)}")
-        self.model.to(device())
-        self.optimizer = make_optimizer(self.model, args.lr)
-        self.step, self.losses, self.since = 0, torch.zeros(3), 0
+    Pretraining below and the tasks of finetune.py say the rest:
+        name, unit, loss_names, clip, weight_decay, initial_temperature, line
+        collate(examples) -> batch
+        counts(batch) -> (losses,), what the losses of a batch are means of
+        sums(model, batch, tau) -> (losses,), the sums of the losses
+        measure(tau) -> held-out scores, and what the switches chose
+        facts() -> what its checkpoint says beside the weights
+        image_ids(indices) -> the images of some examples, for a message
+        draw(path): switches.png
+    """
+
+    clip, weight_decay, initial_temperature = 5.0, 0.01, 5.0  # pretraining's (A7, supp. 2)
+
+    def __init__(self, args, model, store, training, checkpoint):
+        self.args, self.path = args, args.out / "checkpoint.pt"
+        self.model, self.store, self.training = model.to(device()), store, training
+        self.optimizer = make_optimizer(self.model, args.lr, self.weight_decay)
+        self.step, self.losses, self.since = 0, torch.zeros(len(self.loss_names)), 0
         if checkpoint:
             self._restore(checkpoint)
         self.parts = Parts(
-            len(self.training), args.batch, args.epochs, args.seed, args.accum, self.step)
+            len(training), args.batch, args.epochs, args.seed, args.accum, self.step)
 
     def _restore(self, checkpoint):
         self.model.load_state_dict(checkpoint["model"])
@@ -845,16 +833,13 @@ class Run:
     def save(self):
         """Write the checkpoint: all that a resumed run, finetuning or a reader needs."""
         if rank() == 0:
-            settings = {k: getattr(self.args, k) for k in (*TOY, "seed", "switches", "limit")}
-            store = {k: self.data.store.meta[k]
-                for k in ("detector", "feature_size", "num_region_classes")}
             save_checkpoint(
                 self.path,
                 {"format": CHECKPOINT_FORMAT, "config": asdict(self.model.config),
                     "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                    "vocab": self.data.tokenizer.pieces, "store": store, "settings": settings,
+                    "store": {k: self.store.meta[k] for k in STORE_FACTS},
                     "step": self.step, "pairs_seen": self.step * self.args.batch,
-                    "since": self.since, "losses": self.losses.clone()},
+                    "since": self.since, "losses": self.losses.clone(), **self.facts()},
             )
 
     def begin(self):
@@ -864,22 +849,23 @@ class Run:
             if not args.resume:
                 keep_earlier_run(args.out)
             args.out.mkdir(parents=True, exist_ok=True)
-            config = about(args, self.data, self.model)
+            config = about(args, self.store, len(self.training), self.model)
             write_whole(args.out / "config.json", lambda f: json.dump(config, f, indent=1))
         parameters = sum(p.numel() for p in self.model.parameters())
-        say(f"pretraining: {len(self.training)} pairs, {parameters:,} parameters, {steps} steps of "
-            f"{args.batch} pairs, {world_size()} process(es) on {device().type}, "
+        say(f"{self.name}: {len(self.training)} {self.unit}, {parameters:,} parameters, {steps} "
+            f"steps of {args.batch} {self.unit}, {world_size()} process(es) on {device().type}, "
             f"{torch.get_num_threads()} threads, {args.precision}")
 
     def optimise(self):
         """Train to the end, or until somebody asks to stop. True if it came to the end."""
-        args, stop, rate = self.args, Stop(), temperature_rate(self.args, self.parts.steps)
+        args, stop, first = self.args, Stop(), self.initial_temperature
+        rate = temperature_rate(args, self.parts.steps, first)
         model = torch.compile(self.model, dynamic=True) if args.compile else self.model
         if dist.is_initialized():
             model = DistributedDataParallel(model)
         self.resumed_at, self.done = time.time(), 0  # of this interval, for pairs per second
         loader = iter(
-            DataLoader(self.training, batch_sampler=self.parts, collate_fn=collate,
+            DataLoader(self.training, batch_sampler=self.parts, collate_fn=self.collate,
                 num_workers=args.workers, pin_memory=torch.cuda.is_available())
         )
         bar = tqdm(
@@ -887,7 +873,7 @@ class Run:
         )
         while self.step < self.parts.steps:
             set_learning_rate(self.optimizer, learning_rate(self.step, self.parts.steps, args.lr))
-            tau = temperature(self.step * args.batch, rate=rate)
+            tau = temperature(self.step * args.batch, first, rate=rate)
             batches = [next(loader) for _ in range(args.accum)]
             self.losses += self._guarded_step(model.train(), batches, tau)
             self.step, self.since, self.done = self.step + 1, self.since + 1, self.done + 1
@@ -903,54 +889,128 @@ class Run:
 
     def _guarded_step(self, model, batches, tau):
         try:
-            return train_step(model, self.optimizer, batches, self.parts.numbers(), self.args.seed,
-                self.step, tau, autocast_for(self.args))
+            return train_step(self, model, self.optimizer, batches, self.parts.numbers(),
+                self.args.seed, self.step, tau, autocast_for(self.args))
         except FloatingPointError as error:
-            losses = ", ".join(f"{n} {x:.4g}" for n, x in zip(("mlm", "mrc", "itm"), error.args[0]))
-            rows = [self.training.rows[i] for part in self.parts.keys(self.step) for _, i in part]
-            ids = " ".join(self.data.store.ids[r].decode() for r in rows)
+            losses = ", ".join(f"{n} {x:.4g}" for n, x in zip(self.loss_names, error.args[0]))
+            ids = self.image_ids([i for part in self.parts.keys(self.step) for _, i in part])
             raise BadInput(
                 f"step {self.step + 1}: a loss or its gradient is not finite ({losses}); the "
-                f"last good checkpoint is kept; images of this process: {ids}") from None
+                f"last good checkpoint is kept; images of this process: {' '.join(ids)}") from None
         except torch.cuda.OutOfMemoryError:
-            raise BadInput(f"GPU out of memory with {self.args.batch} pairs in {world_size()} x "
-                f"{self.args.accum} parts: try --accum {2 * self.args.accum}, which gives "
-                "the same result with half the memory") from None
-
-    def measure(self):
-        """Held-out scores, and what the switches chose."""
-        self.scores, self.switches = evaluate(self.model, self.held_out)
-        self.scores["itm_accuracy"] = evaluate(self.model, self.whole)[0]["itm_accuracy"]
+            raise BadInput(f"GPU out of memory with {self.args.batch} {self.unit} in "
+                f"{world_size()} x {self.args.accum} parts: try --accum {2 * self.args.accum}, "
+                "which gives the same result with half the memory") from None
 
     def evaluate(self, tau):
         """Measure; print one line and add one to metrics.csv."""
         args, trained = self.args, time.time() - self.resumed_at
-        self.measure()
+        self.scores, self.switches = self.measure(tau)
         row = dict(step=self.step, pairs=self.step * args.batch, temperature=tau,
             lr=learning_rate(self.step - 1, self.parts.steps, args.lr),
             seconds=time.time() - self.started, pairs_per_second=self.done * args.batch / trained,
-            **dict(zip(("mlm", "mrc", "itm"), (self.losses / self.since).tolist())), **self.scores)
-        self.losses, self.since, self.done = torch.zeros(3), 0, 0
+            **dict(zip(self.loss_names, (self.losses / self.since).tolist())), **self.scores)
+        self.losses, self.since, self.done = torch.zeros_like(self.losses), 0, 0
         if rank() == 0:
             append_row(args.out / "metrics.csv", row | switch_columns(self.switches))
-            draw_switches(args.out / "switches.png", self.switches,
-                f"What every layer of this Switch-BERT chose, after {self.step} steps")
-        line = (
-            "step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  loss mlm {mlm:.2f} mrc "
-            "{mrc:.2f} itm {itm:.2f} | words {mlm_accuracy:.3f}  match {itm_accuracy:.3f} | "
-            "{pairs_per_second:.0f} pairs/s, {seconds:.0f} s")
-        say(line.format(**row, steps=self.parts.steps))
+            self.draw(args.out / "switches.png")
+        line = ("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  loss " + self.line
+            + " | {pairs_per_second:.0f} {unit}/s, {seconds:.0f} s")
+        say(line.format(**row, steps=self.parts.steps, unit=self.unit))
         self.resumed_at = time.time()
+
+
+    def draw(self, path):
+        """switches.png: what every layer chose, now."""
+        image = switches_picture(self.switches,
+            f"What every layer of this Switch-BERT chose, after {self.step} steps")
+        write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
+
+
+class Pretraining(Run):
+    """Masked words, masked regions and matching, on captions. [supp. 1]"""
+
+    name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
+    line = ("mlm {mlm:.2f} mrc {mrc:.2f} itm {itm:.2f} | words {mlm_accuracy:.3f}  match "
+        "{itm_accuracy:.3f}")
+    collate = staticmethod(collate)
+
+    def __init__(self, args):
+        self.started = time.time()
+        folder = args.data or (Path("data") if Path("data").is_dir() else None)
+        say(f"training on {folder or 'the toy world (no data/ here)'}")
+        checkpoint = load_checkpoint(args.out / "checkpoint.pt") if args.resume else None
+        if checkpoint:
+            args.limit = checkpoint["settings"]["limit"]
+        self.data = load_data(folder, args.out, args.limit)
+        settle(args, TOY if self.data.toy else FULL, checkpoint)
+        store, tokenizer = self.data.store, self.data.tokenizer
+        if checkpoint:
+            check_fits(checkpoint, store, tokenizer)
+        config = (SwitchBertConfig(**checkpoint["config"]) if checkpoint
+            else model_config(args.model, store, tokenizer, args.switches))
+        bert = None if checkpoint else bert_folder(args, folder)
+        if bert:
+            in_a_sentence(check_bert_config, bert, config)  # before anything large is built
+        training = PretrainingDataset(store, self.data.captions, tokenizer, seed=args.seed)
+        self.held_out, self.whole = (
+            PretrainingDataset(
+                store, self.data.held_out_captions, tokenizer, seed=args.seed + 1, masking=masking)
+            for masking in (True, False)
+        )
+        if not store.num_region_classes:
+            say(f"{store.folder} has no class distributions: training without MRC")
+        if any(training.skipped.values()):
+            say("left out: " + ", ".join(f"{n} captions {k}" for k, n in training.skipped.items()))
+        torch.manual_seed(args.seed)
+        model = SwitchBertForPretraining(config)
+        if bert:
+            missing, unexpected = in_a_sentence(load_bert, model, bert)
+            say(f"started from {bert}; new in this model: {summary(missing)}; not used of BERT: "
+                f"{summary(unexpected)}")
+        super().__init__(args, model, store, training, checkpoint)
+
+    @staticmethod
+    def counts(batch):
+        """(3,): masked pieces and regions of matches, and pairs."""
+        match, regions = batch["itm_labels"] == MATCH, 0
+        if batch["mrc_targets"] is not None:
+            regions = (batch["mrc_mask"] & match[:, None]).sum()
+        pieces = ((batch["mlm_labels"] != IGNORE) & match[:, None]).sum()
+        return torch.tensor([int(pieces), int(regions), len(match)], dtype=torch.float32)
+
+    @staticmethod
+    def sums(model, batch, tau):
+        """(3,): the three losses, added up."""
+        return model(**batch, temperature=tau).sums
+
+    def facts(self):
+        """What finetuning and a resumed run must know."""
+        settings = {k: getattr(self.args, k) for k in (*TOY, "seed", "switches", "limit")}
+        return {"task": "pretraining", "vocab": self.data.tokenizer.pieces, "settings": settings}
+
+    def image_ids(self, indices):
+        """The images of these pairs."""
+        return [self.store.ids[self.training.rows[i]].decode() for i in indices]
+
+    def measure(self, tau):
+        """Held-out losses and accuracies with hard switches; `match` on words and regions unmasked.
+        """
+        scores, switches = evaluate(self.model, self.held_out)
+        scores["itm_accuracy"] = evaluate(self.model, self.whole)[0]["itm_accuracy"]
+        return scores, switches
 
     def finish(self):
         """Zero-shot retrieval, and in the toy world what words alone give."""
         first = {}  # the first held-out caption of each image
         for image_id, text in self.data.held_out_captions:
-            if self.data.store.row(image_id) is not None:
+            if self.store.row(image_id) is not None:
                 first.setdefault(image_id, text)
         ids = sorted(first, key=str)[:100]
+        model = SwitchBertForRetrieval.from_pretraining(
+            self.model.config, self.model.state_dict()).to(device())
         scores = match_scores(
-            self.model, self.data.store, self.data.tokenizer, [first[i] for i in ids], ids)
+            model, self.store, self.data.tokenizer, [first[i] for i in ids], ids)
         recall = recall_at(scores, torch.arange(len(ids)))
         say(f"zero-shot among {len(ids)}: " + ", ".join(f"{k} {v:.2f}" for k, v in recall.items()))
         if self.data.toy:
@@ -963,13 +1023,17 @@ class Run:
         return {**self.scores, **recall}
 
 
-def pretrain(args):
-    """A whole run in this process; its last measurements, or None if it was stopped."""
-    run = Run(args)
+def complete(run):
+    """The whole of a run, in this process; its last measurements, or None if it was stopped."""
     run.begin()
     if run.step == run.parts.steps:  # resumed at its end: only the last lines are missing
-        run.measure()
+        run.scores, run.switches = run.measure(0.2)
     return run.finish() if run.optimise() else None
+
+
+def pretrain(args):
+    """A pretraining run, from its flags."""
+    return complete(Pretraining(args))
 
 
 def main():

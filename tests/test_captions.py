@@ -189,7 +189,7 @@ def test_held_out_images_are_in_no_training_pair(folder):
 
 def test_a_data_folder_means_the_base_model_and_the_papers_settings(folder, tmp_path, monkeypatch):
     args = train.parse_args(["--data", str(folder)])
-    train.settle(args, train.load_data(folder, tmp_path), None)
+    train.settle(args, train.FULL, None)
     assert (args.model, args.epochs, args.batch, args.lr) == ("base", 10, 256, 1e-4)
     assert train.temperature_rate(args, 12345) == 1e-6
     found = train.load_data(folder, tmp_path)
@@ -207,10 +207,10 @@ def test_a_run_starts_from_the_bert_of_its_folder(folder, tmp_path, capsys, monk
     write_bert(folder / "bert", bert_weights())
     write(folder / "bert" / "vocab.txt", "".join(p + "\n" for p in pieces))
     with pytest.raises(BadInput, match="config.json: hidden_size is 16, but this model has 128"):
-        train.Run(flags(folder, tmp_path))
+        train.Pretraining(flags(folder, tmp_path))
     tiny = SwitchBertConfig.tiny(num_region_classes=0)
     monkeypatch.setattr(train, "model_config", lambda *_: tiny)
-    run = train.Run(flags(folder, tmp_path))
+    run = train.Pretraining(flags(folder, tmp_path))
     expected = bert_weights()["bert.encoder.layer.1.intermediate.dense.weight"]
     assert run.model.bert.layers[1].intermediate.weight.equal(expected)
     said = capsys.readouterr().out

@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 import train
 from data import BadInput, PretrainingDataset, collate
-from switchbert import MATCH, SwitchBertForPretraining, temperature
+from switchbert import MATCH, SwitchBertForPretraining, SwitchBertForRetrieval, temperature
 
 
 @pytest.mark.parametrize(
@@ -83,10 +82,11 @@ def model(store, tokenizer):
 
 def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer):
     texts, ids = ["a red ring", "a large blue circle left of the ring"], ["4", "0", "7"]
-    scores = train.match_scores(model, store, tokenizer, texts, ids, batch_size=4)
+    ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
+    scores = train.match_scores(ranker, store, tokenizer, texts, ids)
     for t, text in enumerate(texts):
         for i, image_id in enumerate(ids):
-            alone = train.match_scores(model, store, tokenizer, [text], [image_id])
+            alone = train.match_scores(ranker, store, tokenizer, [text], [image_id])
             assert scores[t, i].item() == pytest.approx(alone.item(), abs=1e-5)
     pair = PretrainingDataset(
         store, [("4", texts[0]), ("0", "a")], tokenizer, mismatch=0, masking=False)
@@ -149,11 +149,12 @@ def test_a_step_in_parts_has_the_gradients_of_the_whole_batch(model, dataset):
     losses = model(**collate(examples)).losses
     expected = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
     parts = [collate(examples[i : i + 3]) for i in (0, 3, 6, 9)]
-    assert len({tuple(train.targets_of(p).tolist()) for p in parts}) > 1
+    assert len({tuple(train.Pretraining.counts(p).tolist()) for p in parts}) > 1
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
     no_autocast = contextlib.nullcontext()
-    found = train.train_step(model, optimizer, parts, range(4), 0, 0, None, no_autocast)
+    found = train.train_step(
+        train.Pretraining, model, optimizer, parts, range(4), 0, 0, None, no_autocast)
     torch.testing.assert_close(found, losses.detach(), rtol=1e-4, atol=1e-5)
     norm = torch.stack([g.norm() for g in expected if g is not None]).norm()
     for old, new, gradient in zip(before, model.parameters(), expected):
@@ -201,7 +202,7 @@ def test_a_run_leaves_its_record(run, model, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     assert config["model"]["switches"] == "learned" and config["settings"]["batch"] == 10
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    kind = {"detector": "made up", "feature_size": 12, "num_region_classes": 7}
+    kind = {"detector": "made up", "feature_size": 12, "num_region_classes": 7, "class_names": []}
     assert checkpoint["store"] == kind
     assert checkpoint["step"] == 6 and checkpoint["pairs_seen"] == 60
     model.load_state_dict(checkpoint["model"])
@@ -266,11 +267,16 @@ def test_what_makes_a_run_cannot_change_when_it_is_resumed(run, tmp_path):
 
 
 def test_a_store_of_other_regions_is_refused_and_both_sides_named(store, tokenizer):
-    ours = {"feature_size": 2048, "num_region_classes": 1601, "detector": "vg"}
+    ours = {"feature_size": 2048, "num_region_classes": 1601, "detector": "vg", "class_names": []}
     with pytest.raises(BadInput, match="feature_size is 12, but .* trained with 2048"):
         train.check_fits({"store": ours, "vocab": []}, store, tokenizer)
     ours = {k: store.meta[k] for k in ours}
     train.check_fits({"store": ours, "vocab": tokenizer.pieces}, store, tokenizer)
+    store.meta["class_names"] = ["background", "cat"]
+    renamed = ours | {"class_names": ["background", "dog"]}
+    with pytest.raises(BadInput, match="class 1 is 'cat', but .* trained with 'dog'"):
+        train.check_fits({"store": renamed, "vocab": tokenizer.pieces}, store, tokenizer)
+    ours["class_names"] = ["background", "cat"]
     with pytest.raises(BadInput, match="is not the checkpoint's, of 1"):
         train.check_fits({"store": ours, "vocab": ["x"]}, store, tokenizer)
 
@@ -278,11 +284,11 @@ def test_a_store_of_other_regions_is_refused_and_both_sides_named(store, tokeniz
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pairs(run, tmp_path, monkeypatch):
     step, calls = train.train_step, []
 
-    def poisoned(model, optimizer, batches, *rest):
+    def poisoned(task, model, optimizer, batches, *rest):
         calls.append(1)
         if len(calls) == 5:
             batches[0]["region_features"][0] = float("nan")
-        return step(model, optimizer, batches, *rest)
+        return step(task, model, optimizer, batches, *rest)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(BadInput, match=r"step 5: .* not finite \(mlm .*, itm nan\).*images"):
@@ -313,12 +319,11 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     assert train.load_checkpoint(path)["step"] == 1
 
 
-def test_the_picture_shows_each_share_as_a_length(tmp_path):
+def test_the_picture_shows_each_share_as_a_length():
     """Layer 1, text: 25 % own, 75 % both. The bar has a quarter blue and three quarters green."""
     modes = [[[0.25, 0, 0.75], [0, 1.0, 0]], [[1.0, 0, 0], [0, 0, 1.0]]]
     depths = [[[1.0], [1.0]], [[0.5, 0.5], [0, 1.0]]]
-    train.draw_switches(tmp_path / "s.png", {"modes": modes, "depths": depths}, "title")
-    image = Image.open(tmp_path / "s.png").convert("RGB")
+    image = train.switches_picture({"modes": modes, "depths": depths}, "title")
     blue, orange, green = train.MODE_COLOURS.values()
     # the lowest line of the first bar is free of letters
     row = [image.getpixel((x, 120 + 33)) for x in range(image.width)]
