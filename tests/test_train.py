@@ -266,13 +266,13 @@ def test_what_makes_a_run_cannot_change_when_it_is_resumed(run, tmp_path):
             run("--resume", *flags)
 
 
-def test_a_store_of_other_regions_is_refused_and_both_sides_named(store, tokenizer):
+def test_a_store_of_other_regions_is_refused_and_both_sides_named(store, tokenizer, monkeypatch):
     ours = {"feature_size": 2048, "num_region_classes": 1601, "detector": "vg", "class_names": []}
     with pytest.raises(BadInput, match="feature_size is 12, but .* trained with 2048"):
         train.check_fits({"store": ours, "vocab": []}, store, tokenizer)
     ours = {k: store.meta[k] for k in ours}
     train.check_fits({"store": ours, "vocab": tokenizer.pieces}, store, tokenizer)
-    store.meta["class_names"] = ["background", "cat"]
+    monkeypatch.setitem(store.meta, "class_names", ["background", "cat"])
     renamed = ours | {"class_names": ["background", "dog"]}
     with pytest.raises(BadInput, match="class 1 is 'cat', but .* trained with 'dog'"):
         train.check_fits({"store": renamed, "vocab": tokenizer.pieces}, store, tokenizer)

@@ -1,0 +1,997 @@
+"""finetune.py: from a pretrained checkpoint to answers, rankings and boxes
+=========================================================================
+
+Where this stands
+
+    train.py --> runs/pretrain/checkpoint.pt --+
+                                               |   python finetune.py vqa | retrieval | refer
+    feature store, questions, captions,        v
+    expressions ------------------>  SwitchBert --> pooled (B, P) --> answers (B, A)      VQA
+                                               |              \\-> score of the pair (B,)  retrieval
+                                               \\-> region_states (B, R, D) --> (B, R)    referring
+                                                          |
+        runs/vqa/  checkpoint.pt  result.json  predictions.json  switches.png  examples.png
+
+    B batch, R regions, D hidden, P pooled, A answers
+
+    python train.py                                    first: the checkpoint
+    python finetune.py vqa                             answers to questions about scenes
+    python finetune.py retrieval                       texts find images, images find texts
+    python finetune.py refer                           phrases find regions
+    python finetune.py ask picture.png "how many things are there ?"
+    python finetune.py match "a red star" a.png b.png
+    python finetune.py point picture.png "the red star"
+
+With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
+settings, without it the toy world, of which it prints
+
+    val    accuracy 0.9 (hard switches), 0.9 (soft) ...
+
+Every task is one class that says what its examples are, its head, its loss and its metric; the
+loop, the processes, stopping and resuming are train.py's. `--epochs 0` trains nothing: zero-shot
+retrieval.
+
+Map of the file
+
+    1. Settings        flags, and what the toy run and the full run set them to
+    2. Answers         the official normalisation and accuracy of VQA
+    3. Tasks           what the three share; VQA, Retrieval, Refer
+    4. The run         training, hard and soft evaluation, the files of a result
+    5. Pictures        examples with answers, captions and boxes
+    6. Your picture    ask, match, point
+
+Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the toy runs).
+"""
+
+import argparse
+import json
+import pickle
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data import (HELD_OUT_SCENES, TRAIN_SCENES, BadInput, FeatureStore, Scene, WordPiece,
+    canonical_id, model_inputs, normalise_boxes, read_captions, region_inputs, write_whole)
+from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
+    SwitchBertForVQA)
+from train import (NUM_HELD_OUT, Parts, Run, add_run_flags, autocast_for, check_fits, complete,
+    device, first_process_first, launch, learning_rate, load_checkpoint, make_optimizer,
+    match_scores, num_switches, quiet, rank, recall_at, say, set_learning_rate, settle,
+    switch_shares, switch_sums, switches_picture, to_device, total, toy_world, train_step,
+    world_size)
+
+# --- 1. Settings ----------------------------------------------------------------------------------
+
+# What the data decide unless a flag does. FULL is the paper's [supp. 2]; the batches are VOLTA's.
+# The toy runs (DEVIATION D3) take the pretraining's learning rate, and close their switches.
+FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
+TOY = dict(epochs=2, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+FULL_OF = {"vqa": FULL, "retrieval": {**FULL, "batch": 64}, "refer": FULL}
+TOY_OF = {"vqa": TOY, "retrieval": {**TOY, "batch": 32}, "refer": TOY}
+
+
+def parse_args(argv=None):
+    """The settings of a run, or of one question about one picture."""
+    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, and ask it.")
+    commands = p.add_subparsers(dest="command", required=True)
+    for name, task in TASKS.items():
+        c = commands.add_parser(name, help=task.__doc__.splitlines()[0],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c.add_argument("--checkpoint", type=Path, default=Path("runs/pretrain/checkpoint.pt"),
+            help="pretrained checkpoint to start from")
+        c.add_argument("--data", type=Path, help=f"folder with {task.files}; default: data/{name} "
+            "if there is one, otherwise the toy world")
+        c.add_argument("--scratch", action="store_true", help="start from random weights of the "
+            "checkpoint's sizes: what is pretraining worth?")
+        c.add_argument("--boxes", choices=["detected", "gt"], default="detected",
+            help="the store to use: features-detected/ or features-gt/ (true boxes)"
+            if name == "refer" else argparse.SUPPRESS)
+        toy, full = TOY_OF[name], FULL_OF[name]
+        add_run_flags(c, Path("runs") / name,
+            {k: f"toy world: {toy[k]}, data folder: {full[k]}" for k in toy})
+    for name, (words, help) in OWN.items():
+        c = commands.add_parser(name, help=help)
+        for word in words.split():
+            c.add_argument(word, nargs="+" if word == "images" else None)
+        c.add_argument("--checkpoint", type=Path, default=Path("runs") / ASKS[name]
+            / "checkpoint.pt", help="of the finetuned model")
+        c.add_argument("--weights", type=Path, help="the detector's; default: the toy world's")
+        c.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="picture to write")
+    return p.parse_args(argv)
+
+
+# --- 2. Answers -----------------------------------------------------------------------------------
+#
+# The official evaluation of VQA v2 (visualqa.org), with its quirks, because numbers are only
+# comparable with them.
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+DIGITS = {word: str(n) for n, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+    you'd you'd've you'll you're you've""".split()
+# The official table maps each form with one apostrophe missing to the whole one, and does once the
+# opposite. (It leaves out what is a word without its apostrophe: hell, ill, were, its.)
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word
+    for word in CONTRACTED for i, c in enumerate(word) if c == "'"} | {"somebody'd": "somebodyd"}
+
+
+def normalise_answer(answer):
+    """An answer as the official evaluation compares it: 'The red-car!' -> 'red car', 'two' -> '2'.
+
+    Its quirks are kept. A sign becomes a space, but nothing if it touches a space anywhere in the
+    answer, or if the answer has a comma between digits. A full stop stays before a digit only.
+    """
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    text, thousands = answer, re.search(r"\d,\d", answer)
+    for sign in PUNCTUATION:
+        apart = f"{sign} " in answer or f" {sign}" in answer
+        text = text.replace(sign, "" if apart or thousands else " ")
+    # The official pattern begins with (?!<=\d), a misspelt look-behind that is always true; and it
+    # passes re.UNICODE, 32, where the number of replacements belongs.
+    text = re.sub(r"\.(?!\d)", "", text, count=32)
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def accuracy_table(answers):
+    """{answer: official accuracy} of every answer that scores above zero, and whether answers are
+    compared as they are (True) or normalised (False).
+
+    answers: those of the annotators, ten as a rule. Officially each is left out once and a
+    prediction scores min(1, matches among the others / 3); the mean over all. With n matches among
+    N that is ((N - n) min(1, n/3) + n min(1, (n-1)/3)) / N, for N = 10: 0, .3, .6, .9, 1, 1, ...
+    Normalised are prediction and answers only where the annotators do not all agree.
+    """
+    exact = len(set(answers)) == 1
+    counts = Counter(answers if exact else map(normalise_answer, answers))
+    total = len(answers)
+    return {a: ((total - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / total
+        for a, n in counts.items()}, exact
+
+
+def answer_accuracy(prediction, answers):
+    """Official accuracy of a prediction, 0 to 1."""
+    table, exact = accuracy_table(answers)
+    return table.get(prediction if exact else normalise_answer(prediction), 0.0)
+
+
+def answer_vocabulary(questions, least=9):
+    """The answers that a model chooses from: each is the majority answer of `least` questions.
+
+    Normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
+    """
+    counts = Counter(normalise_answer(q["majority"]).replace(",", "") for q in questions)
+    return sorted((a for a, n in counts.items() if n >= least), key=lambda a: (-counts[a], a))
+
+
+# --- 3. Tasks -------------------------------------------------------------------------------------
+
+
+class Task(torch.utils.data.Dataset):
+    """Texts about images: the training examples, the held-out splits, and what is made of them.
+
+    An item is a dict with image_id, text, and what the task needs. splits: {name: items}, with
+    "train" among them. Training items whose image has no features are left out; a held-out item
+    without features is answered from its text alone, so that a result covers every question.
+
+    Each task says: files, unit, max_tokens [supp. 2]; from_folder and from_scenes -> splits;
+    head(config, weights) -> model; collate, sums; choose(logits) -> (B,), what is kept of each
+    example; judge(items, choices) -> scores, the first of which is the result.
+    """
+
+    blind = False  # True: without pictures
+
+    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
+        self.store, self.tokenizer, self.seed, self.labels = store, tokenizer, seed, labels
+        self.splits = {k: v for k, v in splits.items() if k != "train" and v}
+        items = splits.get("train", [])
+        self.items = [i for i in items if store.row(i["image_id"]) is not None][:limit]
+        missing = sum(store.row(i["image_id"]) is None for i in items)
+        if missing:
+            say(f"left out: {missing} of {len(items)} training {self.unit}, whose image is not in "
+                f"{store.folder}")
+        if not self.items:
+            raise BadInput(
+                f"{store.folder}: none of {len(items)} training {self.unit} has its image here")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        return self.example(self.items[key[1]])
+
+    def example(self, item):
+        """What the model reads of an item, and the item: numpy arrays."""
+        regions = region_inputs(self.store, item["image_id"], blank=self.blind)
+        ids = np.array(self.tokenizer.encode(item["text"], self.max_tokens))
+        return dict(regions, input_ids=ids, item=item)
+
+    def logits(self, model, batch, tau):
+        """The head's output and the encoder's for a batch of collate."""
+        return model(**{k: v for k, v in batch.items() if k != "targets"}, temperature=tau)
+
+    @torch.no_grad()
+    def predict(self, model, items, tau=None, batch_size=200):
+        """(N,) what `choose` keeps of every item, and what the switches chose.
+
+        The processes share the batches, whole ones, so that what a batch is padded to, and with it
+        every rounding, is the same for any number of them.
+        """
+        model.eval()
+        found = torch.zeros(len(items), dtype=torch.float64, device=device())
+        switches = torch.zeros(num_switches(model.config), device=device())
+        starts = range(rank() * batch_size, len(items), world_size() * batch_size)
+        for s in tqdm(starts, desc="evaluating", leave=False, disable=quiet()):
+            part = items[s : s + batch_size]
+            logits, out = self.logits(
+                model, to_device(model_inputs([self.example(i) for i in part])), tau)
+            found[s : s + len(part)] = self.choose(logits.float()).double()
+            switches += switch_sums(out)
+        shares = switch_shares(total(switches).cpu() / max(1, len(items)), model.config)
+        return total(found).cpu(), shares
+
+    def evaluate(self, model, items, tau=None, keep=None):
+        """(scores, predictions) of held-out items; predictions: a list of dicts for a file."""
+        choices = self.predict(model, items, tau)[0]
+        return self.judge(items, choices), self.told(items, choices)
+
+
+class VQA(Task):
+    """questions about pictures, answered from a vocabulary of answers [VQA v2]"""
+
+    name, unit, max_tokens = "vqa", "questions", 23
+    files = "features/ and VQA v2's questions and annotations (*.json)"
+
+    @staticmethod
+    def from_folder(folder):
+        """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them."""
+        questions, annotations = [], {}
+        for path in sorted(folder.glob("*.json")):
+            content = read_json(path)
+            subset = str(content.get("data_subtype", path.stem))
+            split = next((s for s in ("train", "val", "test") if s in subset), subset)
+            if "questions" in content:
+                questions += [(split, subset, path, q) for q in content["questions"]]
+            elif "annotations" in content:
+                annotations |= {a["question_id"]: a for a in content["annotations"]}
+            else:
+                raise BadInput(f"{path}: expected the key 'questions' or 'annotations', found "
+                    + ", ".join(map(repr, list(content)[:5])))
+        splits = defaultdict(list)
+        for split, subset, path, q in questions:
+            item = _vqa_item(path, q, annotations.get(q.get("question_id")))
+            # test-dev2015 is a part of test2015: each has its own submission.
+            splits[split if item["answers"] else subset].append(item)
+        if not splits.get("train"):
+            raise BadInput(f"{folder}: no training questions with annotations here; expected "
+                "v2_OpenEnded_mscoco_train2014_questions.json and "
+                "v2_mscoco_train2014_annotations.json")
+        return splits
+
+    @staticmethod
+    def from_scenes(training, held_out):
+        """The toy world's questions, in the form of VQA v2's: ten annotators who agree."""
+        def items(numbers, n):
+            for number in numbers:
+                for k, (text, answer, kind) in enumerate(Scene(number).questions(n)):
+                    sort = {"count": "number", "existence": "yes/no"}.get(kind, "other")
+                    sort = "yes/no" if answer in ("yes", "no") else sort
+                    yield dict(image_id=number, text=text, question_id=1000 * number + k,
+                        majority=answer, answers=[answer] * 10, answer_type=sort,
+                        question_type=kind)
+        return {"train": list(items(training, 10)), "val": list(items(held_out, 5))}
+
+    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
+        labels = labels or answer_vocabulary(splits["train"])
+        super().__init__(store, tokenizer, splits, seed, limit, labels)
+        self.index = {answer: i for i, answer in enumerate(labels)}
+
+    def head(self, config, weights):
+        model = SwitchBertForVQA(config, len(self.labels))
+        return start_from(model, weights)
+
+    def targets(self, item):
+        """[(index, accuracy)] of the answers that would score: soft targets by the official table.
+
+        ASSUMPTION A11: a target is the accuracy that its answer would get, so looked up as the
+        evaluation does. (hengyuan-hu's published targets, which most papers use, look the raw
+        answers up; the two differ where annotators disagree in articles or contractions.)
+        """
+        table, _ = accuracy_table(item["answers"])
+        return [(self.index[a], score) for a, score in table.items() if a in self.index]
+
+    def collate(self, examples):
+        targets = torch.zeros(len(examples), len(self.labels))
+        for row, example in zip(targets, examples):
+            for index, score in self.targets(example["item"]):
+                row[index] = score
+        return {**model_inputs(examples), "targets": targets}
+
+    def sums(self, model, batch, tau):
+        """Binary cross entropy, its mean over answers times their number: their sum."""
+        logits, _ = self.logits(model, batch, tau)
+        return F.binary_cross_entropy_with_logits(
+            logits.float(), batch["targets"], reduction="sum")[None]
+
+    def choose(self, logits):
+        return logits.argmax(dim=-1)
+
+    def judge(self, items, choices):
+        """Official accuracy: overall, by type of answer and of question; and the best possible."""
+        if not items[0]["answers"]:
+            return {}
+        groups = defaultdict(list)
+        for item, choice in zip(items, choices.tolist()):
+            right = answer_accuracy(self.labels[int(choice)], item["answers"])
+            for group in ("accuracy", item["answer_type"], item["question_type"]):
+                groups[group].append(right)
+            groups["ceiling"].append(max((s for _, s in self.targets(item)), default=0.0))
+        return {name: float(np.mean(values)) for name, values in groups.items()}
+
+    def told(self, items, choices):
+        return [{"question_id": item["question_id"], "answer": self.labels[int(choice)]}
+            for item, choice in zip(items, choices)]
+
+    def panel(self, item, told):
+        right = answer_accuracy(told["answer"], item["answers"]) if item["answers"] else None
+        truth = Counter(item["answers"]).most_common(1)[0][0] if item["answers"] else "?"
+        return [], [item["text"], f"answer: {told['answer']}", f"truth: {truth}"], right
+
+
+def _vqa_item(path, question, annotation):
+    try:
+        item = dict(image_id=question["image_id"], text=question["question"],
+            question_id=question["question_id"], answers=[])
+        if annotation is not None:
+            item |= dict(answers=[a["answer"] for a in annotation["answers"]],
+                majority=annotation["multiple_choice_answer"],
+                answer_type=annotation["answer_type"], question_type=annotation["question_type"])
+        return item
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path}: question {question}: expected image_id, question, question_id, "
+            f"and annotations with answers and types ({error!r})") from error
+
+
+class Retrieval(Task):
+    """texts that find their image, and images that find their texts [Karpathy's splits]"""
+
+    name, unit, max_tokens = "retrieval", "captions", 30
+    files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
+
+    @staticmethod
+    def from_folder(folder):
+        """The splits of the one caption file with splits in a folder."""
+        files = sorted(folder.glob("*.json"))
+        if len(files) != 1:
+            raise BadInput(f"{folder}: expected one file of Karpathy's splits (*.json), found "
+                f"{len(files)}")
+        return {split: [dict(image_id=i, text=t) for i, t in read_captions(files[0], split)]
+            for split in ("train", "val", "test")}
+
+    @staticmethod
+    def from_scenes(training, held_out):
+        """Captions of scenes: the first 100 held-out scenes are the test, the others the val."""
+        def items(numbers, n):
+            return [dict(image_id=i, text=t) for i in numbers for t in Scene(i).captions(n)]
+        return {"train": items(training, 4), "val": items(held_out[100:150], 2),
+            "test": items(held_out[:100], 2)}
+
+    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
+        # Of an image without features no pair can be scored.
+        splits = {k: v if k == "train" else [i for i in v if store.row(i["image_id"]) is not None]
+            for k, v in splits.items()}
+        super().__init__(store, tokenizer, splits, seed, limit)
+        self.images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in self.items))
+        if len(self.images) < 3:
+            raise BadInput(f"{store.folder}: captions of {len(self.images)} images; a caption is "
+                "trained against other images', so three are needed at least")
+        self.place = {image: k for k, image in enumerate(self.images)}
+        self.nearest = None
+
+    def prepare(self):
+        """Find each image's nearest other one by its global feature: the hard negative."""
+        n = len(self.images)
+        means = torch.zeros(n, self.store.feature_size, device=device())
+        for k in tqdm(range(rank(), n, world_size()), desc="global features", leave=False,
+                disable=quiet()):
+            features = region_inputs(self.store, self.images[k])["region_features"]
+            means[k] = torch.from_numpy(features.mean(axis=0))
+        means = F.normalize(total(means))
+        nearest = torch.zeros(n, dtype=torch.long, device=device())
+        for rows in torch.arange(n).split(1000)[rank() :: world_size()]:
+            near = means[rows] @ means.T  # (1000, n) cosines
+            near[torch.arange(len(rows)), rows] = -2  # not itself
+            nearest[rows] = near.argmax(dim=1)
+        self.nearest = total(nearest).tolist()
+
+    def __getitem__(self, key):
+        """The four candidates of a caption [ViLBERT]: its own image; its image with another image's
+        caption; another image; the image most like its own. The first is right.
+        """
+        epoch, index = key
+        rng = np.random.default_rng([self.seed, epoch, index])
+        item = self.items[index]
+        own = self.place[canonical_id(item["image_id"])]
+        while canonical_id((other := self.items[rng.integers(len(self))])["image_id"]) == (
+                self.images[own]):
+            pass
+        image = self.images[(own + 1 + rng.integers(len(self.images) - 1)) % len(self.images)]
+        pairs = [item, {**item, "text": other["text"]}, {**item, "image_id": image},
+            {**item, "image_id": self.images[self.nearest[own]]}]
+        return [self.example(pair) for pair in pairs]
+
+    def head(self, config, weights):
+        if weights is None:
+            return SwitchBertForRetrieval(config)
+        return SwitchBertForRetrieval.from_pretraining(config, weights)
+
+    def collate(self, examples):
+        inputs = model_inputs([pair for four in examples for pair in four])  # 4 B pairs
+        return {**inputs, "targets": torch.zeros(len(examples), dtype=torch.long)}
+
+    def sums(self, model, batch, tau):
+        """Cross entropy over the four candidates."""
+        scores, _ = self.logits(model, batch, tau)
+        return F.cross_entropy(scores.float().view(-1, 4), batch["targets"], reduction="sum")[None]
+
+    def choose(self, scores):
+        return scores
+
+    def evaluate(self, model, items, tau=None, keep=None):
+        """Recalls over the full matrix of some texts and all of their images.
+
+        keep: a file for the scores (texts, images), or None. What is in it is not computed again.
+        """
+        images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in items))
+        place = {image: k for k, image in enumerate(images)}
+        own = torch.tensor([place[canonical_id(i["image_id"])] for i in items])
+        scores = self.matrix(model, [i["text"] for i in items], images, tau, keep)
+        found = recall_at(scores, own, ks=(1, 5, 10))
+        if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
+            folds = [recall_at(scores[part][:, k : k + 1000], own[part] - k, ks=(1, 5, 10))
+                for k in range(0, 5000, 1000) for part in [(own // 1000 == k // 1000)]]
+            found |= {f"1K {name}": float(np.mean([f[name] for f in folds])) for name in found}
+        best = scores.topk(min(10, len(images)), dim=1).indices.tolist()
+        told = [dict(image_id=images[o], text=i["text"], found=[images[k] for k in b])
+            for i, o, b in zip(items, own.tolist(), best)]
+        return found, told
+
+    def matrix(self, model, texts, images, tau, keep, block=100):
+        """(texts, images) scores, by blocks of images; says how long it will take."""
+        scores = torch.full((len(texts), len(images)), float("nan"))
+        if keep and keep.exists():
+            scores = torch.from_numpy(np.load(keep, allow_pickle=False))
+        start, done = time.time(), 0
+        for k in range(0, len(images), block):
+            part = images[k : k + block]
+            if scores[:, k : k + block].isnan().any():
+                scores[:, k : k + block] = match_scores(
+                    model, self.store, self.tokenizer, texts, part, self.max_tokens, tau)
+                done += len(part)
+                if keep:
+                    _keep(keep, scores)
+                if done == len(part) and len(images) > block:
+                    left = (time.time() - start) * (len(images) - k - len(part)) / len(part)
+                    say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs: "
+                        f"{left / 60:.0f} minutes to go")
+        return scores
+
+    def panel(self, item, told):
+        own = told["image_id"]
+        names = ["right" if i == own else f"image {i}" for i in told["found"][:3]]
+        lines = [item["text"], "found: " + ", ".join(names)]
+        return [], lines, float(told["found"][0] == own)
+
+
+def _keep(path, scores):
+    if rank() == 0:
+        write_whole(path, lambda f: np.save(f, scores.numpy()), mode="wb")
+
+
+class Refer(Task):
+    """phrases that mean one thing in a picture, and which box it is [RefCOCO+]"""
+
+    name, unit, max_tokens = "refer", "expressions", 20
+    files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
+
+    @staticmethod
+    def from_folder(folder):
+        """The splits of RefCOCO+: train, val, testA (people), testB (all else)."""
+        path, instances = next(folder.glob("refs*.p"), None), folder / "instances.json"
+        if path is None:
+            raise BadInput(f"{folder}: no refs(unc).p here")
+        boxes = {}
+        for a in read_json(instances).get("annotations", []):
+            x, y, w, h = a["bbox"]
+            boxes[a["id"]] = [x, y, x + w, y + h]
+        splits = defaultdict(list)
+        for number, ref in enumerate(read_plain_pickle(path)):
+            try:
+                box = boxes[ref["ann_id"]]
+                splits[ref["split"]] += [dict(image_id=ref["image_id"], text=s["sent"], box=box,
+                    ref_id=ref["ref_id"], sent_id=s["sent_id"], kind="expression")
+                    for s in ref["sentences"]]
+            except (KeyError, TypeError) as error:
+                raise BadInput(f"{path}: entry {number}: expected ann_id (of {instances.name}), "
+                    f"image_id, ref_id, split and sentences ({error!r})") from error
+        return splits
+
+    @staticmethod
+    def from_scenes(training, held_out):
+        """The toy world's expressions; kind: attribute or relation, rivals: things of its words."""
+        def items(numbers, n):
+            for number in numbers:
+                scene = Scene(number)
+                for k, (text, index, kind) in enumerate(scene.expressions(n)):
+                    thing = scene.things[index]
+                    alike = len(scene.where(shape=thing["shape"])) if kind == "relation" else 1
+                    yield dict(image_id=number, text=text, box=list(map(float, thing.box)),
+                        ref_id=10 * number + k, sent_id=10 * number + k, kind=kind, alike=alike)
+        return {"train": list(items(training, 8)), "val": list(items(held_out, 6))}
+
+    def head(self, config, weights):
+        model = start_from(SwitchBertForReferring(config), weights)
+        # It reads region states, so no gradient reaches the pooler, and DistributedDataParallel
+        # would wait for one.
+        model.bert.pooler.requires_grad_(False)
+        return model
+
+    def overlaps(self, item):
+        """(n,) IoU of each region of the item's image with the box that is meant."""
+        row = self.store.row(item["image_id"])
+        boxes = np.zeros((0, 4), np.float32) if row is None else self.store[row]["boxes"]
+        return box_iou(boxes, np.array(item["box"], np.float32))
+
+    def collate(self, examples):
+        inputs = model_inputs(examples)
+        targets = torch.zeros(inputs["region_mask"].shape)  # (B, R)
+        for row, example in zip(targets, examples):
+            iou = self.overlaps(example["item"])
+            row[: len(iou)] = torch.from_numpy(iou)
+        return {**inputs, "targets": targets}
+
+    def sums(self, model, batch, tau):
+        """Binary cross entropy of every real region against its IoU with the box that is meant."""
+        logits, _ = self.logits(model, batch, tau)
+        real = batch["region_mask"].bool()
+        return F.binary_cross_entropy_with_logits(
+            logits[real].float(), batch["targets"][real], reduction="sum")[None]
+
+    def choose(self, logits):
+        return logits.argmax(dim=-1)
+
+    def judge(self, items, choices):
+        """Share of expressions whose chosen region has IoU >= .5, and of those that have one such
+        region at all (the oracle); in the toy world by kind of expression.
+        """
+        groups = defaultdict(list)
+        for item, choice in zip(items, choices.long().tolist()):
+            iou = self.overlaps(item)
+            right = float(len(iou) > 0 and iou[choice] >= 0.5)
+            groups["accuracy"].append(right)
+            groups["oracle"].append(float((iou >= 0.5).any()))
+            if item["kind"] != "expression":
+                groups[item["kind"]].append(right)
+                if item["kind"] == "relation":  # whoever knows the words and not the places
+                    groups["relation by attributes alone"].append(1 / item["alike"])
+        return {name: float(np.mean(values)) for name, values in groups.items()}
+
+    def told(self, items, choices):
+        told = []
+        for item, choice in zip(items, choices.long().tolist()):
+            iou, row = self.overlaps(item), self.store.row(item["image_id"])
+            box = self.store[row]["boxes"][choice].tolist() if len(iou) else None
+            told.append({"ref_id": item["ref_id"], "sent_id": item["sent_id"], "box": box,
+                "iou": float(iou[choice]) if len(iou) else 0.0})
+        return told
+
+    def panel(self, item, told):
+        boxes = [(item["box"], "white")] + ([(told["box"], "magenta")] if told["box"] else [])
+        return boxes, [item["text"], f"IoU {told['iou']:.2f}"], float(told["iou"] >= 0.5)
+
+
+TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
+
+
+def box_iou(boxes, box):
+    """(n, 4), (4,) corners -> (n,) intersection over union."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    both = np.clip(high - low, 0, None).prod(axis=1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    return both / np.maximum(area - both, 1e-9)
+
+
+def read_json(path):
+    """A JSON object, or BadInput."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings and numbers. A pickle can name any class or function and call it
+    while it is read; here there is none to be had.
+    """
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_plain_pickle(path):
+    """A pickle of plain values, of Python 2 or 3; Python 2's strings are read as Latin-1."""
+    try:
+        with open(path, "rb") as file:
+            return PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # whatever a broken pickle makes of its bytes
+        raise BadInput(
+            f"{path}: not a pickle of plain lists, dicts and strings ({error})") from error
+
+
+def start_from(model, weights):
+    """The encoder from these weights (None: as it is), the head new."""
+    if weights is not None:
+        bert = {k: v for k, v in weights.items() if k.startswith("bert.")}
+        model.load_state_dict(bert, strict=False)
+    return model
+
+
+# --- 4. The run -----------------------------------------------------------------------------------
+
+
+class Finetuning(Run):
+    """A task trained from a pretrained checkpoint with train.py's loop. [supp. 2]"""
+
+    clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0
+    loss_names, line = ("loss",), "{loss:.3f} | held-out {held_out:.3f}"
+    kept = ("seed", "limit", "scratch", "boxes")  # settings that a resumed run takes over
+
+    def __init__(self, args):
+        self.started, kind = time.time(), TASKS[args.command]
+        folder = args.data or (p if (p := Path("data") / kind.name).is_dir() else None)
+        self.toy, self.folder, self.name, self.unit = folder is None, folder, kind.name, kind.unit
+        path = args.out / "checkpoint.pt" if args.resume else args.checkpoint
+        source = load_checkpoint(path)
+        wanted = kind.name if args.resume else "pretraining"
+        if source["task"] != wanted:
+            raise BadInput(f"{path}: a checkpoint of {source['task']}, but this needs one of "
+                f"{wanted}")
+        defaults = (TOY_OF if self.toy else FULL_OF)[kind.name]
+        settle(args, defaults, source if args.resume else None, self.kept)
+        say(f"{kind.name} on {folder or 'the toy world'}, "
+            + (f"{args.boxes} boxes, " if kind is Refer else "")
+            + ("from random weights" if args.scratch else f"starting from {path}"))
+        store, splits = load_task(kind, folder, args.boxes)
+        tokenizer = WordPiece.of_pieces(source["vocab"])
+        check_fits(source, store, tokenizer)
+        task = kind(store, tokenizer, splits, args.seed, args.limit, source.get("labels"))
+        if kind is Retrieval:
+            task.prepare()
+        torch.manual_seed(args.seed)
+        fresh = args.scratch or args.resume
+        model = task.head(SwitchBertConfig(**source["config"]), None if fresh else source["model"])
+        self.before = source.get("before")
+        self.settings = (*defaults, *self.kept)
+        super().__init__(args, model, store, task, source if args.resume else None)
+        self.collate, self.sums = task.collate, task.sums
+        # While training, a part of the first held-out split is looked at.
+        most = 100 if kind is Retrieval else 1000
+        self.quick = next(iter(task.splits.values()), task.items)[:most]
+
+    def counts(self, batch):
+        """(1,): examples; every loss here is a mean over them."""
+        return torch.tensor([float(len(batch["targets"]))])
+
+    def facts(self):
+        """What a resumed run, `ask` and a reader must know."""
+        return {"task": self.name, "vocab": self.training.tokenizer.pieces,
+            "labels": self.training.labels, "before": self.before, "toy": self.toy,
+            "num_regions": self.store.num_regions,
+            "settings": {k: getattr(self.args, k) for k in self.settings}}
+
+    def image_ids(self, indices):
+        """The images of these examples."""
+        return [str(self.training.items[i]["image_id"]) for i in indices]
+
+    def begin(self):
+        """As every run, after a look at the switches before anything is learned."""
+        super().begin()
+        if self.before is None:
+            self.before = self.training.predict(self.model, self.quick)[1]
+
+    def measure(self, tau):
+        """Held-out scores with hard switches, and what the switches chose."""
+        scores = self.training.evaluate(self.model, self.quick)[0]
+        switches = self.training.predict(self.model, self.quick)[1]
+        return {"held_out": next(iter(scores.values()), float("nan")), **scores}, switches
+
+    def draw(self, path):
+        """switches.png: before and after."""
+        pictures = [switches_picture(s, f"{self.name}: what every layer chose {when}")
+            for s, when in ((self.before, "before finetuning"),
+                (self.switches, f"after {self.step} steps"))]
+        save_picture(path, stack(pictures))
+
+    def finish(self):
+        """Evaluate every split with hard and soft switches; write and print what came out."""
+        results, predictions = {}, {}
+        for split, items in self.training.splits.items():
+            keep = self.args.out / f"scores-{split}.npy"
+            hard, told = self.training.evaluate(self.model, items, keep=keep)
+            soft = self.training.evaluate(self.model, items, 0.2)[0] if hard else {}
+            results[split], predictions[split] = {"hard": hard, "soft": soft}, told
+        if self.toy and self.name == "vqa":
+            results["val"]["question only"] = question_only(self)
+        if rank() == 0:
+            self._write(results, predictions)
+        say(f"done in {time.time() - self.started:.0f} s")
+        return results
+
+    def _write(self, results, predictions):
+        out, task = self.args.out, self.training
+        for split, found in results.items():
+            if not found["hard"]:
+                write_json(out / f"submission-{split}.json", predictions[split])
+                say(f"{split}: no answers to compare with; all {len(predictions[split])} of this "
+                    f"model's are in {out / f'submission-{split}.json'}")
+        record = {"task": self.name, "data": str(self.folder or "toy world"),
+            "boxes": self.args.boxes if self.name == "refer" else None, "steps": self.step,
+            "scratch": self.args.scratch, "results": results}
+        write_json(out / "result.json", record)
+        write_json(out / "predictions.json", predictions)
+        say_results(record, other_result(out, self.args.scratch))
+        split = next(iter(task.splits), None)
+        if split:
+            draw_examples(out / "examples.png", task, task.splits[split], predictions[split],
+                Pictures(self.folder, self.store))
+        if self.toy:
+            for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
+                save_picture(out / f"scene-{number}.png", Scene(number).draw())
+        say(f"{out}: checkpoint.pt, result.json, predictions.json, switches.png, examples.png")
+
+
+def load_task(kind, folder, boxes):
+    """(store, splits) of a task's folder, or of the toy world where it is None."""
+    if folder is None:
+        if boxes != "detected":
+            raise BadInput("--boxes gt: the toy world has detected boxes only")
+        with first_process_first():
+            store = toy_world()[0]
+        held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
+        training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)
+        return store, kind.from_scenes(training, held_out)
+    features = f"features-{boxes}" if kind is Refer else "features"
+    return FeatureStore(folder / features), kind.from_folder(folder)
+
+
+def question_only(run, steps=150):
+    """Scores of a model of the same size that sees the questions and no picture: what their words
+    give away. It learns in few steps all that there is to learn.
+    """
+    args, task = run.args, VQA(run.store, run.training.tokenizer,
+        {"train": run.training.items, **run.training.splits}, labels=run.training.labels)
+    task.blind = True
+    torch.manual_seed(args.seed)
+    model = task.head(run.model.config, None).to(device())
+    optimizer = make_optimizer(model, args.lr)
+    parts = Parts(len(task), args.batch, args.epochs, args.seed, args.accum)
+    task.counts, task.clip = run.counts, run.clip
+    for step in range(min(steps, parts.steps)):
+        set_learning_rate(optimizer, learning_rate(step, steps, args.lr))
+        batches = [task.collate([task[k] for k in part]) for part in parts.keys(step)]
+        train_step(task, model.train(), optimizer, batches, parts.numbers(), args.seed, step, 1.0,
+            autocast_for(args))
+    return task.evaluate(model, task.splits["val"])[0]
+
+
+def other_result(out, scratch):
+    """The result of the same task from scratch, or of the pretrained one: {name: results}."""
+    other = out.with_name(out.name.removesuffix("-scratch") if scratch else f"{out.name}-scratch")
+    if other == out or not (other / "result.json").exists():
+        return {}
+    return {"pretrained" if scratch else "from scratch": read_json(other / "result.json")}
+
+
+def say_results(record, others):
+    """Print the scores of every split as a table, another run's beside them."""
+    boxes = f", {record['boxes']} boxes" if record["boxes"] else ""
+    for split, columns in record["results"].items():
+        if not columns["hard"]:
+            continue
+        columns = columns | {f"{name} ({o['steps']} steps)": o["results"][split]["hard"]
+            for name, o in others.items() if split in o["results"]}
+        say(f"{split + boxes:34s}" + "".join(f"{c:>14s}" for c in columns))
+        for row in columns["hard"]:
+            cells = [c.get(row) for c in columns.values()]
+            say(f"  {row:32s}" + "".join(f"{'' if c is None else format(c, '.3f'):>14s}"
+                for c in cells))
+
+
+def write_json(path, content):
+    """A JSON file, whole."""
+    write_whole(path, lambda f: json.dump(content, f, indent=1))
+
+
+# --- 5. Pictures ----------------------------------------------------------------------------------
+
+GREEN, RED, PANEL = (40, 150, 60), (200, 50, 50), 250
+
+
+class Pictures:
+    """The picture of an image id: a drawn scene, a file of the data folder's images/, or its boxes.
+    """
+
+    def __init__(self, folder, store):
+        self.toy, self.store, self.files = folder is None, store, {}
+        if folder:
+            self.files = {canonical_id(p.name): p for p in sorted((folder / "images").rglob("*.*"))}
+
+    def __call__(self, image_id):
+        if self.toy:
+            return Scene(int(image_id)).draw()
+        if canonical_id(image_id) in self.files:
+            return Image.open(self.files[canonical_id(image_id)]).convert("RGB")
+        row = self.store.row(image_id)
+        record = self.store[row] if row is not None else dict(size=(100, 100), boxes=[])
+        image = Image.new("RGB", record["size"], "grey")
+        for box in record["boxes"]:
+            ImageDraw.Draw(image).rectangle(list(map(float, box)), outline="silver")
+        return image
+
+
+def panel(image, boxes, lines, right=None):
+    """One picture with boxes and lines of text below, framed green if right, red if wrong.
+
+    boxes: [(x1, y1, x2, y2), colour] in the picture's pixels. right: share, or None: no frame.
+    """
+    scale = (PANEL - 20) / max(image.size)
+    image = image.resize([max(1, round(s * scale)) for s in image.size])
+    draw = ImageDraw.Draw(image)
+    for box, colour in boxes:
+        draw.rectangle([c * scale for c in box], outline=colour, width=3)
+    frame = "white" if right is None else GREEN if right >= 0.5 else RED
+    whole = Image.new("RGB", (PANEL, PANEL + 18 * len(lines)), "white")
+    ImageDraw.Draw(whole).rectangle([4, 4, PANEL - 5, PANEL - 5], outline=frame, width=4)
+    whole.paste(image, ((PANEL - image.width) // 2, (PANEL - image.height) // 2))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(whole).text((10, PANEL + 18 * i), line[:44], "black",
+            ImageFont.load_default(11))
+    return whole
+
+
+def stack(images, columns=1):
+    """Some pictures as one, in rows of so many."""
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    rows = -(-len(images) // columns)
+    whole = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
+    for k, image in enumerate(images):
+        whole.paste(image, (k % columns * width, k // columns * height))
+    return whole
+
+
+def save_picture(path, image):
+    """A PNG, whole."""
+    write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
+
+
+def draw_examples(path, task, items, told, pictures, most=4):
+    """The first examples that were right and the first that were wrong."""
+    found = {True: [], False: []}
+    for item, prediction in zip(items, told):
+        boxes, lines, right = task.panel(item, prediction)
+        some = found[right is None or right >= 0.5]
+        if len(some) < most:
+            shown = prediction["found"][0] if "found" in prediction else item["image_id"]
+            some.append(panel(pictures(shown), boxes, lines, right))
+    save_picture(path, stack(found[True] + found[False], columns=most))
+
+
+# --- 6. Your picture ------------------------------------------------------------------------------
+
+OWN = {"ask": ("image question", "ask a question about a picture"),
+    "match": ("sentence images", "rank pictures by how well a sentence fits them"),
+    "point": ("image phrase", "find what a phrase means in a picture")}
+ASKS = {"ask": "vqa", "match": "retrieval", "point": "refer"}
+
+
+class Own:
+    """A finetuned model and the detector that it was trained with, for pictures of one's own."""
+
+    def __init__(self, args):
+        from extract_features import build_detector  # only here: training needs no torchvision
+
+        checkpoint, wanted = load_checkpoint(args.checkpoint), ASKS[args.command]
+        if checkpoint["task"] != wanted:
+            raise BadInput(f"{args.checkpoint}: a checkpoint of {checkpoint['task']}, but "
+                f"{args.command} needs one of {wanted}")
+        name = checkpoint["store"]["detector"]
+        weights = args.weights or (Path("runs/world/detector.pt") if name == "toy" else None)
+        self.detector, self.most = build_detector(name, weights), checkpoint["num_regions"]
+        self.labels, config = checkpoint["labels"], SwitchBertConfig(**checkpoint["config"])
+        self.kind, self.tokenizer = TASKS[wanted], WordPiece.of_pieces(checkpoint["vocab"])
+        self.model = {"vqa": lambda: SwitchBertForVQA(config, len(self.labels)),
+            "retrieval": lambda: SwitchBertForRetrieval(config),
+            "refer": lambda: SwitchBertForReferring(config)}[wanted]()
+        self.model.load_state_dict(checkpoint["model"])
+        self.model.eval()
+
+    @torch.no_grad()
+    def __call__(self, path, text):
+        """(picture, its boxes (R, 4) in pixels, the head's output for it)"""
+        from extract_features import picture_regions
+
+        image, boxes, features = picture_regions(self.detector, path, self.most)
+        inputs = dict(input_ids=np.array(self.tokenizer.encode(text, self.kind.max_tokens)),
+            region_features=features, region_boxes=normalise_boxes(boxes, image.size))
+        return image, boxes, self.model(**model_inputs([inputs]))[0][0]
+
+
+def ask(own, args):
+    """The five best answers."""
+    image, _, logits = own(args.image, args.question)
+    best = logits.sigmoid().topk(min(5, len(logits)))
+    lines = [f"{p:.2f}  {own.labels[i]}" for p, i in zip(best.values, best.indices)]
+    return lines, panel(image, [], [args.question, *lines])
+
+
+def match(own, args):
+    """The pictures, best first, each with its score."""
+    found = sorted(((own(path, args.sentence), path) for path in args.images),
+        key=lambda f: -f[0][2].item())
+    lines = [f"{score.item():+.2f}  {path}" for (_, _, score), path in found]
+    panels = [panel(image, [], [line]) for ((image, _, _), _), line in zip(found, lines)]
+    return lines, stack(panels, columns=4)
+
+
+def point(own, args):
+    """The box that the phrase means."""
+    image, boxes, logits = own(args.image, args.phrase)
+    best = int(logits.argmax())
+    box = boxes[best].tolist()
+    line = f"{logits[best].sigmoid():.2f}  box " + " ".join(f"{c:.0f}" for c in box)
+    return [line], panel(image, [(box, "magenta")], [args.phrase, line])
+
+
+def finetune(args):
+    """A task's run, from its flags."""
+    return complete(Finetuning(args))
+
+
+def main(argv=None):
+    """Run, and say in one sentence what is wrong with the input if something is."""
+    args = parse_args(argv)
+    try:
+        if args.command in TASKS:
+            if args.scratch and args.out == Path("runs") / args.command:
+                args.out = Path("runs") / f"{args.command}-scratch"
+            launch(finetune, args)
+        else:
+            lines, picture = {"ask": ask, "match": match, "point": point}[args.command](
+                Own(args), args)
+            save_picture(args.out, picture)
+            print(*lines, args.out, sep="\n")
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
