@@ -665,7 +665,6 @@ TRAIN_SCENES, HELD_OUT_SCENES = (0,
     1_000_000)  # the first scene of each split; splits never come near
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1),
     "below": (1, 1)}  # axis, sign
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
 class Thing(dict):
@@ -676,6 +675,16 @@ class Thing(dict):
         """x1, y1, x2, y2 in pixels."""
         (x, y), h = self["centre"], self["half"]
         return (x - h, y - h, x + h, y + h)
+
+    @property
+    def place(self):
+        """Where in the picture it is, by the axis along which it is farther from the middle."""
+        x, y = (c - SCENE_PIXELS // 2 for c in self["centre"])
+        if max(abs(x), abs(y)) < 16:
+            return "in the middle"
+        if abs(x) > abs(y):
+            return "on the left" if x < 0 else "on the right"
+        return "at the top" if y < 0 else "at the bottom"
 
     def named(self, *words):
         """'small red star' for named('size', 'colour', 'shape'); an unnamed shape is a 'thing'."""
@@ -744,6 +753,12 @@ class Scene:
         # another one as well. With two things it would be 8 %.
         things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
         names = ["a " + t.named("size", "colour", "shape") for t in things]
+        # Half of the captions say where two of the things are, the others how two lie to each
+        # other. Where one thing is can be read from one region, and a model that reads places
+        # learns later to compare them; from comparisons alone none learned anything of places.
+        if rng.random() < 0.5:
+            places = [f" {t.place}" for t in things[:2]] + [""]
+            return " and ".join(n + p for n, p in zip(names, places))
         relation = _pick(rng, _true_relations(things[0], things[1]))
         return f"{names[0]} {relation} {names[1]}" + "".join(f" and {n}" for n in names[2:])
 
@@ -752,7 +767,7 @@ class Scene:
 
         Kinds take turns, and a kind that this scene has no fair question for is left out. Yes and
         no are equally frequent by construction, and 'what ...' questions have one answer in the
-        picture.
+        picture. Numbers are digits, as VQA's evaluation writes them.
         """
         rng = self._rng(3)
         kinds = [self._ask_colour, self._ask_shape, self._ask_count, self._ask_existence,
@@ -778,11 +793,11 @@ class Scene:
         # 6.
         key = _pick(rng, ("all", "size", "colour", "shape"))
         if key == "all":
-            return "how many things are there ?", NUMBERS[len(self.things)], "count"
+            return "how many things are there ?", str(len(self.things)), "count"
         word = _pick(rng, self.things)[key]
         name = f"{word}s" if key == "shape" else f"{word} things"
         name = name.replace("crosss", "crosses")
-        return f"how many {name} are there ?", NUMBERS[len(self.where(**{key: word}))], "count"
+        return f"how many {name} are there ?", str(len(self.where(**{key: word}))), "count"
 
     def _ask_existence(self, rng):
         # A 'no' names a colour and a shape that are both in the picture, on different things: only
@@ -796,6 +811,14 @@ class Scene:
             return f"is there a {' '.join(_pick(rng, absent))} ?", "no", "existence"
 
     def _ask_relation(self, rng):
+        # Three forms, as in GQA: find a thing by its place, choose between places, say yes or no.
+        # The first two are the way to the third, which gives no partial credit: half of what there
+        # is to know answers it no better than chance.
+        form = int(rng.integers(3))
+        if form == 0:
+            found = self._refer_by_relation(rng)
+            return found and (f"what colour is {found[0]} ?",
+                self.things[found[1]]["colour"], "relation")
         unique = [
             t for t in self.things if len(self.where(colour=t["colour"], shape=t["shape"])) == 1]
         if len(unique) < 2:
@@ -804,20 +827,24 @@ class Scene:
         true = _pick(rng, _true_relations(a, b))
         opposite = next(r for r, (axis, sign) in RELATIONS.items()
             if axis == RELATIONS[true][0] and sign == -RELATIONS[true][1])
-        asked, answer = ((true, "yes"), (opposite, "no"))[int(rng.integers(2))]
         names = [t.named("colour", "shape") for t in (a, b)]
+        if form == 1:
+            first, second = (true, opposite) if rng.random() < 0.5 else (opposite, true)
+            answer = true.removesuffix(" of")
+            return f"is the {names[0]} {first} or {second} the {names[1]} ?", answer, "relation"
+        asked, answer = ((true, "yes"), (opposite, "no"))[int(rng.integers(2))]
         return f"is the {names[0]} {asked} the {names[1]} ?", answer, "relation"
 
     def expressions(self, n=3):
-        """n (expression, index of the thing, type); type is attribute or relation. Each means one
-        thing.
+        """Up to n different (expression, index of the thing, type); type is attribute or relation.
+        Each means one thing.
 
         A relation expression is one whose attributes alone fit two things or more.
         """
         rng = self._rng(4)
         found = [self._refer_by_attribute(rng) if i % 2 == self.number % 2
             else self._refer_by_relation(rng) for i in range(n)]
-        return [e for e in found if e]
+        return list(dict.fromkeys(e for e in found if e))
 
     def _refer_by_attribute(self, rng):
         index = int(rng.integers(len(self.things)))

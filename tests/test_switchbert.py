@@ -247,7 +247,13 @@ def test_the_global_region_is_the_mean_of_the_visible_ones(config, inputs):
     found = embed(features, boxes, mask)[:, 0]
     means = torch.stack(
         [features[0, [0, 2, 3]].mean(0), features[1, :2].mean(0), features[2].mean(0)])
-    expected = embed.norm(embed.feature(means) + embed.box(torch.tensor([0.0, 0, 1, 1, 1])))
+    box = embed.box(torch.tensor([-1.0, -1, 1, 1, 1]))  # the whole picture, [0, 0, 1, 1, 1]
+
+
+    def norm(x):  # with weight 1 and bias 0, as all three begin
+        return (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+
+    expected = norm(norm(embed.feature(means)) + norm(box))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -264,7 +270,7 @@ def test_base_has_the_parameters_of_bert_plus_what_switching_adds():
     d, f, layers = 768, 2048, 12
     bert = ((30522 + 512 + 2) * d + 2 * d
         + layers * (4 * (d * d + d) + (d * 3072 + 3072) + (3072 * d + d) + 4 * d))
-    regions = (f * d + d) + (5 * d + d) + 2 * d
+    regions = (f * d + d) + (5 * d + d) + 3 * 2 * d
     pool = 2 * (d * 1024 + 1024)
     mode_gates = layers * (2 * d * 6 + 6)
     depth_gates = sum(2 * d * 2 * (l + 1) + 2 * (l + 1) for l in range(1, layers))
