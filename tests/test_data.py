@@ -335,6 +335,11 @@ def test_questions_have_the_answer_that_the_picture_gives():
                 assert [t[kind] for t in scene.where(**words)] == [answer], question
             elif kind == "count":
                 assert str(len(scene.where(**words))) == answer, question
+            elif question.startswith("what colour"):  # of the one that a relation finds
+                relation, first, second = split_relation(question)
+                (mark,) = scene.where(**words_of(second))
+                found = [t for t in scene.where(**words_of(first)) if holds(t, relation, mark)]
+                assert [t["colour"] for t in found] == [answer], question
             elif kind == "existence":
                 assert bool(scene.where(**words)) == (answer == "yes"), question
             else:
