@@ -23,9 +23,11 @@ Where this stands
     python finetune.py point picture.png "the red star"
 
 With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
-settings, without it the toy world, of which it prints
+settings, without it the toy world. It prints a line an evaluation, and at the end a table:
 
-    val    accuracy 0.9 (hard switches), 0.9 (soft) ...
+    step   250/404  lr 4.3e-04  tau 0.33  loss 0.945 | held-out 0.968 | 417 expressions/s, 50 s
+    val, detected boxes                         hard          soft
+      accuracy                                 0.981         0.980
 
 Every task is one class that says what its examples are, its head, its loss and its metric; the
 loop, the processes, stopping and resuming are train.py's. `--epochs 0` trains nothing: zero-shot
@@ -48,6 +50,7 @@ import json
 import pickle
 import re
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -295,7 +298,7 @@ class VQA(Task):
                     yield dict(image_id=number, text=text, question_id=1000 * number + k,
                         majority=answer, answers=[answer] * 10, answer_type=sort,
                         question_type=kind)
-        return {"train": list(items(training, 10)), "val": list(items(held_out, 5))}
+        return {"train": list(items(training, 8)), "val": list(items(held_out, 5))}
 
     def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
         labels = labels or answer_vocabulary(splits["train"])
@@ -473,10 +476,13 @@ class Retrieval(Task):
         return found, told
 
     def matrix(self, model, texts, images, tau, keep, block=100):
-        """(texts, images) scores, by blocks of images; says how long it will take."""
+        """(texts, images) scores, by blocks of images; says how much that is and how long."""
         scores = torch.full((len(texts), len(images)), float("nan"))
         if keep and keep.exists():
             scores = torch.from_numpy(np.load(keep, allow_pickle=False))
+        if len(images) > block:
+            say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs, of which "
+                f"{int(scores.isnan().sum()):,} are to be scored")
         start, done = time.time(), 0
         for k in range(0, len(images), block):
             part = images[k : k + block]
@@ -488,8 +494,7 @@ class Retrieval(Task):
                     _keep(keep, scores)
                 if done == len(part) and len(images) > block:
                     left = (time.time() - start) * (len(images) - k - len(part)) / len(part)
-                    say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs: "
-                        f"{left / 60:.0f} minutes to go")
+                    say(f"after {len(part)} images: about {left / 60:.1f} minutes to go")
         return scores
 
     def panel(self, item, told):
@@ -718,8 +723,13 @@ class Finetuning(Run):
     def begin(self):
         """As every run, after a look at the switches before anything is learned."""
         super().begin()
+        if rank() == 0 and not self.args.resume:
+            for path in self.args.out.glob("scores-*.npy"):  # of another model: never to be reused
+                path.unlink()
         if self.before is None:
             self.before = self.training.predict(self.model, self.quick)[1]
+        if self.parts.steps == 0:  # zero-shot: --resume finds what was scored, `match` the model
+            self.save()
 
     def measure(self, tau):
         """Held-out scores with hard switches, and what the switches chose."""
@@ -822,11 +832,11 @@ def say_results(record, others):
             continue
         columns = columns | {f"{name} ({o['steps']} steps)": o["results"][split]["hard"]
             for name, o in others.items() if split in o["results"]}
-        say(f"{split + boxes:34s}" + "".join(f"{c:>14s}" for c in columns))
+        widths = {name: max(14, len(name) + 2) for name in columns}
+        say(f"{split + boxes:34s}" + "".join(f"{c:>{n}s}" for c, n in widths.items()))
         for row in columns["hard"]:
-            cells = [c.get(row) for c in columns.values()]
-            say(f"  {row:32s}" + "".join(f"{'' if c is None else format(c, '.3f'):>14s}"
-                for c in cells))
+            cells = [format(c[row], ".3f") if row in c else "" for c in columns.values()]
+            say(f"  {row:32s}" + "".join(f"{c:>{n}s}" for c, n in zip(cells, widths.values())))
 
 
 def write_json(path, content):
@@ -866,6 +876,7 @@ def panel(image, boxes, lines, right=None):
 
     boxes: [(x1, y1, x2, y2), colour] in the picture's pixels. right: share, or None: no frame.
     """
+    lines = [part for line in lines for part in textwrap.wrap(line, 40)]
     scale = (PANEL - 20) / max(image.size)
     image = image.resize([max(1, round(s * scale)) for s in image.size])
     draw = ImageDraw.Draw(image)
@@ -876,7 +887,7 @@ def panel(image, boxes, lines, right=None):
     ImageDraw.Draw(whole).rectangle([4, 4, PANEL - 5, PANEL - 5], outline=frame, width=4)
     whole.paste(image, ((PANEL - image.width) // 2, (PANEL - image.height) // 2))
     for i, line in enumerate(lines):
-        ImageDraw.Draw(whole).text((10, PANEL + 18 * i), line[:44], "black",
+        ImageDraw.Draw(whole).text((10, PANEL + 18 * i), line, "black",
             ImageFont.load_default(11))
     return whole
 

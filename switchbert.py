@@ -623,6 +623,9 @@ class SwitchBertForVQA(nn.Module):
             nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps),
             nn.Linear(2 * config.hidden_size, num_answers))
         init_weights(self.classifier, config.initializer_range)
+        # Every answer starts at probability 1/A, not 1/2: sigmoid(-log(A - 1)) = 1/A. From 1/2 the
+        # first hundreds of steps only push answers down [focal loss, Lin et al. 2017, 4.1].
+        nn.init.constant_(self.classifier[-1].bias, -math.log(max(1, num_answers - 1)))
 
     def forward(self, *inputs, **named):
         out = self.bert(*inputs, **named)

@@ -436,6 +436,18 @@ def test_evaluation_shared_by_processes_is_the_evaluation_of_one(task, request, 
     assert sum(parts).equal(whole) and all(p.count_nonzero() < len(items) for p in parts)
 
 
+def test_ranking_shared_by_processes_is_the_ranking_of_one(retrieval, tiny_state, monkeypatch):
+    model, texts = retrieval.head(*tiny_state), [i["text"] for i in retrieval.items[:7]]
+    given = (model, texts, ["1", "2", "3", "7"], None, None)
+    whole = retrieval.matrix(*given)
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    parts = []
+    for number in range(3):
+        monkeypatch.setattr(train, "rank", lambda number=number: number)
+        parts.append(retrieval.matrix(*given))
+    assert sum(parts).equal(whole) and all((p == 0).any() for p in parts)
+
+
 def test_a_test_set_without_answers_gets_a_complete_submission(run, vqa, tmp_path, capsys):
     asked = [{**question(image_id, 7), "answers": []} for image_id in (1, 2, 99)]
     vqa.splits["test2015"] = asked
@@ -471,6 +483,14 @@ def test_no_step_is_zero_shot(run, retrieval, tiny_state):
     found = run("retrieval", "--epochs", "0")["test"]["hard"]
     model = retrieval.head(*tiny_state)
     assert found == retrieval.evaluate(model, retrieval.splits["test"])[0]
+
+
+def test_scores_of_an_earlier_model_are_not_taken_for_this_ones(run, tmp_path):
+    run("retrieval", "--epochs", "0")
+    scores = np.load(tmp_path / "retrieval" / "scores-test.npy")
+    np.save(tmp_path / "retrieval" / "scores-test.npy", scores * 0)
+    run("retrieval", "--epochs", "0")
+    assert (np.load(tmp_path / "retrieval" / "scores-test.npy") == scores).all()
 
 
 def test_from_scratch_is_shown_beside(run, tmp_path, capsys):

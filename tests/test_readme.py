@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import finetune
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +40,8 @@ def test_every_script_is_in_the_table():
 @pytest.mark.parametrize("line", re.findall(r"python train\.py[^\n`#|)]*", README))
 def test_commands_of_the_readme_are_understood(line):
     train.parse_args(shlex.split(line)[2:])
+
+
+@pytest.mark.parametrize("line", re.findall(r"python finetune\.py[^\n`#|)]*", README))
+def test_finetuning_commands_of_the_readme_are_understood(line):
+    finetune.parse_args(shlex.split(line)[2:])
