@@ -103,6 +103,7 @@ def test_two_processes_train_like_one(start, undisturbed, tmp_path, program, fla
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-3)
 
 
+@SLOW
 def test_a_run_of_two_processes_is_resumed_by_one(start, undisturbed, tmp_path):
     """Also that --gpus 2 passes SIGTERM on, and that both processes stop after the same step."""
     process = start(tmp_path, "--gpus", 2)
