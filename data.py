@@ -11,7 +11,7 @@ stand between a folder of files and a batch of tensors:
     caption "a small red star"                 image id
           | WordPiece                              | FeatureStore (memory-mapped, float16)
           v                                        v
-    [CLS] a small red star [SEP]            features (R, F)   boxes (R, 4)   class_probs (R, C)
+    [CLS] a small red star [SEP]            features (R, F)   boxes (R, 4)   class head (C, F)
           | 15% of pieces -> [MASK]                | 15% of regions -> zeros, boxes / (W, H) + area
           v                                        v
     input_ids (B, T)  mlm_labels (B, T)     region_features (B, R, F)  region_boxes (B, R, 5)
@@ -27,10 +27,15 @@ Map of the file
     1. Small rules     canonical ids, plain-sentence errors, files that appear whole or not at all
     2. WordPiece       BERT's uncased tokenizer, and a vocabulary builder for corpora without one
     3. Feature store   one folder format: the contract between detector and model
-    4. Captions        the published caption files, recognised by what is in them
-    5. Toy world       drawn scenes with captions, questions and referring expressions
-    6. Pretraining     masking, mismatching, collate
-    7. Command line    python data.py check PATH..., python data.py vocab CAPTIONS... -o vocab.txt
+    4. Features        published feature files (bottom-up-attention's TSV) become a store
+    5. Captions        the published caption files, recognised by what is in them
+    6. Toy world       drawn scenes with captions, questions and referring expressions
+    7. Pretraining     masking, mismatching, collate
+    8. Command line    check, vocab, import
+
+    python data.py check data/features data/captions.tsv
+    python data.py vocab data/captions.tsv -o data/vocab.txt
+    python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
 Every random choice is drawn from (seed, epoch, index) and from nothing else. So an example looks
 the same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
@@ -41,6 +46,7 @@ convention).
 """
 
 import argparse
+import base64
 import heapq
 import json
 import math
@@ -294,7 +300,17 @@ def _merge(parts, pair, merged):
 #     sizes.npy           (N, 2)     int32     image width, height in pixels
 #     boxes.npy           (N, R, 4)  float32   x1, y1, x2, y2 in pixels of the original image
 #     features.npy        (N, R, F)  float16   mean-pooled RoI feature
-#     class_probs.npy     (N, R, C)  float16   background first; may be absent
+#     failed.txt                     text      id and reason of every image that could not be had
+#
+# and, if C > 0, what gives each region its distribution over classes, background first: either
+#
+#     class_weight.npy    (C, F)     float32   the detector's last layer, once for all images:
+#     class_bias.npy      (C,)       float32   distribution = softmax(weight @ feature + bias)
+# or
+#     class_probs.npy     (N, R, C)  float16   the distributions themselves, of imported features
+#
+# A detector's class logits are linear in the very feature that is stored. So the layer, 13 MB for
+# Visual Genome's 1,601 classes, says what 115 KB an image would: 380 GB for 3.3 million.
 #
 # Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB an image)
 # and its rounding, 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files
@@ -314,8 +330,8 @@ class FeatureStore:
 
     store = FeatureStore("features/")      raises BadInput if it is missing or half-written
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
-    store[row] -> dict of features (n, F) float32, boxes (n, 4), class_probs (n, C) or None, size
-    (W, H)
+    store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H)
+    store.class_probs(row) -> (n, C) float32, or None if the store says nothing about classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
     class_names, detector, meta (all of store.json). Safe in several processes: they map the same
@@ -371,41 +387,59 @@ class FeatureStore:
         return row if row >= 0 and self.ids[row] == key and self.counts[row] > 0 else None
 
     def __getitem__(self, row):
-        n, probs = int(self.counts[row]), self.arrays.get("class_probs")
-        record = {"features": self.arrays["features"][row, :n].astype(np.float32),
-            "boxes": np.array(self.arrays["boxes"][row, :n]),
-            "class_probs": None if probs is None else probs[row, :n].astype(np.float32),
-            "size": tuple(int(x) for x in self.arrays["sizes"][row])}
-        problem = record_problem(record)
+        # Plain copies, as fast as memory: what is in a store was looked at when it was written.
+        n = int(self.counts[row])
+        return {"features": self.arrays["features"][row, :n].copy(),
+            "boxes": self.arrays["boxes"][row, :n].copy(),
+            "size": tuple(self.arrays["sizes"][row].tolist())}
+
+    def class_probs(self, row, chosen=slice(None)):
+        """(k, C) float32: distributions over classes of an image's regions, background first; None
+        if the store has none. chosen: which of its n regions, as an index of an array.
+        """
+        if not self.num_region_classes:
+            return None
+        n = int(self.counts[row])
+        if "class_probs" in self.arrays:
+            return self.arrays["class_probs"][row, :n][chosen].astype(np.float32)
+        features = self.arrays["features"][row, :n][chosen].astype(np.float32)  # (k, F)
+        logits = features @ self.arrays["class_weight"].T + self.arrays["class_bias"]  # (k, C)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def check(self, row):
+        """Raise BadInput if this image's regions are none that a run could use."""
+        problem = record_problem(**self[row], class_probs=self.class_probs(row))
         if problem:
-            name = self.ids[row].decode()
-            raise BadInput(f"{self.folder}: image {name}: {problem}; extract it again")
-        return record
+            raise BadInput(f"{self.folder}: image {self.ids[row].decode()}: {problem}; "
+                "extract it again")
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
-            detector="", **more):
+            detector="", class_head=None, **more):
         """A StoreWriter for these images, new or where an interrupted one stopped.
 
-        ids: every image that will be written, in row order. `more` goes into store.json as it is.
-        Raises BadInput if the folder holds a store of something else.
+        ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
+        of the detector's last layer, background first, in place of stored distributions. `more`
+        goes into store.json as it is. Raises BadInput if the folder holds a store of something
+        else.
         """
         ids = [canonical_id(i) for i in ids]
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(ids),
             num_regions=num_regions, feature_size=feature_size,
-            num_region_classes=num_region_classes, class_names=list(class_names), detector=detector,
-            **more)
-        return StoreWriter(Path(folder), ids, meta)
+            num_region_classes=len(class_head[1]) if class_head else num_region_classes,
+            class_names=list(class_names), class_head=bool(class_head), detector=detector, **more)
+        return StoreWriter(Path(folder), ids, meta, class_head)
 
 
 class StoreWriter:
     """Fill a store row by row, in any order, from any number of processes; kill it at any moment.
 
-    for row in writer.pending(): writer.write(row, features, boxes, size, class_probs)
+    for row in writer.pending(): writer.write(row, features, boxes, size)
     writer.finish()
     """
 
-    def __init__(self, folder, ids, meta):
+    def __init__(self, folder, ids, meta, class_head=None):
         self.folder, self.meta = folder, meta
         if len(set(ids)) != len(ids):
             twice = next(i for i, n in Counter(ids).items() if n > 1)
@@ -413,30 +447,38 @@ class StoreWriter:
                 f"{folder}: two images have the id {twice!r}; a store holds each id once")
         ids = np.array([i.encode() for i in ids], dtype=bytes)
         meta["id_bytes"] = max(ids.dtype.itemsize, 1)
+        fixed = {"ids": ids}
+        if class_head:
+            fixed |= {name: np.asarray(value, np.float32)
+                for name, value in zip(("class_weight", "class_bias"), class_head)}
         if (folder / "store.json").exists():
-            self._check_same(_read_store_json(folder), ids)
+            self._check_same(_read_store_json(folder), fixed)
         else:
-            self._allocate(ids)
+            self._allocate(fixed)
         self.arrays = {name: _open_array(folder, name, *form, mode="r+")
             for name, form in _layout(meta).items()}
 
-    def _allocate(self, ids):
+    def _allocate(self, fixed):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, (dtype, shape) in _layout(self.meta).items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
-            if name in ("ids", "counts"):
-                array[:] = ids if name == "ids" else -1
+            if name in fixed or name == "counts":
+                array[:] = fixed.get(name, -1)
             array.flush()
+        (self.folder / "failed.txt").unlink(missing_ok=True)
         write_whole(self.folder / "store.json", lambda f: json.dump(self.meta, f, indent=1))
 
-    def _check_same(self, found, ids):
-        different = [k for k in self.meta if k != "complete" and found.get(k) != self.meta[k]]
-        old = np.load(self.folder / "ids.npy", mmap_mode="r")
-        if different or old.shape != ids.shape or (old != ids).any():
+    def _check_same(self, found, fixed):
+        # Another version of torch may finish what this one began; nothing else may differ.
+        different = [k for k in self.meta
+            if k not in ("complete", "versions") and found.get(k) != self.meta[k]]
+        different = different or [name for name, value in fixed.items() if not np.array_equal(
+            _open_array(self.folder, name, *_layout(self.meta)[name]), value)]
+        if different:
             raise BadInput(
                 f"{self.folder}: holds a feature store of other images or settings (it differs in "
-                f"{', '.join(different) or 'ids'}); choose another folder or remove this one")
+                f"{', '.join(different)}); choose another folder or remove this one")
 
     def pending(self):
         """Rows that are still to be written."""
@@ -444,28 +486,43 @@ class StoreWriter:
 
     def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) pixels, size (W, H), class_probs (n, C); n
-        <= R.
+        <= R. Raises BadInput, and writes nothing, if a run could not use it.
         """
-        n = len(features)
-        for name, value in (("features", features), ("boxes", boxes), ("class_probs", class_probs)):
+        n, values = len(features), dict(features=features, boxes=boxes, class_probs=class_probs)
+        problem = record_problem(size=size, **values)
+        if problem:
+            raise BadInput(f"image {self.arrays['ids'][row].decode()}: {problem}")
+        for name, value in values.items():
             if name in self.arrays:
                 self.arrays[name][row, :n] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = n  # last: a row counts as written only once all of it is there
 
-    def fail(self, row):
-        """Mark an image as impossible to extract: its row stays empty, readers do not see it."""
+    def fail(self, row, reason):
+        """An image that cannot be had: its row stays empty, failed.txt says why."""
+        with open(self.folder / "failed.txt", "a", encoding="utf-8") as file:
+            file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
         """Every row is written: say so in store.json, and return the reader."""
         if self.pending():
             raise BadInput(f"{self.folder}: {len(self.pending())} images are not written yet")
+        self._sort_failures()
         for array in self.arrays.values():
             array.flush()
         self.meta["complete"] = True
         write_whole(self.folder / "store.json", lambda f: json.dump(self.meta, f, indent=1))
         return FeatureStore(self.folder)
+
+    def _sort_failures(self):
+        # In row order and once each, whoever came first and whoever was killed in between.
+        path = self.folder / "failed.txt"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            reason = {line.split("\t")[0]: line for line in reversed(lines)}
+            failed = self.arrays["ids"][self.arrays["counts"] == 0]
+            write_whole(path, lambda f: f.writelines(reason[i.decode()] + "\n" for i in failed))
 
 
 def _layout(meta):
@@ -473,8 +530,11 @@ def _layout(meta):
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": (np.int32, (n,)),
         "sizes": (np.int32, (n, 2)), "boxes": (np.float32, (n, r, 4)),
         "features": (np.float16, (n, r, meta["feature_size"]))}
-    if meta["num_region_classes"]:
-        layout["class_probs"] = (np.float16, (n, r, meta["num_region_classes"]))
+    c, f = meta["num_region_classes"], meta["feature_size"]
+    if meta.get("class_head"):
+        layout |= {"class_weight": (np.float32, (c, f)), "class_bias": (np.float32, (c,))}
+    elif c:
+        layout["class_probs"] = (np.float16, (n, r, c))
     return layout
 
 
@@ -509,14 +569,15 @@ def _open_array(folder, name, dtype, shape, mode="r"):
     return array
 
 
-def record_problem(record):
-    """What is wrong with an image's regions, in words, or None. Looked at whenever one is read: a
+def record_problem(features, boxes, size, class_probs=None):
+    """What is wrong with an image's regions, in words, or None. Looked at before they are stored: a
     NaN that gets into a batch shows only as a NaN loss, thousands of images later.
     """
-    boxes, (width, height) = record["boxes"], record["size"]
-    for name in ("features", "boxes", "class_probs"):
-        if record[name] is not None and not np.isfinite(record[name]).all():
-            return f"{name} with NaN or infinity"
+    width, height = size
+    with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
+        for name, values in dict(features=features, boxes=boxes, class_probs=class_probs).items():
+            if values is not None and not np.isfinite(np.asarray(values, np.float16)).all():
+                return f"{name} with NaN or infinity"
     if len(boxes) and (boxes.min() < -1 or (boxes.max(axis=0)[2:] > (width + 1, height + 1)).any()):
         return f"a box outside the picture of {width} x {height} pixels"
     if (boxes[:, 2:] < boxes[:, :2]).any():
@@ -534,20 +595,153 @@ def normalise_boxes(boxes, size):
 
 
 def region_inputs(store, image_id, blank=False):
-    """What the encoder reads of an image: region_features (n, F), region_boxes (n, 5) as numpy.
+    """What the encoder reads of an image: region_features (n, F) float16, as they are stored, and
+    region_boxes (n, 5) float32, as numpy.
 
     Of an image without features, or if blank, none: n = 0, and the model has the words alone.
     """
     row = None if blank else store.row(image_id)
     if row is None:
-        return dict(region_features=np.zeros((0, store.feature_size), np.float32),
+        return dict(region_features=np.zeros((0, store.feature_size), np.float16),
             region_boxes=np.zeros((0, 5), np.float32))
     record = store[row]
     return dict(region_features=record["features"],
         region_boxes=normalise_boxes(record["boxes"], record["size"]))
 
 
-# --- 4. Captions ----------------------------------------------------------------------------------
+# --- 4. Published features ------------------------------------------------------------------------
+#
+# The "bottom-up attention" files that most papers of the field used: a TSV without a header, one
+# image a line, arrays as base64 of little-endian numbers. Three forms are in circulation. They are
+# told apart by their number of columns, because that is what also says whether width or height
+# comes first:
+#
+#     6    Anderson et al.   image_id, image_w, image_h, num_boxes, boxes, features
+#     10   LXMERT            img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf,
+#                            num_boxes, boxes, features
+#     13   VOLTA             the ten, then cls_prob, attrs, classes
+#
+# Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
+# (n, 1601), background first. Only the last form has distributions: masked region classification
+# needs them, and training does without it where a store has none.
+
+TSV_WIDTH_HEIGHT_BOXES = {6: (1, 2, 3), 10: (2, 1, 7), 13: (2, 1, 7)}  # columns of W, H, num_boxes
+
+
+def import_features(paths, folder, detector="vg", background="first", classes=None):
+    """Write a feature store from published TSV files; one that was interrupted goes on.
+
+    background: where cls_prob has it: "first" (VOLTA), "last" (detectron2's ports), or "none" (cut
+    off; it is then what the others lack of 1). The store always has it first. classes: a file with
+    a class name a line, without background, or None. Two passes, a line in memory at a time: the
+    first counts the regions, the second writes. Raises BadInput with the line of the first problem
+    of form; images whose numbers no run could use are left out, with the reason in failed.txt.
+    """
+    first, most, size, num_classes = tsv_sizes(paths, background)
+    names = ["background", *read_class_names(classes)] if classes else []
+    if names and num_classes and len(names) != num_classes:
+        raise BadInput(f"{classes}: {len(names) - 1} names, but the features have "
+            f"{num_classes - 1} classes beside the background")
+    writer = FeatureStore.create(folder, first, most, size, num_classes, names, detector,
+        background="first", box_format="x1 y1 x2 y2, pixels", dtype="float16",
+        source=[Path(p).name for p in paths])
+    row_of, pending = {place: row for row, place in enumerate(first.values())}, {*writer.pending()}
+    twice = 0
+    for path, number, cells in tsv_lines(paths, "importing"):
+        row = row_of.get((path, number))
+        twice += row is None
+        if row in pending:
+            try:
+                writer.write(row, **tsv_record(path, number, cells, background))
+            except BadInput as error:
+                writer.fail(row, str(error))
+    if twice:
+        print(f"{twice:,} lines name an image that was there before; the first one counts")
+    return writer.finish()
+
+
+def tsv_sizes(paths, background):
+    """({image id: (path, line) where it is first met}, most regions of an image, F, C or 0)"""
+    first, most, example = {}, 0, None
+    for path, number, cells in tsv_lines(paths, "counting"):
+        first.setdefault(canonical_id(cells[0]), (path, number))
+        n = _whole_number(path, number, cells, 2)
+        if n and not example:
+            example = tsv_record(path, number, cells, background)
+        most = max(most, n)
+    if not example:
+        raise BadInput(f"{', '.join(map(str, paths))}: no image with a region")
+    probs = example["class_probs"]
+    return first, most, example["features"].shape[1], 0 if probs is None else probs.shape[1]
+
+
+def tsv_lines(paths, doing):
+    """Yields (path, line number, cells) of some TSVs, one line in memory at a time."""
+    for path in paths:
+        with open_text(path) as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
+                desc=f"{doing} {Path(path).name}", leave=False, disable=None) as bar:
+            for number, line in enumerate(file, 1):
+                bar.update(len(line))
+                cells = line.rstrip("\r\n").split("\t")
+                if len(cells) not in TSV_WIDTH_HEIGHT_BOXES:
+                    raise BadInput(f"{path}: line {number}: expected 6, 10 or 13 columns, found "
+                        f"{len(cells)}; is the file cut off, or something else?")
+                yield path, number, cells
+
+
+def tsv_record(path, number, cells, background):
+    """What StoreWriter.write takes, from the cells of a line."""
+    width, height, n = (_whole_number(path, number, cells, i) for i in range(3))
+    at = TSV_WIDTH_HEIGHT_BOXES[len(cells)][2] + 1
+    boxes, features = (_decoded(path, number, cells[i], n, name)
+        for i, name in ((at, "boxes"), (at + 1, "features")))
+    probs = None
+    if len(cells) == 13:
+        probs = background_first(_decoded(path, number, cells[10], n, "cls_prob"), background)
+        wrong = np.abs(probs.sum(axis=1) - 1) > 0.02
+        if wrong.any() or probs.min(initial=0) < -0.02:
+            raise BadInput(f"{path}: line {number}: cls_prob of a region adds up to "
+                f"{probs[wrong].sum(axis=1)[:1]}, expected 1; are these probabilities?")
+    if boxes.shape[1] != 4:
+        raise BadInput(
+            f"{path}: line {number}: boxes: expected {n} x 4 numbers, found {n} x {boxes.shape[1]}")
+    return dict(features=features, boxes=boxes, size=(width, height), class_probs=probs)
+
+
+def _whole_number(path, number, cells, which):
+    cell = cells[TSV_WIDTH_HEIGHT_BOXES[len(cells)][which]]
+    if not cell.isdecimal():
+        raise BadInput(f"{path}: line {number}: {('width', 'height', 'num_boxes')[which]}: expected"
+            f" a whole number, found {cell[:20]!r}")
+    return int(cell)
+
+
+def _decoded(path, number, cell, n, name):
+    # Files that Python 3 wrote may say b'...' around the base64.
+    try:
+        values = np.frombuffer(base64.b64decode(re.sub(r"^b'(.*)'$", r"\1", cell)), "<f4")
+        return values.reshape(n, -1 if n else 4)
+    except ValueError as error:
+        raise BadInput(
+            f"{path}: line {number}: {name}: not base64 of {n} rows of float32 ({error})") from None
+
+
+def background_first(probs, background):
+    """(n, C) distributions with the background as class 0; background: where they have it now."""
+    if background == "last":
+        return np.roll(probs, 1, axis=1)
+    if background == "none":
+        return np.concatenate([1 - probs.sum(axis=1, keepdims=True), probs], axis=1)
+    return probs
+
+
+def read_class_names(path):
+    """Names of a file with one a line, as Visual Genome's objects_vocab.txt."""
+    with open_text(path) as file:
+        return [line.strip() for line in file.read().splitlines() if line.strip()]
+
+
+# --- 5. Captions ----------------------------------------------------------------------------------
 #
 # Caption files as they are published. They are told apart by what is in them, never by their name:
 #
@@ -649,7 +843,7 @@ def _karpathy_captions(path, images):
                 f"raw ({error!r})") from error
 
 
-# --- 5. The toy world -----------------------------------------------------------------------------
+# --- 6. The toy world -----------------------------------------------------------------------------
 #
 # A scene is a number. From it follow the objects, the picture, the captions, the questions and the
 # referring expressions, so a data set is a range of numbers, and held-out scenes are another range.
@@ -908,7 +1102,7 @@ def _draw_shape(draw, thing):
         )
 
 
-# --- 6. Pretraining -------------------------------------------------------------------------------
+# --- 7. Pretraining -------------------------------------------------------------------------------
 
 IGNORE = -100  # label of a word piece that is not predicted (torch's cross entropy skips it)
 MISMATCH, MATCH = (0,
@@ -954,10 +1148,11 @@ class PretrainingDataset(torch.utils.data.Dataset):
         text, match = self.texts[index], MATCH
         if rng.random() < self.mismatch:
             text, match = self.texts[self._other_image(index, rng)], MISMATCH
-        record, ids = self.store[self.rows[index]], self.tokenizer.encode(text, self.max_tokens)
+        row, ids = self.rows[index], self.tokenizer.encode(text, self.max_tokens)
+        record = self.store[row]
         rate = 0.15 if self.masking else 0.0
         input_ids, mlm_labels = mask_tokens(ids, self.tokenizer, rng, rate)
-        mrc_mask, probs = choose(len(record["boxes"]), rng, rate), record["class_probs"]
+        mrc_mask = choose(len(record["boxes"]), rng, rate)
         record["features"][mrc_mask] = 0
         return dict(
             input_ids=input_ids,
@@ -965,7 +1160,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
             region_features=record["features"],
             region_boxes=normalise_boxes(record["boxes"], record["size"]),
             mrc_mask=mrc_mask,
-            mrc_targets=None if probs is None else probs[mrc_mask],  # (K, C)
+            mrc_targets=self.store.class_probs(row, mrc_mask),  # (K, C) or None
             itm_labels=match,
         )
 
@@ -1067,7 +1262,7 @@ def collate(examples):
     )
 
 
-# --- 7. Command line ------------------------------------------------------------------------------
+# --- 8. Command line ------------------------------------------------------------------------------
 
 
 def check(paths):
@@ -1099,10 +1294,12 @@ def check_store(folder):
     size = sum(array.nbytes for array in store.arrays.values())
     print(f"{folder}: a feature store of {len(store):,} images ({failed:,} failed), up to "
           f"{store.num_regions} regions of {store.feature_size}, {size / 1e9:.2f} GB")
-    known = f"{store.num_region_classes} with background" if store.num_region_classes else "none"
-    print(f"{folder}: class distributions: {known}; detector: {store.detector or 'not said'}")
+    for key, value in store.meta.items():
+        if isinstance(value, list) and len(value) > 5:
+            value = f"{', '.join(map(str, value[:5]))}, ... ({len(value):,})"
+        print(f"    {key}: {value}")
     for row in tqdm(np.flatnonzero(store.counts > 0), desc="reading", leave=False, disable=None):
-        store[row]
+        store.check(row)
     return store
 
 
@@ -1124,7 +1321,7 @@ def check_captions(path):
 
 
 def main(argv=None):
-    """python data.py check | vocab"""
+    """python data.py check | vocab | import"""
     parser = argparse.ArgumentParser(description="Look at data before a run does.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("check", help="say what files and stores are, and whether they fit")
@@ -1133,14 +1330,25 @@ def main(argv=None):
     p.add_argument("captions", nargs="+", help="caption files")
     p.add_argument("-o", "--out", required=True, help="the vocabulary to write, e.g. vocab.txt")
     p.add_argument("--size", type=int, default=30522, help="most pieces (default: BERT's 30522)")
+    p = commands.add_parser("import", help="make a feature store of published TSV files")
+    p.add_argument("files", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
+    p.add_argument("-o", "--out", required=True, help="the store to write")
+    p.add_argument("--detector", default="vg", help="its name in the store (default: vg)")
+    p.add_argument("--background", choices=["first", "last", "none"], default="first",
+        help="where class distributions have the background (default: first, as VOLTA)")
+    p.add_argument("--classes", help="class names, one a line, without background")
     args = parser.parse_args(argv)
     try:
         if args.command == "check":
             sys.exit(0 if check(args.paths) else 1)
-        texts = (text for path in args.captions for _, text in read_captions(path))
-        pieces = build_vocab(texts, args.size)
-        write_whole(args.out, lambda f: f.writelines(p + "\n" for p in pieces))
-        print(f"{args.out}: {len(pieces)} word pieces")
+        elif args.command == "import":
+            import_features(args.files, args.out, args.detector, args.background, args.classes)
+            check_store(args.out)
+        else:
+            texts = (text for path in args.captions for _, text in read_captions(path))
+            pieces = build_vocab(texts, args.size)
+            write_whole(args.out, lambda f: f.writelines(p + "\n" for p in pieces))
+            print(f"{args.out}: {len(pieces)} word pieces")
     except BadInput as error:
         sys.exit(f"error: {error}")
 

@@ -414,7 +414,7 @@ class Retrieval(Task):
         for k in tqdm(range(rank(), n, world_size()), desc="global features", leave=False,
                 disable=quiet()):
             features = region_inputs(self.store, self.images[k])["region_features"]
-            means[k] = torch.from_numpy(features.mean(axis=0))
+            means[k] = torch.from_numpy(features.mean(axis=0, dtype=np.float32))
         means = F.normalize(total(means))
         nearest = torch.zeros(n, dtype=torch.long, device=device())
         for rows in torch.arange(n).split(1000)[rank() :: world_size()]:

@@ -393,6 +393,7 @@ class RegionEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, region_features, region_boxes, region_mask):
+        region_features = region_features.to(region_boxes.dtype)  # stores have float16
         # Masked regions arrive as zeros. They are left out of the mean, in its divisor too: the
         # global region shows what is visible, at the scale it always has.
         visible = region_mask.bool() & (region_features != 0).any(dim=-1)  # (B, R)

@@ -75,32 +75,47 @@ def test_a_missing_file_is_named(tmp_path):
 # --- stores that a run could not use ---
 
 
-def poisoned(folder, **change):
-    """A store of one picture, 100 x 80, with one value of its second region changed."""
-    writer = FeatureStore.create(folder, ["7"], 2, 3, 2)
+def one_picture(**change):
+    """What a store keeps of a picture of 100 x 80, with one value of its second region changed."""
     values = dict(features=np.ones((2, 3)), boxes=np.array([[0, 0, 9, 9], [5, 5, 100, 80.0]]),
         class_probs=np.full((2, 2), 0.5))
     for name, (column, value) in change.items():
         values[name][1, column] = value
-    writer.write(0, values["features"], values["boxes"], (100, 80), values["class_probs"])
+    return dict(values, size=(100, 80))
+
+
+def poisoned(folder, **change):
+    """A store of that picture, of which the value was changed after it was written."""
+    writer = FeatureStore.create(folder, ["7"], 2, 3, 2)
+    writer.write(0, **one_picture())
+    for name, (column, value) in change.items():
+        writer.arrays[name][0, 1, column] = value
     return writer.finish()
 
 
 @pytest.mark.parametrize("change, problem", [
     (dict(features=(2, np.nan)), "features with NaN or infinity"),
     (dict(features=(0, np.inf)), "features with NaN or infinity"),
+    (dict(features=(0, 70_000)), "features with NaN or infinity"),  # float16 ends at 65,504
     (dict(class_probs=(1, np.nan)), "class_probs with NaN or infinity"),
     (dict(boxes=(2, 140)), "a box outside the picture of 100 x 80 pixels"),
     (dict(boxes=(3, 90)), "a box outside the picture of 100 x 80 pixels"),
     (dict(boxes=(0, -3)), "a box outside the picture of 100 x 80 pixels"),
     (dict(boxes=(2, 4)), "a box whose x2 < x1 or y2 < y1")])
-def test_broken_records_are_found_when_they_are_read(tmp_path, change, problem):
-    with pytest.raises(BadInput, match=f"features: image 7: {problem}; extract it again"):
-        poisoned(tmp_path / "features", **change)[0]
+def test_broken_records_are_not_written_and_are_found_where_they_lie(tmp_path, change, problem):
+    writer = FeatureStore.create(tmp_path / "new", ["7"], 2, 3, 2)
+    with pytest.raises(BadInput, match=f"image 7: {problem}"):
+        writer.write(0, **one_picture(**change))
+    assert writer.pending() == [0]
+    with np.errstate(over="ignore"), pytest.raises(
+            BadInput, match=f"features: image 7: {problem}; extract it again"):
+        poisoned(tmp_path / "features", **change).check(0)
 
 
 def test_a_sound_record_is_read(tmp_path):
-    assert poisoned(tmp_path / "features")[0]["boxes"].shape == (2, 4)
+    store = poisoned(tmp_path / "features")
+    store.check(0)
+    assert store[0]["boxes"].shape == (2, 4)
 
 
 # --- python data.py ---
@@ -118,7 +133,7 @@ def test_check_says_what_files_are_and_how_they_fit(tmp_path, store, capsys):
     said = capsys.readouterr().out
     assert "image id, caption: 4 captions (4 train; 1 empty) of 3 images, the first: 'a dog" in said
     assert "10 images (0 failed), up to 5 regions of 12" in said
-    assert "class distributions: 7 with background; detector: made up" in said
+    assert "num_region_classes: 7\n" in said and "detector: made up\n" in said
     assert "2 of 3 images have features" in said
 
 
