@@ -1,0 +1,380 @@
+"""The Visual Genome detector is the published one: every stage against an independent computation
+from weights in the published layout.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection.image_list import ImageList
+
+from data import BadInput
+from extract_features import (Res5Head, VGAnchors, VGTransform, build_detector, convert_vg_weights,
+    load_strictly, regions)
+
+BLOCKS = {"backbone.res2": 3, "backbone.res3": 4, "backbone.res4": 23, "roi_heads.res5": 3}
+
+
+def published_shapes():
+    """Every tensor of Hugging Face's unc-nlp/frcnn-vg-finetuned, and its shape."""
+    shapes = {"backbone.stem.conv1.weight": (64, 3, 7, 7), "backbone.stem.conv1.norm": 64}
+    inputs = 64
+    for k, (stage, blocks) in enumerate(BLOCKS.items()):
+        middle, outputs = 64 * 2**k, 256 * 2**k
+        for b in range(blocks):
+            convolutions = {"conv1": (middle, inputs, 1, 1), "conv2": (middle, middle, 3, 3),
+                "conv3": (outputs, middle, 1, 1)}
+            if b == 0:
+                convolutions["shortcut"] = (outputs, inputs, 1, 1)
+            for name, shape in convolutions.items():
+                shapes[f"{stage}.{b}.{name}.weight"] = shape
+                shapes[f"{stage}.{b}.{name}.norm"] = shape[0]
+            inputs = outputs
+    for name in [name for name in shapes if name.endswith("norm")]:
+        n = shapes.pop(name)
+        shapes |= {f"{name}.{k}": (n,) for k in ("weight", "bias", "running_mean", "running_var")}
+        shapes[f"{name}.num_batches_tracked"] = ()
+    layers = {"proposal_generator.rpn_head.conv": (512, 1024, 3, 3),
+        "proposal_generator.rpn_head.objectness_logits": (12, 512, 1, 1),
+        "proposal_generator.rpn_head.anchor_deltas": (48, 512, 1, 1),
+        "roi_heads.box_predictor.cls_score": (1601, 2048),
+        "roi_heads.box_predictor.bbox_pred": (6400, 2048),
+        "roi_heads.box_predictor.fc_attr": (512, 2304),
+        "roi_heads.box_predictor.attr_score": (401, 512)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes | {"roi_heads.box_predictor.cls_embedding.weight": (1601, 256),
+        "proposal_generator.anchor_generator.cell_anchors.0": (12, 4)}
+
+
+def published_anchors():
+    """detectron2's: for each size and ratio, a box around 0 of that area and height / width."""
+    cells = []
+    for size in (32, 64, 128, 256):
+        for ratio in (0.5, 1.0, 2.0):
+            w = (size * size / ratio) ** 0.5
+            cells.append([-w / 2, -w * ratio / 2, w / 2, w * ratio / 2])
+    return torch.tensor(cells)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Random weights in that layout, so scaled that nothing vanishes or explodes."""
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, shape in published_shapes().items():
+        x = torch.randn(shape, generator=generator)
+        if name.endswith(("norm.weight", "running_var")):
+            x = (0.2 if "conv3" in name else 0.6) + 0.2 * x.abs()  # what 33 blocks add stays small
+        elif name.endswith(("norm.bias", "running_mean")):
+            x = 0.1 * x
+        elif len(shape) > 1:
+            x = x * (0.5 / np.prod(shape[1:])) ** 0.5
+        weights[name] = x
+    weights["proposal_generator.rpn_head.anchor_deltas.weight"] *= 1e-3
+    weights["proposal_generator.anchor_generator.cell_anchors.0"] = published_anchors()
+    weights["pixel_mean"] = torch.zeros(3)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def detector(published, tmp_path_factory):
+    """The detector with these weights, for speed with pictures prepared at 96 pixels, not 600, and
+    40 proposals, not 300.
+    """
+    path = tmp_path_factory.mktemp("vg") / "pytorch_model.bin"
+    torch.save(published, path)
+    model = build_detector("vg", path)
+    model.transform.min_size, model.transform.max_size = 96, 160
+    assert model.rpn._post_nms_top_n["testing"] == 300
+    model.rpn._post_nms_top_n["testing"] = 40
+    return model
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return torch.rand(3, 61, 83, generator=torch.Generator().manual_seed(1))
+
+
+# --- the picture ---
+
+
+@pytest.mark.parametrize("size, prepared", [
+    ((480, 640), (600, 800)), ((427, 640), (600, 899)), ((333, 500), (600, 901)),
+    ((100, 500), (200, 1000)), ((500, 100), (1000, 200)), ((2000, 3000), (600, 900)),
+    ((1, 3000), (1, 1000))])  # 899.3, 900.9: to the nearest; a side is never 0
+def test_the_short_side_becomes_600_and_the_long_one_at_most_1000(size, prepared):
+    found = VGTransform()([torch.zeros(3, *size)])[0]
+    assert tuple(found.image_sizes[0]) == prepared == found.tensors.shape[2:]
+
+
+def bilinear(values, n):
+    """One line of samples at n places, by hand: centres at (i + 1/2) m / n - 1/2, ends repeated."""
+    m = len(values)
+    at = np.clip((np.arange(n) + 0.5) * m / n - 0.5, 0, m - 1)
+    low = np.floor(at).astype(int)
+    high = np.minimum(low + 1, m - 1)
+    return values[low] + (at - low)[:, None] * (values[high] - values[low])
+
+
+def test_a_picture_becomes_blue_green_red_minus_its_mean():
+    image = torch.rand(3, 4, 6)
+    transform = VGTransform()
+    transform.min_size, transform.max_size = 10, 100
+    found = transform([image])[0].tensors[0]
+    for channel, mean in enumerate((102.9801, 115.9465, 122.7717)):
+        plane = 255 * image[2 - channel].double().numpy()
+        expected = bilinear(bilinear(plane, 10).T, 15).T - mean
+        np.testing.assert_allclose(found[channel], expected, atol=2e-4)
+
+
+# --- the network, from the published weights, function by function ---
+
+
+def reference_norm(x, weights, name):
+    w, b, mean, var = (weights[f"{name}.norm.{k}"][:, None, None]
+        for k in ("weight", "bias", "running_mean", "running_var"))
+    return (x - mean) / (var + 1e-5).sqrt() * w + b
+
+
+def reference_stage(x, weights, stage, stride, dilation=1):
+    """Residual blocks of three convolutions; the first block strides in its first convolution."""
+    for b in range(BLOCKS[stage]):
+        name, s = f"{stage}.{b}", stride if b == 0 else 1
+        y = F.conv2d(x, weights[f"{name}.conv1.weight"], stride=s)
+        y = reference_norm(y, weights, f"{name}.conv1").relu()
+        y = F.conv2d(y, weights[f"{name}.conv2.weight"], padding=dilation, dilation=dilation)
+        y = reference_norm(y, weights, f"{name}.conv2").relu()
+        y = reference_norm(F.conv2d(y, weights[f"{name}.conv3.weight"]), weights, f"{name}.conv3")
+        if b == 0:
+            x = F.conv2d(x, weights[f"{name}.shortcut.weight"], stride=s)
+            x = reference_norm(x, weights, f"{name}.shortcut")
+        x = (x + y).relu()
+    return x
+
+
+def reference_map(x, weights):
+    x = F.conv2d(x, weights["backbone.stem.conv1.weight"], stride=2, padding=3)
+    x = reference_norm(x, weights, "backbone.stem.conv1").relu()
+    x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
+    for stage, stride in (("backbone.res2", 1), ("backbone.res3", 2), ("backbone.res4", 2)):
+        x = reference_stage(x, weights, stage, stride)
+    return x
+
+
+@pytest.fixture(scope="module")
+def prepared(detector, picture):
+    return detector.transform([picture])[0]
+
+
+@pytest.fixture(scope="module")
+def seen(prepared, published):
+    """The reference's map of the picture."""
+    return reference_map(prepared.tensors, published)
+
+
+@torch.no_grad()
+def test_the_map_is_that_of_the_published_network(detector, prepared, seen):
+    assert seen.shape == (1, 1024, 6, 9) and seen.abs().mean() > 0.01  # 96 x 131 at stride 16
+    torch.testing.assert_close(detector.backbone(prepared.tensors), seen, rtol=1e-3, atol=1e-3)
+
+
+def reference_pool(plane, box):
+    """RoIPool by hand: the box in whole cells, cut into 14 x 14 bins that may share cells, the
+    largest value of each.
+    """
+    x1, y1, x2, y2 = (int(np.floor(c / 16 + 0.5)) for c in box)
+    w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
+    bins = np.zeros((14, 14))
+    for i in range(14):
+        for j in range(14):
+            rows = slice(max(0, y1 + int(i * h / 14)), max(0, y1 + int(np.ceil((i + 1) * h / 14))))
+            columns = slice(
+                max(0, x1 + int(j * w / 14)), max(0, x1 + int(np.ceil((j + 1) * w / 14))))
+            part = plane[rows, columns]
+            bins[i, j] = part.max() if part.size else 0
+    return bins
+
+
+BOXES = torch.tensor([[0.0, 0, 131, 96], [20, 30, 90, 50], [100, 10, 110, 90], [64, 64, 65, 65]])
+
+
+def test_regions_are_pooled_as_by_hand(detector, seen):
+    found = detector.roi_heads.box_roi_pool({"0": seen}, [BOXES], [(96, 131)])
+    assert found.shape == (4, 1024, 14, 14)
+    for box, pooled in zip(BOXES.tolist(), found):
+        for channel in (0, 500, 1023):
+            expected = reference_pool(seen[0, channel].numpy(), box)
+            np.testing.assert_allclose(pooled[channel], expected, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_features_and_classes_are_those_of_the_published_network(detector, seen, published):
+    """layer4 at stride 1 with dilation 2 in every block, the mean; and the background comes first.
+    """
+    pooled = detector.roi_heads.box_roi_pool({"0": seen}, [BOXES], None)
+    features = reference_stage(pooled, published, "roi_heads.res5", 1, dilation=2).mean((2, 3))
+    found = detector.roi_heads.box_head(pooled)
+    torch.testing.assert_close(found, features, rtol=1e-3, atol=1e-4)
+    logits, deltas = detector.roi_heads.box_predictor(features)
+    expected = F.linear(features, *(published[f"roi_heads.box_predictor.cls_score.{k}"]
+        for k in ("weight", "bias")))
+    torch.testing.assert_close(logits[:, 1:], expected[:, :-1])
+    torch.testing.assert_close(logits[:, 0], expected[:, -1])
+    expected = F.linear(features, *(published[f"roi_heads.box_predictor.bbox_pred.{k}"]
+        for k in ("weight", "bias")))
+    torch.testing.assert_close(deltas[:, 4:], expected)
+    assert not deltas[:, :4].any()
+
+
+@torch.no_grad()
+def test_chunks_of_regions_give_what_all_of_them_give_together():
+    head = Res5Head(torch.nn.Conv2d(4, 6, 3, padding=1))
+    pooled = torch.randn(130, 4, 14, 14)
+    torch.testing.assert_close(head(pooled), head.layer4(pooled).mean(dim=(2, 3)))
+    assert [len(part) for part in pooled.split(head.chunk)] == [64, 64, 2]
+
+
+# --- anchors and proposals ---
+
+
+def test_anchors_are_the_checkpoints_around_points_16_pixels_apart():
+    anchors = VGAnchors()
+    anchors.cells.copy_(published_anchors())
+    found = anchors(ImageList(torch.zeros(1, 3, 60, 50), [(60, 50)]), [torch.zeros(1, 9, 3, 2)])
+    expected = [[16 * x + a, 16 * y + b, 16 * x + c, 16 * y + d]
+        for y in range(3) for x in range(2) for a, b, c, d in published_anchors().tolist()]
+    assert len(found) == 1
+    torch.testing.assert_close(found[0], torch.tensor(expected))
+
+
+def iou(a, b):
+    w, h = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
+    area = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    return w * h / (area - w * h) if w * h else 0.0
+
+
+def reference_proposals(seen, weights, size):
+    """All anchors decoded and clipped, best first; what overlaps a better one by more than .7 goes.
+    """
+    name = "proposal_generator.rpn_head"
+    conv, score, delta = ([weights[f"{name}.{k}.{p}"] for p in ("weight", "bias")]
+        for k in ("conv", "objectness_logits", "anchor_deltas"))
+    hidden = F.conv2d(seen, *conv, padding=1).relu()
+    scores = F.conv2d(hidden, *score)[0].permute(1, 2, 0).flatten().tolist()
+    deltas = F.conv2d(hidden, *delta)[0].permute(1, 2, 0).reshape(-1, 4).tolist()
+    boxes = []
+    for i, (dx, dy, dw, dh) in enumerate(deltas):
+        cell, k = divmod(i, 12)
+        y, x = divmod(cell, seen.shape[3])
+        x1, y1, x2, y2 = published_anchors()[k].tolist()
+        w, h = (x2 - x1) * np.exp(dw), (y2 - y1) * np.exp(dh)
+        cx, cy = 16 * x + dx * (x2 - x1), 16 * y + dy * (y2 - y1)
+        boxes.append([min(max(cx - w / 2, 0), size[1]), min(max(cy - h / 2, 0), size[0]),
+            min(max(cx + w / 2, 0), size[1]), min(max(cy + h / 2, 0), size[0])])
+    kept = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        x1, y1, x2, y2 = boxes[i]
+        if x1 < x2 and y1 < y2 and all(iou(boxes[i], b) <= 0.7 for b in kept):
+            kept.append(boxes[i])
+    return kept[:40]
+
+
+@torch.no_grad()
+def test_proposals_are_the_best_anchors_moved_clipped_and_thinned_out(
+        detector, prepared, seen, published):
+    found, _ = detector.rpn(prepared, {"0": seen})
+    expected = reference_proposals(seen, published, prepared.image_sizes[0])
+    assert len(expected) == 40
+    np.testing.assert_allclose(found[0], expected, atol=0.02)
+
+
+# --- what `regions` makes of it ---
+
+
+@pytest.fixture(scope="module")
+def found(detector, picture):
+    return regions(detector, [picture], 36)[0]
+
+
+def test_as_many_regions_are_kept_as_were_asked_for(detector, picture, found, monkeypatch):
+    """36 without regard to how sure the detector is; all proposals where there are fewer."""
+    assert [x.shape for x in found] == [(36, 4), (36, 2048), (36, 1601)]
+    boxes = found[0]
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 83.01 and boxes[:, 3].max() <= 61.01
+    monkeypatch.setitem(detector.rpn._post_nms_top_n, "testing", 3)
+    assert len(regions(detector, [picture], 36)[0][0]) == 3
+
+
+def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector, picture, found):
+    boxes, features, _ = found
+    same, again, _ = regions(detector, [picture], 36, boxes=[boxes[[7, 0, 20]]])[0]
+    assert torch.equal(same, boxes[[7, 0, 20]])
+    torch.testing.assert_close(again, features[[7, 0, 20]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.01)])
+def test_lower_precision_changes_features_by_less_than_is_said(
+        detector, picture, precision, tolerance):
+    """For given boxes, against the largest feature."""
+    boxes = [torch.tensor([[0.0, 0, 83, 61], [10, 10, 40, 50], [50, 5, 80, 25]])]
+    whole = regions(detector, [picture], 36, boxes)[0][1]
+    half = regions(detector, [picture], 36, boxes, precision)[0][1]
+    assert 0 < (half - whole).abs().max() < tolerance * whole.abs().max()
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda w: w.pop("backbone.res4.22.conv2.weight"), "lacks backbone.layer3.22.conv2.weight"),
+    (lambda w: w.pop("proposal_generator.anchor_generator.cell_anchors.0"),
+        "lacks rpn.anchor_generator.cells"),
+    (lambda w: w.update({"backbone.fpn.weight": torch.zeros(1)}), "also has backbone.fpn.weight"),
+    (lambda w: w.update({"roi_heads.box_predictor.cls_score.bias": torch.zeros(91)}),
+        "other shapes of roi_heads.box_predictor.cls_score.bias")])
+def test_weights_that_are_not_the_detectors_are_named(published, detector, change, problem,
+        monkeypatch):
+    weights = copy.copy(published)
+    change(weights)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: weights)
+    with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector: it.*{problem}"):
+        load_strictly(detector, "w.bin", "vg", convert_vg_weights)
+
+
+def test_files_that_are_no_weights_are_named(tmp_path, detector):
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "w.bin").write_bytes(content)
+        with pytest.raises(BadInput, match="w.bin: not the weights of the vg detector"):
+            load_strictly(detector, tmp_path / "w.bin", "vg", convert_vg_weights)
+
+
+def test_names_of_classes_are_read_and_counted(tmp_path):
+    names = tmp_path / "objects_vocab.txt"
+    names.write_text("".join(f"thing {i}\n" for i in range(48)))
+    assert build_detector("toy", classes=names).about["class_names"][:2] == ["background",
+        "thing 0"]
+    names.write_text("one\ntwo\n")
+    with pytest.raises(BadInput, match="objects_vocab.txt: expected 48 names, found 2"):
+        build_detector("toy", classes=names)
+
+
+# --- COCO ---
+
+
+@pytest.mark.slow
+def test_cocos_detector_gives_regions_in_the_same_way(tmp_path, picture):
+    """Its published file could not be had here: random weights in torchvision's own layout."""
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+
+    plain = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    torch.save(plain.state_dict(), tmp_path / "coco.pth")
+    model = build_detector("coco", tmp_path / "coco.pth")
+    model.transform.min_size, model.transform.max_size = (100,), 160
+    boxes, features, probs = regions(model, [picture], 20)[0]
+    assert len(boxes) == 20 and features.shape == (20, 1024) and probs.shape == (20, 91)
+    assert model.about["class_names"][1] == "person"
+    again = regions(model, [picture], 20, boxes=[boxes])[0]
+    torch.testing.assert_close(again[1], features, rtol=1e-3, atol=1e-4)
