@@ -1295,8 +1295,9 @@ def check_store(folder):
     print(f"{folder}: a feature store of {len(store):,} images ({failed:,} failed), up to "
           f"{store.num_regions} regions of {store.feature_size}, {size / 1e9:.2f} GB")
     for key, value in store.meta.items():
-        if isinstance(value, list) and len(value) > 5:
-            value = f"{', '.join(map(str, value[:5]))}, ... ({len(value):,})"
+        if isinstance(value, list):
+            more = f", ... ({len(value):,})" if len(value) > 5 else ""
+            value = ", ".join(map(str, value[:5])) + more
         print(f"    {key}: {value}")
     for row in tqdm(np.flatnonzero(store.counts > 0), desc="reading", leave=False, disable=None):
         store.check(row)

@@ -656,6 +656,9 @@ def extract_part(rank, args, pictures, given, rows, model=None):
 def extract_picture(model, writer, row, image, args, given):
     """Write the regions of one picture, uint8 (3, H, W)."""
     height, width = image.shape[1:]
+    if max(height, width) > 30 * min(height, width):
+        raise BadInput(f"a strip of {width} x {height} pixels: nothing is left of its short side "
+            "at a detector's size")
     if given is not None:
         given = [torch.from_numpy(given[: args.regions].clip(0, [width, height] * 2)).float()]
     boxes, features, _ = regions(

@@ -1,0 +1,550 @@
+"""How regions get into a store: from pictures of every kind, at given boxes, from published files.
+"""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import extract_features
+from data import BadInput, FeatureStore, PretrainingDataset, import_features
+from extract_features import (build_detector, draw_regions, find_pictures, open_picture, read_boxes,
+    regions, show)
+
+SCRIPT = Path(extract_features.__file__)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The toy detector's, random: what it finds is beside the point here."""
+    path = tmp_path_factory.mktemp("weights") / "toy.pt"
+    torch.manual_seed(0)
+    torch.save(build_detector("toy").state_dict(), path)
+    return path
+
+
+def noise(seed, size=(90, 60)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of five sound pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(5):
+        noise(i).save(folder / f"COCO_train2014_{i:012d}.png")
+    return folder
+
+
+def flags(images, out, weights, *more):
+    return [str(x) for x in (images, "-o", out, "--detector", "toy", "--weights", weights, *more)]
+
+
+def same_files(one, two):
+    names = {p.name for p in one.iterdir()}
+    assert names == {p.name for p in two.iterdir()} and "features.npy" in names
+    return [n for n in sorted(names) if (one / n).read_bytes() != (two / n).read_bytes()]
+
+
+# --- pictures of every kind ---
+
+
+def test_every_kind_of_picture_is_opened_upright_and_in_colour(tmp_path):
+    grey = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(np.dstack([grey] * 3)).quantize(60).save(tmp_path / "palette.gif")
+    Image.fromarray(grey > 30).save(tmp_path / "one_bit.png")
+    for name in ("grey.png", "sixteen.png", "palette.gif", "one_bit.png"):
+        found = open_picture(tmp_path / name)
+        assert found.mode == "RGB" and found.size == (10, 6)
+        expected = 255 * (grey > 30) if name == "one_bit.png" else grey
+        assert np.abs(np.asarray(found).astype(int) - expected[..., None]).max() <= 1, name
+    red = Image.new("CMYK", (10, 6), (0, 255, 255, 0))
+    red.save(tmp_path / "cmyk.jpg")
+    assert np.abs(np.asarray(open_picture(tmp_path / "cmyk.jpg"))[0, 0] - [255, 0, 0.0]).max() < 9
+    Image.new("RGBA", (10, 6), (0, 0, 255, 255)).save(tmp_path / "rgba.png")
+    assert np.asarray(open_picture(tmp_path / "rgba.png"))[0, 0].tolist() == [0, 0, 255]
+
+
+def test_a_picture_that_a_camera_turned_is_turned_back(tmp_path):
+    """EXIF orientation 6: the camera's top row is the right-hand side of what was seen."""
+    seen = noise(0, (8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.png")), np.asarray(seen))
+
+
+def test_what_is_no_picture_is_named_with_its_reason_and_the_rest_goes_on(
+        tmp_path, weights, capsys):
+    folder, out = tmp_path / "images", tmp_path / "store"
+    (folder / "deep" / "er").mkdir(parents=True)
+    noise(0).save(folder / "a.png")
+    noise(1, (400, 300)).save(folder / "deep" / "er" / "b.JPG", "JPEG")
+    whole = (folder / "deep" / "er" / "b.JPG").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "page.png").write_text("<html>404</html>")
+    noise(2, (1, 500)).save(folder / "thin.png")
+    (folder / "notes.txt").write_text("no picture")
+    extract_features.main(flags(folder, out, weights))
+    said = capsys.readouterr().out
+    assert "1 files are no pictures by their names" in said
+    assert f"6 pictures, 8 regions of 128: up to 0.00 GB to write\n{out}: 2 pict" in said
+    assert f"2 pictures extracted, 4 failed: see {out}/failed.txt" in said
+    failed = [line.split("\t") for line in (out / "failed.txt").read_text().splitlines()]
+    assert [image_id for image_id, _ in failed] == ["cut", "empty", "page", "thin"]
+    assert all(str(folder) in reason and "cannot be read as a picture" in reason
+        for _, reason in failed[:3])
+    assert failed[3][1].startswith("a strip of 1 x 500 pixels")
+    store = FeatureStore(out)
+    assert store.row("cut") is None and store[store.row("b")]["size"] == (400, 300)
+    for name in ("a", "b"):
+        store.check(store.row(name))
+
+
+# --- which pictures ---
+
+
+def test_a_list_has_paths_and_ids_if_it_likes(tmp_path, pictures):
+    path = tmp_path / "list.txt"
+    path.write_text(f"images/0001.jpg\t1234567\n{pictures / 'x_1.png'}\n")
+    assert find_pictures(path) == [
+        ("1234567", tmp_path / "images" / "0001.jpg"), ("x_1", pictures / "x_1.png")]
+
+
+def test_a_published_file_names_its_pictures_wherever_they_lie_below_it(tmp_path):
+    (tmp_path / "images" / "val2014").mkdir(parents=True)
+    name = "COCO_val2014_000000391895.jpg"
+    noise(0).save(tmp_path / "images" / "val2014" / name)
+    karpathy = {"dataset": "coco", "images": [
+        {"filepath": "val2014", "filename": name, "split": "test", "cocoid": 391895},
+        {"filepath": "train2014", "filename": "COCO_train2014_000000000009.jpg",
+            "split": "train"}]}
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(karpathy))
+    there = ("391895", tmp_path / "images" / "val2014" / name)
+    missing = ("9", tmp_path / "COCO_train2014_000000000009.jpg")
+    assert find_pictures(tmp_path / "dataset_coco.json") == [there, missing]
+    assert find_pictures(tmp_path / "dataset_coco.json", "test") == [there]
+    coco = {"images": [{"id": 391895, "file_name": name, "height": 60, "width": 90}]}
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(coco))
+    assert find_pictures(tmp_path / "captions_val2014.json") == [there]
+
+
+def test_a_picture_that_is_not_there_is_among_the_failed(tmp_path, weights, pictures):
+    (tmp_path / "list.txt").write_text(f"{pictures}/COCO_train2014_000000000003.png\ngone.jpg\n")
+    store = extract_features.extract(extract_features.parse_args(
+        flags(tmp_path / "list.txt", tmp_path / "store", weights)))
+    assert store.row(3) == 0 and store.row("gone") is None
+    assert (tmp_path / "store" / "failed.txt").read_text().startswith("gone\t")
+
+
+@pytest.mark.parametrize("content, problem", [
+    ({"a/1.jpg": "", "b/000001.png": ""}, "a/1.jpg and .*b/000001.png have the same id, 1; give a"),
+    ({"notes.md": ""}, "no pictures here"),
+    ({"x.json": "[1]"}, "no pictures here"), ({"x.json": "{"}, "x.json: not a whole JSON file"),
+    ({"x.json": '{"images": [{"id": 3}]}'}, r"x.json: images\[0\]: expected file_name")])
+def test_folders_and_files_that_name_no_pictures_are_refused(tmp_path, content, problem):
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    source = tmp_path / "x.json" if "x.json" in content else tmp_path
+    with pytest.raises(BadInput, match=problem):
+        find_pictures(source)
+
+
+# --- given boxes ---
+
+ANNOTATIONS = [{"id": 1, "image_id": 3, "bbox": [10, 20, 30.5, 15]},
+    {"id": 2, "image_id": 3, "bbox": [0, 0, 90, 60]},
+    {"id": 3, "image_id": 4, "bbox": [5, 5, 1, 1]}]
+FORMS = {
+    "instances": {"images": [], "annotations": ANNOTATIONS, "categories": []},
+    "detections": [{"det_id": k, "h5_id": k, "image_id": a["image_id"], "box": a["bbox"],
+        "category_id": 1, "category_name": "person", "score": [0.5, 0.9, 0.7][k]}
+        for k, a in enumerate(ANNOTATIONS)],
+    "own": {"COCO_train2014_000000000003.jpg": [[10, 20, 40.5, 35], [0, 0, 90, 60]],
+        "4": [[5, 5, 6, 6]]}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_are_read_in_three_forms(tmp_path, form):
+    """x, y, width, height in the published ones; of detections the surest comes first."""
+    (tmp_path / "boxes.json").write_text(json.dumps(FORMS[form]))
+    boxes, detected = read_boxes(tmp_path / "boxes.json")
+    order = [1, 0] if form == "detections" else [0, 1]
+    expected = np.array([[10, 20, 40.5, 35], [0, 0, 90, 60]], np.float32)[order]
+    assert detected == (form == "detections") and set(boxes) == {"3", "4"}
+    assert np.array_equal(boxes["3"], expected) and boxes["4"].tolist() == [[5, 5, 6, 6]]
+
+
+@pytest.mark.parametrize("content", [[{"image_id": 3}], {"annotations": [{"bbox": [1, 2]}]},
+    {"3": [[1, 2, 3]]}, {"3": 5}, [1]])
+def test_other_files_in_the_place_of_boxes_are_refused(tmp_path, content):
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="boxes.json: expected detections with image_id, box and"):
+        read_boxes(tmp_path / "boxes.json")
+
+
+def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, pictures, capsys):
+    """As many as there are; pictures without boxes are left out; boxes end at the picture."""
+    boxes = {"3": [[10, 20, 40.5, 35], [-5, 0, 95, 60], [1, 1, 9, 9]], "4": [[5, 5, 16, 36]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    extract_features.main(
+        flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
+    assert "boxes for 2 pictures; 3 others left out" in capsys.readouterr().out
+    store = FeatureStore(tmp_path / "store")
+    assert (len(store), store.num_regions) == (2, 3)
+    boxes["3"][1] = [0, 0, 90, 60]
+    image = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
+    expected = regions(build_detector("toy", weights), [image], 9, [torch.tensor(boxes["3"])])[0]
+    record = store[store.row(3)]
+    assert record["boxes"].tolist() == boxes["3"]
+    np.testing.assert_allclose(record["features"], expected[1], rtol=2e-3, atol=1e-4)
+    assert store.meta["selection"] == "given boxes"
+
+
+def test_of_detections_the_surest_are_taken(tmp_path, weights, pictures):
+    found = [{"image_id": 2, "box": [k, k, 10, 10], "score": (k * 7 % 11) / 11} for k in range(11)]
+    (tmp_path / "dets.json").write_text(json.dumps(found))
+    extract_features.main(flags(pictures, tmp_path / "store", weights, "--boxes",
+        tmp_path / "dets.json", "--regions", 4))
+    boxes = FeatureStore(tmp_path / "store")[0]["boxes"]
+    assert boxes[:, 0].tolist() == sorted(range(11), key=lambda k: -(k * 7 % 11))[:4]
+
+
+# --- stopped, resumed, shared ---
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, pictures, tmp_path_factory):
+    (pictures / "zz_cut.png").write_bytes((pictures / "COCO_train2014_000000000000.png")
+        .read_bytes()[:1000])
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    extract_features.main(flags(pictures, out, weights))
+    return out
+
+
+def test_an_extraction_that_was_stopped_goes_on_to_the_same_bytes(
+        weights, pictures, undisturbed, tmp_path, monkeypatch):
+    """Stopped in the middle of writing the third picture, and again after the failed one."""
+    real = data.StoreWriter.write, data.StoreWriter.fail
+
+    def dying_write(writer, row, features, *rest):
+        if row == 2:
+            writer.arrays["features"][row, :1] = 7  # half of it is there
+            raise KeyboardInterrupt
+        real[0](writer, row, features, *rest)
+
+    def dying_fail(writer, row, reason):
+        real[1](writer, row, reason)
+        writer.arrays["counts"][row] = -1  # the line is written, the row not yet marked
+        raise KeyboardInterrupt
+
+    for name, function in (("write", dying_write), ("fail", dying_fail)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data.StoreWriter, name, function)
+            extract_features.main(flags(pictures, tmp_path / "store", weights))
+        assert not FeatureStore.is_complete(tmp_path / "store")
+    extract_features.main(flags(pictures, tmp_path / "store", weights))
+    assert same_files(undisturbed, tmp_path / "store") == []
+
+
+def test_two_parts_of_the_work_make_what_one_makes(weights, pictures, undisturbed, tmp_path):
+    args = extract_features.parse_args(
+        flags(pictures, tmp_path / "store", weights, "--gpus", 2, "--regions", 8))
+    work = (args, find_pictures(pictures), {}, list(range(6)))
+    for rank in (1, 0):
+        extract_features.extract_part(rank, *work)
+    extract_features.open_store(args, work[1], build_detector("toy", weights)).finish()
+    assert same_files(undisturbed, tmp_path / "store") == []
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(weights, pictures, undisturbed, tmp_path):
+    command = [sys.executable, SCRIPT, *flags(pictures, tmp_path / "store", weights, "--gpus", 2)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert same_files(undisturbed, tmp_path / "store") == []
+
+
+@pytest.mark.slow
+def test_an_extraction_that_was_killed_goes_on_to_the_same_bytes(weights, tmp_path):
+    for i in range(300):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        noise(i).save(tmp_path / "images" / f"{i}.png")
+    command = [sys.executable, SCRIPT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command + flags(tmp_path / "images", tmp_path / "whole", weights), check=True,
+        env=environment)
+    command += flags(tmp_path / "images", tmp_path / "store", weights)
+    kills = 0
+    while not (tmp_path / "store/store.json").exists() or not FeatureStore.is_complete(
+            tmp_path / "store"):
+        process = subprocess.Popen(command, env=environment)
+        before = time.time()
+        while process.poll() is None:
+            counts = tmp_path / "store" / "counts.npy"
+            done = (np.load(counts, mmap_mode="r") >= 0).sum() if counts.exists() else 0
+            if kills < 3 and done > 60 * (kills + 1):
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            assert time.time() - before < 100
+        process.wait()
+    assert kills == 3 and same_files(tmp_path / "whole", tmp_path / "store") == []
+
+
+def test_a_store_of_another_detector_is_not_mixed_with_this_one(
+        weights, pictures, undisturbed, tmp_path):
+    other = torch.load(weights, weights_only=True)
+    other["backbone.norm.bias"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match=r"settings \(it differs in weights, weights_sha256\)"):
+        extract_features.main(flags(pictures, undisturbed, tmp_path / "other.pt"))
+
+
+# --- what a store says and shows ---
+
+
+def test_a_store_says_how_it_was_made(undisturbed, weights, capsys):
+    data.check([undisturbed])
+    said = capsys.readouterr().out
+    assert "6 images (1 failed), up to 8 regions of 128" in said
+    for line in ("detector: toy", "weights: toy.pt", f"weights_sha256: {sha(weights)}",
+            "selection: Anderson: NMS .3 in every class, best score", "dtype: float16",
+            "input_size: 128, 128", "box_format: x1 y1 x2 y2, pixels of the upright picture",
+            f"'torch': '{torch.__version__}'", "num_region_classes: 49",
+            "class_names: background, red circle, red square, red triangle, red star, ... (49)"):
+        assert line in said
+
+
+def sha(path):
+    import hashlib
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_regions_are_drawn_where_they_are():
+    """A picture of 100 x 50, shown ten times as large: the edges of the box have one colour."""
+    drawn = np.asarray(draw_regions(Image.new("RGB", (100, 50), "grey"),
+        np.array([[20.0, 10, 60, 40]]), [""])).astype(int)
+    assert drawn.shape == (500, 1000, 3)
+    changed = np.abs(drawn - 128).sum(-1) > 0
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (100, 400, 200, 600)
+    assert not changed[150:350, 250:550].any()
+    labelled = np.asarray(draw_regions(Image.new("RGB", (100, 50), "grey"),
+        np.array([[20.0, 10, 60, 40]]), ["dog 0.93"])).astype(int)
+    assert (labelled != drawn)[70:100].any()
+
+
+def test_show_writes_a_picture_of_an_image_by_file_or_id(
+        undisturbed, pictures, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(extract_features, "draw_regions",
+        lambda image, boxes, labels: told.append((image, boxes, labels)) or image)
+    show(undisturbed, pictures / "COCO_train2014_000000000003.png")
+    show(undisturbed, "3")
+    store = FeatureStore(undisturbed)
+    for image, boxes, labels in told:
+        assert image.size == (90, 60) and np.array_equal(boxes, store[3]["boxes"])
+        probs = store.class_probs(3)
+        best = 1 + probs[0, 1:].argmax()
+        assert labels[0] == f"{data.TOY_CLASSES[best]} {probs[0, best]:.2f}"
+    assert np.array_equal(np.asarray(told[0][0]), np.asarray(noise(3)))
+    assert {*np.asarray(told[1][0]).flatten()} == {128}  # grey where there is no picture
+    monkeypatch.undo()
+    extract_features.main(["show", str(undisturbed), "3", "-o", str(tmp_path / "r.png")])
+    assert Image.open(tmp_path / "r.png").size == (1000, 667)
+
+
+def test_show_refuses_what_does_not_fit(undisturbed, tmp_path):
+    with pytest.raises(BadInput, match="has no features of an image '77'"):
+        show(undisturbed, "77")
+    noise(3, (80, 60)).save(tmp_path / "3.png")
+    with pytest.raises(BadInput, match="3.png: is 80 x 60 pixels, but the store's image is 90 x 6"):
+        show(undisturbed, tmp_path / "3.png")
+
+
+# --- classes at no storage ---
+
+
+def test_a_class_head_gives_the_targets_that_stored_distributions_give(tmp_path, tokenizer):
+    """The same regions in two stores; training sees the same, up to the float16 of one of them."""
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(7, 12)) / 3, rng.normal(size=7)
+    sizes = dict(num_regions=4, feature_size=12)
+    head = FeatureStore.create(tmp_path / "a", range(5), class_head=[weight, bias], **sizes)
+    stored = FeatureStore.create(tmp_path / "b", range(5), num_region_classes=7, **sizes)
+    for row in range(5):
+        features = rng.normal(size=(1 + row % 4, 12)).astype(np.float16)
+        logits = features.astype(float) @ weight.T + bias
+        probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        boxes = np.tile([1.0, 1, 9, 9], (len(features), 1))
+        head.write(row, features, boxes, (10, 10))
+        stored.write(row, features, boxes, (10, 10), probs)
+    one, two = head.finish(), stored.finish()
+    assert (tmp_path / "b/class_probs.npy").exists() and not (
+        tmp_path / "a/class_probs.npy").exists()
+    assert one.num_region_classes == two.num_region_classes == 7
+    captions = [(i, "a red star") for i in range(5)]
+    for a, b in zip(*(PretrainingDataset(s, captions, tokenizer) for s in (one, two))):
+        assert np.array_equal(a["mrc_mask"], b["mrc_mask"])
+        np.testing.assert_allclose(a["mrc_targets"], b["mrc_targets"], atol=5e-4)
+        assert a["mrc_targets"].sum(axis=1) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_store_with_another_class_head_is_not_gone_on_with(tmp_path):
+    sizes = dict(num_regions=1, feature_size=2)
+    FeatureStore.create(tmp_path, ["a"], class_head=[np.eye(2), np.zeros(2)], **sizes)
+    FeatureStore.create(tmp_path, ["a"], class_head=[np.eye(2), np.zeros(2)], **sizes)
+    with pytest.raises(BadInput, match="differs in class_bias"):
+        FeatureStore.create(tmp_path, ["a"], class_head=[np.eye(2), np.ones(2)], **sizes)
+
+
+# --- published feature files ---
+
+
+def encoded(array, dtype, python3=False):
+    text = base64.b64encode(np.asarray(array, dtype).tobytes()).decode()
+    return f"b'{text}'" if python3 else text
+
+
+def published(columns, count=4, python3=False, background="first"):
+    """(lines, records) of a file as its authors wrote it: images of 640 x 480 with 1 to 3 regions.
+    """
+    rng, lines, records = np.random.default_rng(columns), [], []
+    for i in range(count):
+        n = 1 + i % 3
+        corner = rng.random((n, 2)) * 300
+        boxes = np.hstack([corner, corner + 100]).astype(np.float32)
+        features = rng.normal(size=(n, 2048)).astype(np.float32)
+        probs = rng.dirichlet(np.ones(1601), size=n).astype(np.float32)
+        theirs = {"first": probs, "last": np.roll(probs, -1, axis=1), "none": probs[:, 1:]}
+        arrays = [encoded(boxes, "<f4", python3), encoded(features, "<f4", python3)]
+        image_id = 9 + i if columns == 6 else f"COCO_train2014_{9 + i:012d}"
+        if columns == 6:
+            cells = [image_id, 640, 480, n, *arrays]
+        else:
+            tops = [encoded(np.zeros(n), t, python3) for t in ("<i8", "<f4", "<i8", "<f4")]
+            cells = [image_id, 480, 640, *tops, n, *arrays]
+        if columns == 13:
+            cells += [encoded(theirs[background], "<f4", python3),
+                encoded(np.zeros((n, 401)), "<f4", python3),
+                encoded(np.zeros((n, 1601)), "<f4", python3)]
+        lines.append("\t".join(map(str, cells)) + "\n")
+        records.append((str(9 + i), boxes, features, probs))
+    return lines, records
+
+
+@pytest.mark.parametrize("columns, python3, background", [(6, False, "first"), (10, False, "first"),
+    (10, True, "first"), (13, False, "first"), (13, False, "last"), (13, True, "none")])
+def test_published_features_are_read_as_they_are(tmp_path, columns, python3, background):
+    lines, records = published(columns, python3=python3, background=background)
+    (tmp_path / "a.tsv").write_text("".join(lines[:3]))
+    (tmp_path / "b.tsv").write_text("".join(lines[3:]))
+    store = import_features(
+        [tmp_path / "a.tsv", tmp_path / "b.tsv"], tmp_path / "store", background=background)
+    assert (len(store), store.num_regions, store.feature_size) == (4, 3, 2048)
+    assert store.num_region_classes == (1601 if columns == 13 else 0)
+    assert store.meta["background"] == "first" and store.detector == "vg"
+    for image_id, boxes, features, probs in records:
+        row = store.row(image_id)
+        store.check(row)
+        assert store[row]["size"] == (640, 480)
+        assert np.array_equal(store[row]["boxes"], boxes)
+        assert np.array_equal(store[row]["features"], features.astype(np.float16))
+        if columns == 13:
+            np.testing.assert_allclose(store.class_probs(row), probs, atol=1e-5)
+
+
+def test_an_import_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    lines, _ = published(13)
+    (tmp_path / "a.tsv").write_text("".join(lines))
+    import_features([tmp_path / "a.tsv"], tmp_path / "whole")
+    real = data.StoreWriter.write
+
+    def dying(writer, row, **values):
+        if row == 2:
+            raise KeyboardInterrupt
+        real(writer, row, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.StoreWriter, "write", dying)
+        import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    seen = []
+    monkeypatch.setattr(data.StoreWriter, "write",
+        lambda writer, row, **values: seen.append(row) or real(writer, row, **values))
+    import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    assert seen == [2, 3]  # what is there is not decoded again
+    assert same_files(tmp_path / "whole", tmp_path / "store") == []
+
+
+def test_an_image_that_comes_twice_counts_once_and_a_broken_one_not_at_all(tmp_path, capsys):
+    lines, records = published(6)
+    cells = lines[1].split("\t")
+    cells[5] = encoded(np.full((2, 2048), np.nan), "<f4") + "\n"
+    (tmp_path / "a.tsv").write_text("".join([lines[0], "\t".join(cells), lines[2], lines[0]]))
+    store = import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    assert "1 lines name an image that was there before" in capsys.readouterr().out
+    assert [store.row(i) for i in (9, 10, 11)] == [0, None, 2]
+    assert (tmp_path / "store/failed.txt").read_text() == (
+        "10\timage 10: features with NaN or infinity\n")
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda c: c[:3], "line 2: expected 6, 10 or 13 columns, found 3; is the file cut off"),
+    (lambda c: [*c[:3], "x", *c[4:]], "line 2: num_boxes: expected a whole number, found 'x'")])
+def test_a_line_of_another_form_is_named_before_anything_is_written(tmp_path, change, problem):
+    lines, _ = published(6)
+    cells = change(lines[1].rstrip("\n").split("\t"))
+    (tmp_path / "a.tsv").write_text(lines[0] + "\t".join(cells) + "\n")
+    with pytest.raises(BadInput, match=f"a.tsv: {problem}"):
+        import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda c: [*c[:3], "3", *c[4:]], "boxes: not base64 of 3 rows"),
+    (lambda c: [*c[:5], c[5][:-1]], "features: not base64 of 2 rows"),
+    (lambda c: [*c[:4], c[5], c[5]], "boxes: expected 2 x 4 numbers, found 2 x 2048")])
+def test_cells_that_do_not_fit_are_told_in_failed_txt(tmp_path, change, problem):
+    lines, _ = published(6)
+    cells = change(lines[1].rstrip("\n").split("\t"))
+    (tmp_path / "a.tsv").write_text(lines[2] + "\t".join(cells) + "\n")
+    store = import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    assert (store.counts > 0).tolist() == [True, False]
+    assert f"a.tsv: line 2: {problem}" in (tmp_path / "store/failed.txt").read_text()
+
+
+def test_distributions_that_do_not_add_up_are_not_imported(tmp_path):
+    lines, _ = published(13, background="none")
+    (tmp_path / "a.tsv").write_text(lines[0])
+    cells = lines[0].split("\t")
+    cells[10] = encoded(np.ones((1, 1601)), "<f4")
+    (tmp_path / "b.tsv").write_text("\t".join(cells))
+    with pytest.raises(BadInput, match="b.tsv: line 1: cls_prob of a region adds up to .*1601"):
+        import_features([tmp_path / "b.tsv"], tmp_path / "store")
+
+
+def test_the_command_imports_and_says_what_came_out(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("".join(published(10)[0]))
+    data.main(["import", str(tmp_path / "a.tsv"), "-o", str(tmp_path / "store")])
+    said = capsys.readouterr().out
+    assert "4 images (0 failed), up to 3 regions of 2048" in said and "source: a.tsv" in said
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    (tmp_path / "a.tsv").write_text(published(13)[0][0])
+    with pytest.raises(SystemExit, match="names.txt: 2 names, but the features have 1600 classes"):
+        data.main(["import", str(tmp_path / "a.tsv"), "-o", str(tmp_path / "other"), "--classes",
+            str(tmp_path / "names.txt")])
