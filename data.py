@@ -330,7 +330,8 @@ class FeatureStore:
 
     store = FeatureStore("features/")      raises BadInput if it is missing or half-written
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
-    store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H)
+    store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
+        are the mapped file itself and read-only: copy what is to be changed
     store.class_probs(row) -> (n, C) float32, or None if the store says nothing about classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
@@ -387,10 +388,10 @@ class FeatureStore:
         return row if row >= 0 and self.ids[row] == key and self.counts[row] > 0 else None
 
     def __getitem__(self, row):
-        # Plain copies, as fast as memory: what is in a store was looked at when it was written.
+        # Nothing is copied before a batch is built, and nothing looked at: it was when written.
         n = int(self.counts[row])
-        return {"features": self.arrays["features"][row, :n].copy(),
-            "boxes": self.arrays["boxes"][row, :n].copy(),
+        return {"features": self.arrays["features"][row, :n],
+            "boxes": self.arrays["boxes"][row, :n],
             "size": tuple(self.arrays["sizes"][row].tolist())}
 
     def class_probs(self, row, chosen=slice(None)):
@@ -1150,14 +1151,15 @@ class PretrainingDataset(torch.utils.data.Dataset):
             text, match = self.texts[self._other_image(index, rng)], MISMATCH
         row, ids = self.rows[index], self.tokenizer.encode(text, self.max_tokens)
         record = self.store[row]
+        features = record["features"].copy()
         rate = 0.15 if self.masking else 0.0
         input_ids, mlm_labels = mask_tokens(ids, self.tokenizer, rng, rate)
         mrc_mask = choose(len(record["boxes"]), rng, rate)
-        record["features"][mrc_mask] = 0
+        features[mrc_mask] = 0
         return dict(
             input_ids=input_ids,
             mlm_labels=mlm_labels,
-            region_features=record["features"],
+            region_features=features,
             region_boxes=normalise_boxes(record["boxes"], record["size"]),
             mrc_mask=mrc_mask,
             mrc_targets=self.store.class_probs(row, mrc_mask),  # (K, C) or None
@@ -1215,7 +1217,9 @@ def pad(arrays, value=0):
     tensor.
     """
     longest = max(1, *(len(a) for a in arrays))
-    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    if value:  # zeros come from the system for nothing, where they are overwritten at once
+        out += value
     for row, array in zip(out, arrays):
         row[: len(array)] = array
     return torch.from_numpy(out)
