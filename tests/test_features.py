@@ -306,6 +306,19 @@ def test_an_extraction_that_was_killed_goes_on_to_the_same_bytes(weights, tmp_pa
     assert kills == 3 and same_files(tmp_path / "whole", tmp_path / "store") == []
 
 
+def test_another_version_of_torch_may_finish_a_store(weights, pictures, undisturbed, tmp_path):
+    args = extract_features.parse_args(
+        flags(pictures, tmp_path / "store", weights, "--regions", 8))
+    model = build_detector("toy", weights)
+    extract_features.open_store(args, find_pictures(pictures), model)
+    meta = json.loads((tmp_path / "store/store.json").read_text())
+    assert meta["versions"]["torch"] == torch.__version__
+    meta["versions"]["torch"] = "2.6.0"
+    (tmp_path / "store/store.json").write_text(json.dumps(meta))
+    extract_features.extract(args)
+    assert same_files(undisturbed, tmp_path / "store") == []
+
+
 def test_a_store_of_another_detector_is_not_mixed_with_this_one(
         weights, pictures, undisturbed, tmp_path):
     other = torch.load(weights, weights_only=True)
@@ -495,10 +508,11 @@ def test_an_image_that_comes_twice_counts_once_and_a_broken_one_not_at_all(tmp_p
     lines, records = published(6)
     cells = lines[1].split("\t")
     cells[5] = encoded(np.full((2, 2048), np.nan), "<f4") + "\n"
-    (tmp_path / "a.tsv").write_text("".join([lines[0], "\t".join(cells), lines[2], lines[0]]))
+    again = lines[0].replace("640\t480", "50\t50")
+    (tmp_path / "a.tsv").write_text("".join([lines[0], "\t".join(cells), lines[2], again]))
     store = import_features([tmp_path / "a.tsv"], tmp_path / "store")
     assert "1 lines name an image that was there before" in capsys.readouterr().out
-    assert [store.row(i) for i in (9, 10, 11)] == [0, None, 2]
+    assert [store.row(i) for i in (9, 10, 11)] == [0, None, 2] and store[0]["size"] == (640, 480)
     assert (tmp_path / "store/failed.txt").read_text() == (
         "10\timage 10: features with NaN or infinity\n")
 
