@@ -42,6 +42,8 @@ Map of the file
     7. A store of scenes     what `train.py` calls when there is no other data
     8. Command line          extract, show
 
+Departures from the paper: A13 (which regions are the best 36), D1.
+
 DEVIATION D1: the toy world's detector is small and trained here; it keeps 8 regions, not 36, since
 a scene has 6 things at most.
 """
@@ -428,7 +430,7 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
 
 
 def select_regions(boxes, probs, most, confidence=None, overlap=0.3):
-    """Anderson's choice of regions: indices (n,), best first, n <= most. [paper's reference 1]
+    """Anderson's choice of regions: indices (n,), best first, n <= most. ASSUMPTION A13.
 
     In every foreground class the proposals compete: one that overlaps a better one (IoU > .3) is
     struck from that class. A proposal then ranks by its best class in which it survived. So of ten
