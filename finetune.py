@@ -23,15 +23,8 @@ Where this stands
     python finetune.py point picture.png "the red star"
 
 With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
-settings, without it the toy world. It prints a line an evaluation, and at the end a table:
-
-    step   250/404  lr 4.3e-04  tau 0.33  loss 0.945 | held-out 0.968 | 417 expressions/s, 50 s
-    val, detected boxes                         hard          soft
-      accuracy                                 0.981         0.980
-
-Every task is one class that says what its examples are, its model, its loss and its metric; the
-loop, the processes, stopping and resuming are train.py's. `--epochs 0` trains nothing: zero-shot
-retrieval.
+settings, without it the toy world. Every task is one class that says what its examples are, its
+model, its loss and its metric; the loop, the processes, stopping and resuming are train.py's.
 
 Map of the file
 
@@ -289,33 +282,29 @@ class VQA(Task):
     @staticmethod
     def from_folder(folder):
         """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them."""
-        questions, annotations = [], {}
-        for path in sorted(folder.glob("*.json")):
-            content = read_json(path)
-            subset = str(content.get("data_subtype", path.stem))
-            if "questions" in content:
-                questions += [(subset, path, q) for q in content["questions"]]
-            elif "annotations" in content:
-                for number, a in enumerate(content["annotations"]):
-                    with expecting("question_id", path, "annotation", number):
-                        annotations[a["question_id"]] = a
-            else:
+        files = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+        annotations, splits = {}, defaultdict(list)
+        for path, content in files.items():
+            if not content.keys() & {"questions", "annotations"}:
                 raise BadInput(f"{path}: expected the key 'questions' or 'annotations', found "
                     + ", ".join(map(repr, list(content)[:5])))
-        splits = defaultdict(list)
-        for subset, path, q in questions:
-            with expecting("image_id, question, question_id, and annotations with answers and "
-                    "types", path, "question", q):
-                item = dict(image_id=q["image_id"], text=q["question"],
-                    question_id=q["question_id"], answers=[])
-                a = annotations.get(q["question_id"])
-                if a is not None:
-                    item |= dict(answers=[given["answer"] for given in a["answers"]],
-                        majority=a["multiple_choice_answer"], answer_type=a["answer_type"],
-                        question_type=a["question_type"])
+            for number, a in enumerate(content.get("annotations", [])):
+                with expecting("question_id", path, "annotation", number):
+                    annotations[a["question_id"]] = a
+        expected = "image_id, question, question_id, and annotations with answers and types"
+        for path, content in files.items():
+            subset = str(content.get("data_subtype", path.stem))
             split = next((s for s in ("train", "val", "test") if s in subset), subset)
-            # test-dev2015 is a part of test2015: each has its own submission.
-            splits[split if item["answers"] else subset].append(item)
+            for q in content.get("questions", []):
+                with expecting(expected, path, "question", q):
+                    item = dict(image_id=q["image_id"], text=q["question"],
+                        question_id=q["question_id"], answers=[])
+                    if a := annotations.get(q["question_id"]):
+                        item |= dict(answers=[given["answer"] for given in a["answers"]],
+                            majority=a["multiple_choice_answer"], answer_type=a["answer_type"],
+                            question_type=a["question_type"])
+                # test-dev2015 is a part of test2015: each has its own submission.
+                splits[split if item["answers"] else subset].append(item)
         if not splits.get("train"):
             raise BadInput(f"{folder}: no training questions with annotations here; expected "
                 "v2_OpenEnded_mscoco_train2014_questions.json and "
@@ -330,8 +319,8 @@ class VQA(Task):
                 for k, (text, answer, kind) in enumerate(Scene(number).questions(n)):
                     sort = "yes/no" if answer in ("yes", "no") else "other"
                     yield dict(image_id=number, text=text, question_id=1000 * number + k,
-                        majority=answer, answers=[answer] * 10, question_type=kind,
-                        answer_type="number" if kind == "count" else sort)
+                        majority=answer, answers=[answer] * 10,
+                        answer_type="number" if kind == "count" else sort, question_type=kind)
         return {"train": list(items(training, 8)), "val": list(items(held_out, 5))}
 
     def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
@@ -373,12 +362,10 @@ class VQA(Task):
 
     def panel(self, item, told):
         """(image to show, boxes, lines, right) of an example's picture."""
-        lines = [item["text"], f"answer: {told['answer']}"]
-        if not item["answers"]:
-            return item["image_id"], [], [*lines, "truth: ?"], None
-        truth = Counter(item["answers"]).most_common(1)[0][0]
-        right = answer_accuracy(told["answer"], item["answers"])
-        return item["image_id"], [], [*lines, f"truth: {truth}"], right
+        right = answer_accuracy(told["answer"], item["answers"]) if item["answers"] else None
+        truth = Counter(item["answers"] or ["?"]).most_common(1)[0][0]
+        lines = [item["text"], f"answer: {told['answer']}", f"truth: {truth}"]
+        return item["image_id"], [], lines, right
 
 
 class Retrieval(Task):
@@ -406,11 +393,12 @@ class Retrieval(Task):
             "test": items(held_out[:100])}
 
     def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
-        # Of an image without features no pair can be scored.
-        splits = {k: v if k == "train" else [i for i in v if store.row(i["image_id"]) is not None]
-            for k, v in splits.items()}
+        # Ids are compared below. Of a held-out image without features no pair can be scored.
+        splits = {name: [{**i, "image_id": canonical_id(i["image_id"])} for i in items
+            if name == "train" or store.row(i["image_id"]) is not None]
+            for name, items in splits.items()}
         super().__init__(store, tokenizer, splits, seed, limit)
-        self.images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in self.items))
+        self.images = list(dict.fromkeys(i["image_id"] for i in self.items))
         if len(self.images) < 3:
             raise BadInput(f"{store.folder}: captions of {len(self.images)} images; a caption is "
                 "trained against other images', so three are needed at least")
@@ -440,8 +428,8 @@ class Retrieval(Task):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         item = other = self.items[index]
-        own = self.place[canonical_id(item["image_id"])]
-        while canonical_id(other["image_id"]) == self.images[own]:
+        own = self.place[item["image_id"]]
+        while other["image_id"] == item["image_id"]:
             other = self.items[rng.integers(len(self))]
         image = self.images[(own + 1 + rng.integers(len(self.images) - 1)) % len(self.images)]
         pairs = [item, {**item, "text": other["text"]}, {**item, "image_id": image},
@@ -468,9 +456,9 @@ class Retrieval(Task):
 
         keep: a file for the scores (texts, images), or None. What is in it is not computed again.
         """
-        images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in items))
+        images = list(dict.fromkeys(i["image_id"] for i in items))
         place = {image: k for k, image in enumerate(images)}
-        own = torch.tensor([place[canonical_id(i["image_id"])] for i in items])
+        own = torch.tensor([place[i["image_id"]] for i in items])
         scores = self.matrix(model, [i["text"] for i in items], images, tau, keep)
         found = recall_at(scores, own, ks=(1, 5, 10))
         if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
@@ -480,8 +468,8 @@ class Retrieval(Task):
                 folds.append(recall_at(scores[texts, k : k + 1000], own[texts] - k, (1, 5, 10)))
             found |= {f"1K {name}": float(np.mean([f[name] for f in folds])) for name in found}
         best = scores.topk(min(10, len(images)), dim=1).indices.tolist()
-        return found, [dict(image_id=images[o], text=item["text"], found=[images[k] for k in b])
-            for item, o, b in zip(items, own.tolist(), best)]
+        return found, [dict(image_id=item["image_id"], text=item["text"],
+            found=[images[k] for k in ranked]) for item, ranked in zip(items, best)]
 
     def matrix(self, model, texts, images, tau, keep, block=100):
         """(texts, images) scores, by blocks of images; says how much that is and how long."""
@@ -950,11 +938,10 @@ def ask(own, args):
 
 def match(own, args):
     """The pictures, best first, each with its score."""
-    found = [(own(path, args.sentence), path) for path in args.images]
-    found.sort(key=lambda f: -f[0][2].item())
-    lines = [f"{score.item():+.2f}  {path}" for (_, _, score), path in found]
-    panels = [panel(image, [], [line]) for ((image, _, _), _), line in zip(found, lines)]
-    return lines, stack(panels, columns=4)
+    found = [(*own(path, args.sentence), path) for path in args.images]
+    found.sort(key=lambda f: -f[2])
+    lines = [f"{score:+.2f}  {path}" for _, _, score, path in found]
+    return lines, stack([panel(f[0], [], [line]) for f, line in zip(found, lines)], columns=4)
 
 
 def point(own, args):
