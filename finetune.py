@@ -132,8 +132,8 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word
 def normalise_answer(answer):
     """An answer as the official evaluation compares it: 'The red-car!' -> 'red car', 'two' -> '2'.
 
-    Its quirks are kept. A sign becomes a space, but nothing if it touches a space anywhere in the
-    answer, or if the answer has a comma between digits. A full stop stays before a digit only.
+    A sign becomes a space, but nothing if it touches a space anywhere in the answer, or if the
+    answer has a comma between digits. A full stop stays before a digit only.
     """
     text = answer = answer.replace("\n", " ").replace("\t", " ").strip()
     thousands = re.search(r"\d,\d", answer)
@@ -168,9 +168,8 @@ def answer_accuracy(prediction, answers):
 
 
 def answer_vocabulary(questions, least=9):
-    """The answers that a model chooses from: each is the majority answer of `least` questions.
-
-    Normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
+    """The answers that a model chooses from: each is the majority answer of `least` questions,
+    normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
     """
     counts = Counter(normalise_answer(q["majority"]).replace(",", "") for q in questions)
     return sorted((a for a, n in counts.items() if n >= least), key=lambda a: (-counts[a], a))
@@ -209,7 +208,8 @@ class Task(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        return self.example(self.items[key[1]])  # key: (epoch, index)
+        epoch, index = key
+        return self.example(self.items[index])
 
     def example(self, item):
         """What the model reads of an item, and the item: numpy arrays."""
@@ -236,13 +236,18 @@ class Task(torch.utils.data.Dataset):
         logits, _ = model(**inputs, temperature=tau)
         return self.loss(logits.float(), batch)[None]
 
+    @staticmethod
+    def counts(batch):
+        """(1,): examples; every loss here is a mean over them."""
+        return torch.tensor([float(len(batch["targets"]))])
+
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
-        """(N,) the best answer or region of every item, and what the switches chose.
+        """(N,) the best answer or region of every item, and what the switches chose. (Retrieval has
+        nothing to choose, one score an item: of its predictions only the switches are read.)
 
         The processes share the batches, whole ones, so that what a batch is padded to, and with it
-        every rounding, is the same for any number of them. (Retrieval has one score an item and so
-        nothing to choose: of its predictions only the switches are read.)
+        every rounding, is the same for any number of them.
         """
         model.eval()
         found = torch.zeros(len(items), dtype=torch.long, device=device())
@@ -257,8 +262,8 @@ class Task(torch.utils.data.Dataset):
         return total(found).cpu(), shares
 
     def judge(self, items, choices):
-        """(scores, predictions) of choices (N,): the mean of every score over the items that have
-        it, the result first; and for a file what was chosen, a list of dicts.
+        """(scores, predictions) of choices (N,): means over the items that have such a score, the
+        task's result first; and what was chosen, a list of dicts for a file.
         """
         groups, predictions = defaultdict(list), []
         for item, choice in zip(items, choices.tolist()):
@@ -269,7 +274,7 @@ class Task(torch.utils.data.Dataset):
         return {name: float(np.mean(values)) for name, values in groups.items()}, predictions
 
     def evaluate(self, model, items, tau=None, keep=None):
-        """(scores, predictions) of held-out items, as judge; keep: a file, for Retrieval."""
+        """(scores, predictions) of held-out items; keep: Retrieval's."""
         return self.judge(items, self.predict(model, items, tau)[0])
 
 
@@ -329,7 +334,7 @@ class VQA(Task):
         self.index = {answer: i for i, answer in enumerate(labels)}
 
     def targets(self, item):
-        """[(index, accuracy)] of the answers that would score: soft targets by the official table.
+        """[(index, accuracy)] of the answers that would score.
 
         ASSUMPTION A11: a target is the accuracy that its answer would get, so looked up as the
         evaluation does. (hengyuan-hu's published targets, which most papers use, look the raw
@@ -361,7 +366,7 @@ class VQA(Task):
             "ceiling": best}
 
     def panel(self, item, told):
-        """(image to show, boxes, lines, right) of an example's picture."""
+        """(image to show, boxes, lines, right) of an example."""
         right = answer_accuracy(told["answer"], item["answers"]) if item["answers"] else None
         truth = Counter(item["answers"] or ["?"]).most_common(1)[0][0]
         lines = [item["text"], f"answer: {told['answer']}", f"truth: {truth}"]
@@ -454,7 +459,7 @@ class Retrieval(Task):
     def evaluate(self, model, items, tau=None, keep=None):
         """Recalls over the full matrix of some texts and all of their images.
 
-        keep: a file for the scores (texts, images), or None. What is in it is not computed again.
+        keep: a file for the scores, or None. What is in it is not computed again.
         """
         images = list(dict.fromkeys(i["image_id"] for i in items))
         place = {image: k for k, image in enumerate(images)}
@@ -494,8 +499,7 @@ class Retrieval(Task):
         return scores
 
     def panel(self, item, told):
-        """(image to show, boxes, lines, right) of an example's picture: the image that was found.
-        """
+        """(image to show, boxes, lines, right) of an example: the image that was found."""
         own, found = told["image_id"], told["found"]
         names = ["right" if i == own else f"image {i}" for i in found[:3]]
         return found[0], [], [item["text"], "found: " + ", ".join(names)], float(found[0] == own)
@@ -528,9 +532,7 @@ class Refer(Task):
 
     @staticmethod
     def from_scenes(training, held_out):
-        """The toy world's expressions; kind: attribute or relation; alike: how many things their
-        attributes fit.
-        """
+        """The toy world's expressions; kind: attribute or relation, alike: things of its words."""
         def items(numbers, n):
             for number in numbers:
                 scene = Scene(number)
@@ -584,8 +586,7 @@ class Refer(Task):
         return told, scores
 
     def panel(self, item, told):
-        """(image to show, boxes, lines, right) of an example's picture: meant white, chosen pink.
-        """
+        """(image to show, boxes, lines, right) of an example: meant white, chosen magenta."""
         boxes = [(item["box"], "white")] + ([(told["box"], "magenta")] if told["box"] else [])
         lines = [item["text"], f"IoU {told['iou']:.2f}"]
         return item["image_id"], boxes, lines, float(told["iou"] >= 0.5)
@@ -685,9 +686,7 @@ class Finetuning(Run):
         path = args.out / "checkpoint.pt" if args.resume else args.checkpoint
         source = load_checkpoint_of(kind.name if args.resume else "pretraining", path)
         resumed = source if args.resume else None
-        defaults = (FULL_OF if self.folder else TOY_OF)[kind.name]
-        self.settings = (*defaults, *self.kept)
-        settle(args, defaults, resumed, self.kept)
+        settle(args, (FULL_OF if self.folder else TOY_OF)[kind.name], resumed, self.kept)
         say(f"{kind.name} on {self.folder or 'the toy world'}, "
             + (f"{args.boxes} boxes, " if kind is Refer else "")
             + ("from random weights" if args.scratch else f"starting from {path}"))
@@ -701,21 +700,18 @@ class Finetuning(Run):
         weights = None if args.scratch or args.resume else source["model"]
         model = task.head(SwitchBertConfig(**source["config"]), weights)
         super().__init__(args, model, store, task, resumed)
-        self.collate, self.sums, self.before = task.collate, task.sums, source.get("before")
+        self.collate, self.counts, self.sums = task.collate, task.counts, task.sums
+        self.before = source.get("before")
         # While training, a part of the first held-out split is looked at.
         most = 100 if kind is Retrieval else 1000
         self.quick = next(iter(task.splits.values()), task.items)[:most]
-
-    def counts(self, batch):
-        """(1,): examples; every loss here is a mean over them."""
-        return torch.tensor([float(len(batch["targets"]))])
 
     def facts(self):
         """What a resumed run, `ask` and a reader must know."""
         return {"task": self.name, "vocab": self.training.tokenizer.pieces,
             "labels": self.training.labels, "before": self.before,
             "num_regions": self.store.num_regions,
-            "settings": {k: getattr(self.args, k) for k in self.settings}}
+            "settings": {k: getattr(self.args, k) for k in (*TOY, *self.kept)}}
 
     def image_ids(self, indices):
         """The images of these examples."""
@@ -762,20 +758,21 @@ class Finetuning(Run):
     def write(self, results, predictions):
         """The files of a result, and its table."""
         out, task = self.args.out, self.training
-        for split in [s for s in results if not results[s]["hard"]]:
-            submission, told = out / f"submission-{split}.json", predictions[split]
-            write_json(submission, told)
-            say(f"{split}: no answers to compare with; all {len(told)} of this model's are in "
-                f"{submission}")
+        for split, told in predictions.items():
+            if not results[split]["hard"]:
+                path = out / f"submission-{split}.json"
+                write_json(path, told)
+                say(f"{split}: no answers to compare with; all {len(told)} of this model's are in "
+                    f"{path}")
         record = {"task": self.name, "data": str(self.folder or "toy world"),
             "boxes": self.args.boxes if self.name == "refer" else None, "steps": self.step,
             "scratch": self.args.scratch, "results": results}
         write_json(out / "result.json", record)
         write_json(out / "predictions.json", predictions)
         say_results(record, out)
-        for split in [*task.splits][:1]:
-            draw_examples(out / "examples.png", task, task.splits[split], predictions[split],
-                self.folder)
+        if task.splits:
+            split, items = next(iter(task.splits.items()))
+            draw_examples(out / "examples.png", task, items, predictions[split], self.folder)
         if self.folder is None:
             for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
                 save_picture(out / f"scene-{number}.png", Scene(number).draw())
@@ -787,7 +784,7 @@ def question_only(run, steps=150):
     give away. It learns in few steps all that there is to learn.
     """
     args, task = run.args, copy.copy(run.training)
-    task.blind, task.counts, task.clip = True, run.counts, run.clip
+    task.blind, task.clip = True, run.clip
     torch.manual_seed(args.seed)
     model = task.head(run.model.config, None).to(device())
     optimizer = make_optimizer(model, args.lr)
@@ -801,21 +798,21 @@ def question_only(run, steps=150):
 
 
 def say_results(record, out):
-    """Print the scores of every split as a table, beside them those of the same task from scratch,
-    or of the pretrained one, where there are any.
+    """Print the scores of every split as a table; beside them, where it has been run, those of the
+    same task from scratch, or of the pretrained one.
     """
     boxes = f", {record['boxes']} boxes" if record["boxes"] else ""
-    scratch = record["scratch"]
-    other = out.with_name(out.name.removesuffix("-scratch") if scratch else f"{out.name}-scratch")
-    beside = {}
-    if other != out and (other / "result.json").exists():
-        beside = read_json(other / "result.json")
+    other, what = out.with_name(f"{out.name}-scratch"), "from scratch"
+    if record["scratch"]:
+        other, what = out.with_name(out.name.removesuffix("-scratch")), "pretrained"
+    path = other / "result.json"
+    beside = read_json(path) if other != out and path.exists() else {"results": {}}
     for split, columns in record["results"].items():
         if not columns["hard"]:
             continue
-        if beside and split in beside["results"]:
-            name = f"{'pretrained' if scratch else 'from scratch'} ({beside['steps']} steps)"
-            columns = columns | {name: beside["results"][split]["hard"]}
+        if split in beside["results"]:
+            column = f"{what} ({beside['steps']} steps)"
+            columns = {**columns, column: beside["results"][split]["hard"]}
         widths = {name: max(14, len(name) + 2) for name in columns}
         say(f"{split + boxes:34s}" + "".join(f"{c:>{n}s}" for c, n in widths.items()))
         for row in columns["hard"]:
