@@ -484,9 +484,9 @@ class Retrieval(Task):
         if len(images) > block:
             say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs, of which "
                 f"{int(scores.isnan().sum()):,} are to be scored")
+        missing = [k for k in range(0, len(images), block)
+            if scores[:, k : k + block].isnan().any()]
         start = time.time()
-        starts = range(0, len(images), block)
-        missing = [k for k in starts if scores[:, k : k + block].isnan().any()]
         for k in missing:
             part = images[k : k + block]
             scores[:, k : k + block] = match_scores(
@@ -606,7 +606,7 @@ def box_iou(boxes, box):
 def read_json(path):
     """A JSON object, or BadInput."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not a whole JSON file ({error})") from error
     if not isinstance(content, dict):
@@ -759,8 +759,8 @@ class Finetuning(Run):
         """The files of a result, and its table."""
         out, task = self.args.out, self.training
         for split, told in predictions.items():
+            path = out / f"submission-{split}.json"
             if not results[split]["hard"]:
-                path = out / f"submission-{split}.json"
                 write_json(path, told)
                 say(f"{split}: no answers to compare with; all {len(told)} of this model's are in "
                     f"{path}")
@@ -909,10 +909,10 @@ class Own:
         weights = args.weights or (Path("runs/world/detector.pt") if name == "toy" else None)
         self.detector, self.most = build_detector(name, weights), checkpoint["num_regions"]
         self.tokenizer = WordPiece.of_pieces(checkpoint["vocab"])
-        self.labels, config = checkpoint["labels"], SwitchBertConfig(**checkpoint["config"])
-        self.model = self.kind.new_model(config, self.labels)
-        self.model.load_state_dict(checkpoint["model"])
-        self.model.eval()
+        self.labels = checkpoint["labels"]
+        model = self.kind.new_model(SwitchBertConfig(**checkpoint["config"]), self.labels)
+        model.load_state_dict(checkpoint["model"])
+        self.model = model.eval()
 
     @torch.no_grad()
     def __call__(self, path, text):
