@@ -919,7 +919,7 @@ class Own:
         """(picture, its boxes (R, 4) in pixels, the head's output for it)"""
         from extract_features import picture_regions
 
-        image, boxes, features = picture_regions(self.detector, path, self.most)
+        image, boxes, features, _ = picture_regions(self.detector, path, self.most)
         inputs = dict(input_ids=np.array(self.tokenizer.encode(text, self.kind.max_tokens)),
             region_features=features, region_boxes=normalise_boxes(boxes, image.size))
         return image, boxes, self.model(**model_inputs([inputs]))[0][0]

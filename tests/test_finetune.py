@@ -550,7 +550,7 @@ def test_ask_match_and_point_answer_about_a_picture(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(extract_features, "build_detector", lambda *_: None)
     boxes = np.array([[0, 0, 50, 50], [10, 10, 90, 60]], np.float32)
     monkeypatch.setattr(extract_features, "picture_regions", lambda model, path, most: (
-        Image.open(path).convert("RGB"), boxes, np.ones((2, 12), np.float32)))
+        Image.open(path).convert("RGB"), boxes, np.ones((2, 12), np.float32), None))
     picture = str(tmp_path / "grey.png")
     capsys.readouterr()
     for command, words in (("ask", [picture, "a red ring"]), ("point", [picture, "a red ring"]),
