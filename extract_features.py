@@ -479,9 +479,13 @@ def open_picture(path):
         image = Image.open(path)
         if image.mode.startswith("I"):  # 16 bits a pixel: `convert` would clip instead of scale
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as a picture ({error})") from error
+    if max(image.size) > 30 * min(image.size):
+        raise BadInput(f"{path}: a strip of {image.width} x {image.height} pixels, of which a "
+            "detector would see nothing")
+    return image
 
 
 def find_pictures(source, split=None):
@@ -658,9 +662,6 @@ def extract_part(rank, args, pictures, given, rows, model=None):
 def extract_picture(model, writer, row, image, args, given):
     """Write the regions of one picture, uint8 (3, H, W)."""
     height, width = image.shape[1:]
-    if max(height, width) > 30 * min(height, width):
-        raise BadInput(f"a strip of {width} x {height} pixels: nothing is left of its short side "
-            "at a detector's size")
     if given is not None:
         given = [torch.from_numpy(given[: args.regions].clip(0, [width, height] * 2)).float()]
     boxes, features, _ = regions(

@@ -23,15 +23,8 @@ Where this stands
     python finetune.py point picture.png "the red star"
 
 With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
-settings, without it the toy world. It prints a line an evaluation, and at the end a table:
-
-    step   250/404  lr 4.3e-04  tau 0.33  loss 0.945 | held-out 0.968 | 417 expressions/s, 50 s
-    val, detected boxes                         hard          soft
-      accuracy                                 0.981         0.980
-
-Every task is one class that says what its examples are, its head, its loss and its metric; the
-loop, the processes, stopping and resuming are train.py's. `--epochs 0` trains nothing: zero-shot
-retrieval.
+settings, without it the toy world. Every task is one class that says what its examples are, its
+model, its loss and its metric; the loop, the processes, stopping and resuming are train.py's.
 
 Map of the file
 
@@ -46,6 +39,8 @@ Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the t
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import pickle
 import re
@@ -86,7 +81,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, and ask it.")
     commands = p.add_subparsers(dest="command", required=True)
     for name, task in TASKS.items():
-        c = commands.add_parser(name, help=task.__doc__.splitlines()[0],
+        c = commands.add_parser(name, help=task.__doc__,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.add_argument("--checkpoint", type=Path, default=Path("runs/pretrain/checkpoint.pt"),
             help="pretrained checkpoint to start from")
@@ -100,12 +95,12 @@ def parse_args(argv=None):
         toy, full = TOY_OF[name], FULL_OF[name]
         add_run_flags(c, Path("runs") / name,
             {k: f"toy world: {toy[k]}, data folder: {full[k]}" for k in toy})
-    for name, (words, help) in OWN.items():
+    for name, (words, help, _) in OWN.items():
         c = commands.add_parser(name, help=help)
         for word in words.split():
             c.add_argument(word, nargs="+" if word == "images" else None)
-        c.add_argument("--checkpoint", type=Path, default=Path("runs") / ASKS[name]
-            / "checkpoint.pt", help="of the finetuned model")
+        c.add_argument("--checkpoint", type=Path, help="of the finetuned model",
+            default=Path("runs") / ASKS[name] / "checkpoint.pt")
         c.add_argument("--weights", type=Path, help="the detector's; default: the toy world's")
         c.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="picture to write")
     return p.parse_args(argv)
@@ -137,11 +132,11 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word
 def normalise_answer(answer):
     """An answer as the official evaluation compares it: 'The red-car!' -> 'red car', 'two' -> '2'.
 
-    Its quirks are kept. A sign becomes a space, but nothing if it touches a space anywhere in the
-    answer, or if the answer has a comma between digits. A full stop stays before a digit only.
+    A sign becomes a space, but nothing if it touches a space anywhere in the answer, or if the
+    answer has a comma between digits. A full stop stays before a digit only.
     """
-    answer = answer.replace("\n", " ").replace("\t", " ").strip()
-    text, thousands = answer, re.search(r"\d,\d", answer)
+    text = answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    thousands = re.search(r"\d,\d", answer)
     for sign in PUNCTUATION:
         apart = f"{sign} " in answer or f" {sign}" in answer
         text = text.replace(sign, "" if apart or thousands else " ")
@@ -154,17 +149,15 @@ def normalise_answer(answer):
 
 def accuracy_table(answers):
     """{answer: official accuracy} of every answer that scores above zero, and whether answers are
-    compared as they are (True) or normalised (False).
+    compared as they are (True) or normalised (False: where the annotators do not all agree).
 
     answers: those of the annotators, ten as a rule. Officially each is left out once and a
     prediction scores min(1, matches among the others / 3); the mean over all. With n matches among
     N that is ((N - n) min(1, n/3) + n min(1, (n-1)/3)) / N, for N = 10: 0, .3, .6, .9, 1, 1, ...
-    Normalised are prediction and answers only where the annotators do not all agree.
     """
-    exact = len(set(answers)) == 1
+    exact, people = len(set(answers)) == 1, len(answers)
     counts = Counter(answers if exact else map(normalise_answer, answers))
-    total = len(answers)
-    return {a: ((total - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / total
+    return {a: ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
         for a, n in counts.items()}, exact
 
 
@@ -175,9 +168,8 @@ def answer_accuracy(prediction, answers):
 
 
 def answer_vocabulary(questions, least=9):
-    """The answers that a model chooses from: each is the majority answer of `least` questions.
-
-    Normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
+    """The answers that a model chooses from: each is the majority answer of `least` questions,
+    normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
     """
     counts = Counter(normalise_answer(q["majority"]).replace(",", "") for q in questions)
     return sorted((a for a, n in counts.items() if n >= least), key=lambda a: (-counts[a], a))
@@ -193,9 +185,8 @@ class Task(torch.utils.data.Dataset):
     "train" among them. Training items whose image has no features are left out; a held-out item
     without features is answered from its text alone, so that a result covers every question.
 
-    Each task says: files, unit, max_tokens [supp. 2]; from_folder and from_scenes -> splits;
-    head(config, weights) -> model; collate, sums; choose(logits) -> (B,), what is kept of each
-    example; judge(items, choices) -> scores, the first of which is the result.
+    Each task says: name, unit, files, model, max_tokens [supp. 2]; from_folder and from_scenes ->
+    splits; collate; loss(logits, batch); judge_one and panel, of one item.
     """
 
     blind = False  # True: without pictures
@@ -204,11 +195,11 @@ class Task(torch.utils.data.Dataset):
         self.store, self.tokenizer, self.seed, self.labels = store, tokenizer, seed, labels
         self.splits = {k: v for k, v in splits.items() if k != "train" and v}
         items = splits.get("train", [])
-        self.items = [i for i in items if store.row(i["image_id"]) is not None][:limit]
-        missing = sum(store.row(i["image_id"]) is None for i in items)
-        if missing:
-            say(f"left out: {missing} of {len(items)} training {self.unit}, whose image is not in "
-                f"{store.folder}")
+        found = [i for i in items if store.row(i["image_id"]) is not None]
+        self.items = found[:limit]
+        if len(found) < len(items):
+            say(f"left out: {len(items) - len(found)} of {len(items)} training {self.unit}, whose "
+                f"image is not in {store.folder}")
         if not self.items:
             raise BadInput(
                 f"{store.folder}: none of {len(items)} training {self.unit} has its image here")
@@ -217,7 +208,8 @@ class Task(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        return self.example(self.items[key[1]])
+        epoch, index = key
+        return self.example(self.items[index])
 
     def example(self, item):
         """What the model reads of an item, and the item: numpy arrays."""
@@ -225,62 +217,104 @@ class Task(torch.utils.data.Dataset):
         ids = np.array(self.tokenizer.encode(item["text"], self.max_tokens))
         return dict(regions, input_ids=ids, item=item)
 
-    def logits(self, model, batch, tau):
-        """The head's output and the encoder's for a batch of collate."""
-        return model(**{k: v for k, v in batch.items() if k != "targets"}, temperature=tau)
+    @classmethod
+    def new_model(cls, config, labels):
+        """The task's model, new; labels: what it chooses from, None where that is no fixed list."""
+        return cls.model(config) if labels is None else cls.model(config, len(labels))
+
+    def head(self, config, weights):
+        """The task's model: its encoder from these weights (None: new), its head new."""
+        model = self.new_model(config, self.labels)
+        if weights is not None:
+            bert = {k: v for k, v in weights.items() if k.startswith("bert.")}
+            model.load_state_dict(bert, strict=False)
+        return model
+
+    def sums(self, model, batch, tau):
+        """(1,): the loss, added up over the examples of a batch."""
+        inputs = {k: v for k, v in batch.items() if k != "targets"}
+        logits, _ = model(**inputs, temperature=tau)
+        return self.loss(logits.float(), batch)[None]
+
+    @staticmethod
+    def counts(batch):
+        """(1,): examples; every loss here is a mean over them."""
+        return torch.tensor([float(len(batch["targets"]))])
 
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
-        """(N,) what `choose` keeps of every item, and what the switches chose.
+        """(N,) the best answer or region of every item, and what the switches chose. (Retrieval has
+        nothing to choose, one score an item: of its predictions only the switches are read.)
 
         The processes share the batches, whole ones, so that what a batch is padded to, and with it
         every rounding, is the same for any number of them.
         """
         model.eval()
-        found = torch.zeros(len(items), dtype=torch.float64, device=device())
+        found = torch.zeros(len(items), dtype=torch.long, device=device())
         switches = torch.zeros(num_switches(model.config), device=device())
         starts = range(rank() * batch_size, len(items), world_size() * batch_size)
         for s in tqdm(starts, desc="evaluating", leave=False, disable=quiet()):
-            part = items[s : s + batch_size]
-            logits, out = self.logits(
-                model, to_device(model_inputs([self.example(i) for i in part])), tau)
-            found[s : s + len(part)] = self.choose(logits.float()).double()
+            part = [self.example(item) for item in items[s : s + batch_size]]
+            logits, out = model(**to_device(model_inputs(part)), temperature=tau)
+            found[s : s + len(part)] = logits.argmax(dim=-1)
             switches += switch_sums(out)
         shares = switch_shares(total(switches).cpu() / max(1, len(items)), model.config)
         return total(found).cpu(), shares
 
+    def judge(self, items, choices):
+        """(scores, predictions) of choices (N,): means over the items that have such a score, the
+        task's result first; and what was chosen, a list of dicts for a file.
+        """
+        groups, predictions = defaultdict(list), []
+        for item, choice in zip(items, choices.tolist()):
+            prediction, scores = self.judge_one(item, choice)
+            predictions.append(prediction)
+            for name, score in scores.items():
+                groups[name].append(score)
+        return {name: float(np.mean(values)) for name, values in groups.items()}, predictions
+
     def evaluate(self, model, items, tau=None, keep=None):
-        """(scores, predictions) of held-out items; predictions: a list of dicts for a file."""
-        choices = self.predict(model, items, tau)[0]
-        return self.judge(items, choices), self.told(items, choices)
+        """(scores, predictions) of held-out items; keep: Retrieval's."""
+        return self.judge(items, self.predict(model, items, tau)[0])
+
+    def look(self, model, items):
+        """Hard scores of some items, and what the switches chose: between steps of training."""
+        choices, switches = self.predict(model, items)
+        return self.judge(items, choices)[0], switches
 
 
 class VQA(Task):
     """questions about pictures, answered from a vocabulary of answers [VQA v2]"""
 
-    name, unit, max_tokens = "vqa", "questions", 23
+    name, unit, max_tokens, model = "vqa", "questions", 23, SwitchBertForVQA
     files = "features/ and VQA v2's questions and annotations (*.json)"
 
     @staticmethod
     def from_folder(folder):
         """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them."""
-        questions, annotations = [], {}
-        for path in sorted(folder.glob("*.json")):
-            content = read_json(path)
-            subset = str(content.get("data_subtype", path.stem))
-            split = next((s for s in ("train", "val", "test") if s in subset), subset)
-            if "questions" in content:
-                questions += [(split, subset, path, q) for q in content["questions"]]
-            elif "annotations" in content:
-                annotations |= {a["question_id"]: a for a in content["annotations"]}
-            else:
+        files = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+        annotations, splits = {}, defaultdict(list)
+        for path, content in files.items():
+            if not content.keys() & {"questions", "annotations"}:
                 raise BadInput(f"{path}: expected the key 'questions' or 'annotations', found "
                     + ", ".join(map(repr, list(content)[:5])))
-        splits = defaultdict(list)
-        for split, subset, path, q in questions:
-            item = _vqa_item(path, q, annotations.get(q.get("question_id")))
-            # test-dev2015 is a part of test2015: each has its own submission.
-            splits[split if item["answers"] else subset].append(item)
+            for number, a in enumerate(content.get("annotations", [])):
+                with expecting("question_id", path, "annotation", number):
+                    annotations[a["question_id"]] = a
+        expected = "image_id, question, question_id, and annotations with answers and types"
+        for path, content in files.items():
+            subset = str(content.get("data_subtype", path.stem))
+            split = next((s for s in ("train", "val", "test") if s in subset), subset)
+            for q in content.get("questions", []):
+                with expecting(expected, path, "question", q):
+                    item = dict(image_id=q["image_id"], text=q["question"],
+                        question_id=q["question_id"], answers=[])
+                    if a := annotations.get(q["question_id"]):
+                        item |= dict(answers=[given["answer"] for given in a["answers"]],
+                            majority=a["multiple_choice_answer"], answer_type=a["answer_type"],
+                            question_type=a["question_type"])
+                # test-dev2015 is a part of test2015: each has its own submission.
+                splits[split if item["answers"] else subset].append(item)
         if not splits.get("train"):
             raise BadInput(f"{folder}: no training questions with annotations here; expected "
                 "v2_OpenEnded_mscoco_train2014_questions.json and "
@@ -293,11 +327,10 @@ class VQA(Task):
         def items(numbers, n):
             for number in numbers:
                 for k, (text, answer, kind) in enumerate(Scene(number).questions(n)):
-                    sort = {"count": "number", "existence": "yes/no"}.get(kind, "other")
-                    sort = "yes/no" if answer in ("yes", "no") else sort
+                    sort = "yes/no" if answer in ("yes", "no") else "other"
                     yield dict(image_id=number, text=text, question_id=1000 * number + k,
-                        majority=answer, answers=[answer] * 10, answer_type=sort,
-                        question_type=kind)
+                        majority=answer, answers=[answer] * 10,
+                        answer_type="number" if kind == "count" else sort, question_type=kind)
         return {"train": list(items(training, 8)), "val": list(items(held_out, 5))}
 
     def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
@@ -305,12 +338,8 @@ class VQA(Task):
         super().__init__(store, tokenizer, splits, seed, limit, labels)
         self.index = {answer: i for i, answer in enumerate(labels)}
 
-    def head(self, config, weights):
-        model = SwitchBertForVQA(config, len(self.labels))
-        return start_from(model, weights)
-
     def targets(self, item):
-        """[(index, accuracy)] of the answers that would score: soft targets by the official table.
+        """[(index, accuracy)] of the answers that would score.
 
         ASSUMPTION A11: a target is the accuracy that its answer would get, so looked up as the
         evaluation does. (hengyuan-hu's published targets, which most papers use, look the raw
@@ -320,61 +349,39 @@ class VQA(Task):
         return [(self.index[a], score) for a, score in table.items() if a in self.index]
 
     def collate(self, examples):
+        """The encoder's inputs, and targets (B, A)."""
         targets = torch.zeros(len(examples), len(self.labels))
         for row, example in zip(targets, examples):
             for index, score in self.targets(example["item"]):
                 row[index] = score
         return {**model_inputs(examples), "targets": targets}
 
-    def sums(self, model, batch, tau):
+    def loss(self, logits, batch):
         """Binary cross entropy, its mean over answers times their number: their sum."""
-        logits, _ = self.logits(model, batch, tau)
-        return F.binary_cross_entropy_with_logits(
-            logits.float(), batch["targets"], reduction="sum")[None]
+        return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
 
-    def choose(self, logits):
-        return logits.argmax(dim=-1)
-
-    def judge(self, items, choices):
+    def judge_one(self, item, choice):
         """Official accuracy: overall, by type of answer and of question; and the best possible."""
-        if not items[0]["answers"]:
-            return {}
-        groups = defaultdict(list)
-        for item, choice in zip(items, choices.tolist()):
-            right = answer_accuracy(self.labels[int(choice)], item["answers"])
-            for group in ("accuracy", item["answer_type"], item["question_type"]):
-                groups[group].append(right)
-            groups["ceiling"].append(max((s for _, s in self.targets(item)), default=0.0))
-        return {name: float(np.mean(values)) for name, values in groups.items()}
-
-    def told(self, items, choices):
-        return [{"question_id": item["question_id"], "answer": self.labels[int(choice)]}
-            for item, choice in zip(items, choices)]
+        told = {"question_id": item["question_id"], "answer": self.labels[choice]}
+        if not item["answers"]:
+            return told, {}
+        right = answer_accuracy(told["answer"], item["answers"])
+        best = max((score for _, score in self.targets(item)), default=0.0)
+        return told, {"accuracy": right, item["answer_type"]: right, item["question_type"]: right,
+            "ceiling": best}
 
     def panel(self, item, told):
+        """(image to show, boxes, lines, right) of an example."""
         right = answer_accuracy(told["answer"], item["answers"]) if item["answers"] else None
-        truth = Counter(item["answers"]).most_common(1)[0][0] if item["answers"] else "?"
-        return [], [item["text"], f"answer: {told['answer']}", f"truth: {truth}"], right
-
-
-def _vqa_item(path, question, annotation):
-    try:
-        item = dict(image_id=question["image_id"], text=question["question"],
-            question_id=question["question_id"], answers=[])
-        if annotation is not None:
-            item |= dict(answers=[a["answer"] for a in annotation["answers"]],
-                majority=annotation["multiple_choice_answer"],
-                answer_type=annotation["answer_type"], question_type=annotation["question_type"])
-        return item
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path}: question {question}: expected image_id, question, question_id, "
-            f"and annotations with answers and types ({error!r})") from error
+        truth = Counter(item["answers"] or ["?"]).most_common(1)[0][0]
+        lines = [item["text"], f"answer: {told['answer']}", f"truth: {truth}"]
+        return item["image_id"], [], lines, right
 
 
 class Retrieval(Task):
     """texts that find their image, and images that find their texts [Karpathy's splits]"""
 
-    name, unit, max_tokens = "retrieval", "captions", 30
+    name, unit, max_tokens, model = "retrieval", "captions", 30, SwitchBertForRetrieval
     files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
 
     @staticmethod
@@ -382,25 +389,26 @@ class Retrieval(Task):
         """The splits of the one caption file with splits in a folder."""
         files = sorted(folder.glob("*.json"))
         if len(files) != 1:
-            raise BadInput(f"{folder}: expected one file of Karpathy's splits (*.json), found "
-                f"{len(files)}")
+            raise BadInput(
+                f"{folder}: expected one file of Karpathy's splits (*.json), found {len(files)}")
         return {split: [dict(image_id=i, text=t) for i, t in read_captions(files[0], split)]
             for split in ("train", "val", "test")}
 
     @staticmethod
     def from_scenes(training, held_out):
-        """Captions of scenes: the first 100 held-out scenes are the test, the others the val."""
-        def items(numbers, n):
-            return [dict(image_id=i, text=t) for i in numbers for t in Scene(i).captions(n)]
-        return {"train": items(training, 2), "val": items(held_out[100:150], 2),
-            "test": items(held_out[:100], 2)}
+        """Captions of scenes: the first 100 held-out scenes are the test, the next 50 the val."""
+        def items(numbers):
+            return [dict(image_id=i, text=t) for i in numbers for t in Scene(i).captions(2)]
+        return {"train": items(training), "val": items(held_out[100:150]),
+            "test": items(held_out[:100])}
 
     def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
-        # Of an image without features no pair can be scored.
-        splits = {k: v if k == "train" else [i for i in v if store.row(i["image_id"]) is not None]
-            for k, v in splits.items()}
+        # Ids are compared below. Of a held-out image without features no pair can be scored.
+        splits = {name: [{**i, "image_id": canonical_id(i["image_id"])} for i in items
+            if name == "train" or store.row(i["image_id"]) is not None]
+            for name, items in splits.items()}
         super().__init__(store, tokenizer, splits, seed, limit)
-        self.images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in self.items))
+        self.images = list(dict.fromkeys(i["image_id"] for i in self.items))
         if len(self.images) < 3:
             raise BadInput(f"{store.folder}: captions of {len(self.images)} images; a caption is "
                 "trained against other images', so three are needed at least")
@@ -411,8 +419,8 @@ class Retrieval(Task):
         """Find each image's nearest other one by its global feature: the hard negative."""
         n = len(self.images)
         means = torch.zeros(n, self.store.feature_size, device=device())
-        for k in tqdm(range(rank(), n, world_size()), desc="global features", leave=False,
-                disable=quiet()):
+        mine = range(rank(), n, world_size())
+        for k in tqdm(mine, desc="global features", leave=False, disable=quiet()):
             features = region_inputs(self.store, self.images[k])["region_features"]
             means[k] = torch.from_numpy(features.mean(axis=0, dtype=np.float32))
         means = F.normalize(total(means))
@@ -429,51 +437,53 @@ class Retrieval(Task):
         """
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
-        item = self.items[index]
-        own = self.place[canonical_id(item["image_id"])]
-        while canonical_id((other := self.items[rng.integers(len(self))])["image_id"]) == (
-                self.images[own]):
-            pass
+        item = other = self.items[index]
+        own = self.place[item["image_id"]]
+        while other["image_id"] == item["image_id"]:
+            other = self.items[rng.integers(len(self))]
         image = self.images[(own + 1 + rng.integers(len(self.images) - 1)) % len(self.images)]
         pairs = [item, {**item, "text": other["text"]}, {**item, "image_id": image},
             {**item, "image_id": self.images[self.nearest[own]]}]
         return [self.example(pair) for pair in pairs]
 
     def head(self, config, weights):
+        """The task's model, its head too from these weights (None: all of it new)."""
         if weights is None:
-            return SwitchBertForRetrieval(config)
+            return super().head(config, None)
         return SwitchBertForRetrieval.from_pretraining(config, weights)
 
     def collate(self, examples):
-        inputs = model_inputs([pair for four in examples for pair in four])  # 4 B pairs
+        """The encoder's inputs of 4 B pairs, and targets (B,): which of four is right."""
+        inputs = model_inputs([pair for four in examples for pair in four])
         return {**inputs, "targets": torch.zeros(len(examples), dtype=torch.long)}
 
-    def sums(self, model, batch, tau):
+    def loss(self, scores, batch):
         """Cross entropy over the four candidates."""
-        scores, _ = self.logits(model, batch, tau)
-        return F.cross_entropy(scores.float().view(-1, 4), batch["targets"], reduction="sum")[None]
+        return F.cross_entropy(scores.view(-1, 4), batch["targets"], reduction="sum")  # (B, 4)
 
-    def choose(self, scores):
-        return scores
+    def look(self, model, items):
+        """Recalls, and what the switches chose for texts and their own images."""
+        return self.evaluate(model, items)[0], self.predict(model, items)[1]
 
     def evaluate(self, model, items, tau=None, keep=None):
         """Recalls over the full matrix of some texts and all of their images.
 
-        keep: a file for the scores (texts, images), or None. What is in it is not computed again.
+        keep: a file for the scores, or None. What is in it is not computed again.
         """
-        images = list(dict.fromkeys(canonical_id(i["image_id"]) for i in items))
+        images = list(dict.fromkeys(i["image_id"] for i in items))
         place = {image: k for k, image in enumerate(images)}
-        own = torch.tensor([place[canonical_id(i["image_id"])] for i in items])
+        own = torch.tensor([place[i["image_id"]] for i in items])
         scores = self.matrix(model, [i["text"] for i in items], images, tau, keep)
         found = recall_at(scores, own, ks=(1, 5, 10))
         if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
-            folds = [recall_at(scores[part][:, k : k + 1000], own[part] - k, ks=(1, 5, 10))
-                for k in range(0, 5000, 1000) for part in [(own // 1000 == k // 1000)]]
+            folds = []
+            for k in range(0, 5000, 1000):
+                texts = (own >= k) & (own < k + 1000)
+                folds.append(recall_at(scores[texts, k : k + 1000], own[texts] - k, (1, 5, 10)))
             found |= {f"1K {name}": float(np.mean([f[name] for f in folds])) for name in found}
         best = scores.topk(min(10, len(images)), dim=1).indices.tolist()
-        told = [dict(image_id=images[o], text=i["text"], found=[images[k] for k in b])
-            for i, o, b in zip(items, own.tolist(), best)]
-        return found, told
+        return found, [dict(image_id=item["image_id"], text=item["text"],
+            found=[images[k] for k in ranked]) for item, ranked in zip(items, best)]
 
     def matrix(self, model, texts, images, tau, keep, block=100):
         """(texts, images) scores, by blocks of images; says how much that is and how long."""
@@ -483,36 +493,31 @@ class Retrieval(Task):
         if len(images) > block:
             say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs, of which "
                 f"{int(scores.isnan().sum()):,} are to be scored")
-        start, done = time.time(), 0
-        for k in range(0, len(images), block):
+        missing = [k for k in range(0, len(images), block)
+            if scores[:, k : k + block].isnan().any()]
+        start = time.time()
+        for k in missing:
             part = images[k : k + block]
-            if scores[:, k : k + block].isnan().any():
-                scores[:, k : k + block] = match_scores(
-                    model, self.store, self.tokenizer, texts, part, self.max_tokens, tau)
-                done += len(part)
-                if keep:
-                    _keep(keep, scores)
-                if done == len(part) and len(images) > block:
-                    left = (time.time() - start) * (len(images) - k - len(part)) / len(part)
-                    say(f"after {len(part)} images: about {left / 60:.1f} minutes to go")
+            scores[:, k : k + block] = match_scores(
+                model, self.store, self.tokenizer, texts, part, self.max_tokens, tau)
+            if keep and rank() == 0:
+                write_whole(keep, lambda f: np.save(f, scores.numpy()), mode="wb")
+            if k == missing[0] and len(images) > block:
+                left = (time.time() - start) * (len(images) - k - len(part)) / len(part)
+                say(f"after {len(part)} images: about {left / 60:.1f} minutes to go")
         return scores
 
     def panel(self, item, told):
-        own = told["image_id"]
-        names = ["right" if i == own else f"image {i}" for i in told["found"][:3]]
-        lines = [item["text"], "found: " + ", ".join(names)]
-        return [], lines, float(told["found"][0] == own)
-
-
-def _keep(path, scores):
-    if rank() == 0:
-        write_whole(path, lambda f: np.save(f, scores.numpy()), mode="wb")
+        """(image to show, boxes, lines, right) of an example: the image that was found."""
+        own, found = told["image_id"], told["found"]
+        names = ["right" if i == own else f"image {i}" for i in found[:3]]
+        return found[0], [], [item["text"], "found: " + ", ".join(names)], float(found[0] == own)
 
 
 class Refer(Task):
     """phrases that mean one thing in a picture, and which box it is [RefCOCO+]"""
 
-    name, unit, max_tokens = "refer", "expressions", 20
+    name, unit, max_tokens, model = "refer", "expressions", 20, SwitchBertForReferring
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
 
     @staticmethod
@@ -521,25 +526,22 @@ class Refer(Task):
         path, instances = next(folder.glob("refs*.p"), None), folder / "instances.json"
         if path is None:
             raise BadInput(f"{folder}: no refs(unc).p here")
-        boxes = {}
-        for a in read_json(instances).get("annotations", []):
-            x, y, w, h = a["bbox"]
-            boxes[a["id"]] = [x, y, x + w, y + h]
-        splits = defaultdict(list)
+        boxes, splits = {}, defaultdict(list)
+        for number, a in enumerate(read_json(instances).get("annotations", [])):
+            with expecting("id and bbox, [x, y, width, height]", instances, "annotation", number):
+                x, y, w, h = a["bbox"]
+                boxes[a["id"]] = [x, y, x + w, y + h]
         for number, ref in enumerate(read_plain_pickle(path)):
-            try:
-                box = boxes[ref["ann_id"]]
-                splits[ref["split"]] += [dict(image_id=ref["image_id"], text=s["sent"], box=box,
-                    ref_id=ref["ref_id"], sent_id=s["sent_id"], kind="expression")
-                    for s in ref["sentences"]]
-            except (KeyError, TypeError) as error:
-                raise BadInput(f"{path}: entry {number}: expected ann_id (of {instances.name}), "
-                    f"image_id, ref_id, split and sentences ({error!r})") from error
+            with expecting(f"ann_id (of {instances.name}), image_id, ref_id, split and sentences",
+                    path, "entry", number):
+                splits[ref["split"]] += [dict(image_id=ref["image_id"], text=s["sent"],
+                    box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"],
+                    kind="expression") for s in ref["sentences"]]
         return splits
 
     @staticmethod
     def from_scenes(training, held_out):
-        """The toy world's expressions; kind: attribute or relation, rivals: things of its words."""
+        """The toy world's expressions; kind: attribute or relation, alike: things of its words."""
         def items(numbers, n):
             for number in numbers:
                 scene = Scene(number)
@@ -551,64 +553,52 @@ class Refer(Task):
         return {"train": list(items(training, 8)), "val": list(items(held_out, 6))}
 
     def head(self, config, weights):
-        model = start_from(SwitchBertForReferring(config), weights)
-        # It reads region states, so no gradient reaches the pooler, and DistributedDataParallel
-        # would wait for one.
+        """As every task's, without the pooler: this head reads region states, so no gradient
+        reaches the pooler, and DistributedDataParallel would wait for one.
+        """
+        model = super().head(config, weights)
         model.bert.pooler.requires_grad_(False)
         return model
 
     def overlaps(self, item):
-        """(n,) IoU of each region of the item's image with the box that is meant."""
+        """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant."""
         row = self.store.row(item["image_id"])
         boxes = np.zeros((0, 4), np.float32) if row is None else self.store[row]["boxes"]
-        return box_iou(boxes, np.array(item["box"], np.float32))
+        return boxes, box_iou(boxes, np.array(item["box"], np.float32))
 
     def collate(self, examples):
+        """The encoder's inputs, and targets (B, R): IoU, 0 for padding."""
         inputs = model_inputs(examples)
-        targets = torch.zeros(inputs["region_mask"].shape)  # (B, R)
+        targets = torch.zeros(inputs["region_mask"].shape)
         for row, example in zip(targets, examples):
-            iou = self.overlaps(example["item"])
+            _, iou = self.overlaps(example["item"])
             row[: len(iou)] = torch.from_numpy(iou)
         return {**inputs, "targets": targets}
 
-    def sums(self, model, batch, tau):
+    def loss(self, logits, batch):
         """Binary cross entropy of every real region against its IoU with the box that is meant."""
-        logits, _ = self.logits(model, batch, tau)
         real = batch["region_mask"].bool()
         return F.binary_cross_entropy_with_logits(
-            logits[real].float(), batch["targets"][real], reduction="sum")[None]
+            logits[real], batch["targets"][real], reduction="sum")
 
-    def choose(self, logits):
-        return logits.argmax(dim=-1)
-
-    def judge(self, items, choices):
-        """Share of expressions whose chosen region has IoU >= .5, and of those that have one such
-        region at all (the oracle); in the toy world by kind of expression.
-        """
-        groups = defaultdict(list)
-        for item, choice in zip(items, choices.long().tolist()):
-            iou = self.overlaps(item)
-            right = float(len(iou) > 0 and iou[choice] >= 0.5)
-            groups["accuracy"].append(right)
-            groups["oracle"].append(float((iou >= 0.5).any()))
-            if item["kind"] != "expression":
-                groups[item["kind"]].append(right)
-                if item["kind"] == "relation":  # whoever knows the words and not the places
-                    groups["relation by attributes alone"].append(1 / item["alike"])
-        return {name: float(np.mean(values)) for name, values in groups.items()}
-
-    def told(self, items, choices):
-        told = []
-        for item, choice in zip(items, choices.long().tolist()):
-            iou, row = self.overlaps(item), self.store.row(item["image_id"])
-            box = self.store[row]["boxes"][choice].tolist() if len(iou) else None
-            told.append({"ref_id": item["ref_id"], "sent_id": item["sent_id"], "box": box,
-                "iou": float(iou[choice]) if len(iou) else 0.0})
-        return told
+    def judge_one(self, item, choice):
+        """Has the chosen region IoU >= .5, and has any (the oracle)? In the toy world by kind."""
+        boxes, iou = self.overlaps(item)
+        box, reached = (boxes[choice].tolist(), float(iou[choice])) if len(iou) else (None, 0.0)
+        told = {"ref_id": item["ref_id"], "sent_id": item["sent_id"], "box": box, "iou": reached}
+        right = float(reached >= 0.5)
+        scores = {"accuracy": right, "oracle": float((iou >= 0.5).any())}
+        if item["kind"] != "expression":
+            scores[item["kind"]] = right
+        if item["kind"] == "relation":  # whoever knows the words and not the places
+            scores["relation by attributes alone"] = 1 / item["alike"]
+        return told, scores
 
     def panel(self, item, told):
+        """(image to show, boxes, lines, right) of an example: meant white, chosen magenta."""
         boxes = [(item["box"], "white")] + ([(told["box"], "magenta")] if told["box"] else [])
-        return boxes, [item["text"], f"IoU {told['iou']:.2f}"], float(told["iou"] >= 0.5)
+        lines = [item["text"], f"IoU {told['iou']:.2f}"]
+        return item["image_id"], boxes, lines, float(told["iou"] >= 0.5)
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
@@ -625,12 +615,21 @@ def box_iou(boxes, box):
 def read_json(path):
     """A JSON object, or BadInput."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not a whole JSON file ({error})") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+@contextlib.contextmanager
+def expecting(what, path, kind, entry):
+    """A key that is missing in this block, or a value of another form, becomes BadInput."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: {kind} {entry}: expected {what} ({error!r})") from error
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -639,6 +638,7 @@ class PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module, name):
+        """Refuse what a pickle names."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -652,15 +652,29 @@ def read_plain_pickle(path):
             f"{path}: not a pickle of plain lists, dicts and strings ({error})") from error
 
 
-def start_from(model, weights):
-    """The encoder from these weights (None: as it is), the head new."""
-    if weights is not None:
-        bert = {k: v for k, v in weights.items() if k.startswith("bert.")}
-        model.load_state_dict(bert, strict=False)
-    return model
-
-
 # --- 4. The run -----------------------------------------------------------------------------------
+
+
+def load_task(kind, folder, boxes):
+    """(store, splits) of a task's folder, or of the toy world where it is None."""
+    if folder is not None:
+        features = f"features-{boxes}" if kind is Refer else "features"
+        return FeatureStore(folder / features), kind.from_folder(folder)
+    if boxes != "detected":
+        raise BadInput("--boxes gt: the toy world has detected boxes only")
+    with first_process_first():
+        store = toy_world()[0]
+    return store, kind.from_scenes(range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT),
+        range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT))
+
+
+def load_checkpoint_of(task, path, user="this"):
+    """The checkpoint of a file, or BadInput if it is of another task than its user needs."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["task"] != task:
+        raise BadInput(
+            f"{path}: a checkpoint of {checkpoint['task']}, but {user} needs one of {task}")
+    return checkpoint
 
 
 class Finetuning(Run):
@@ -675,46 +689,40 @@ class Finetuning(Run):
 
     def __init__(self, args):
         self.started, kind = time.time(), TASKS[args.command]
-        folder = args.data or (p if (p := Path("data") / kind.name).is_dir() else None)
-        self.toy, self.folder, self.name, self.unit = folder is None, folder, kind.name, kind.unit
+        self.name, self.unit = kind.name, kind.unit
+        default = Path("data") / kind.name
+        self.folder = args.data or (default if default.is_dir() else None)  # None: the toy world
         path = args.out / "checkpoint.pt" if args.resume else args.checkpoint
-        source = load_checkpoint(path)
-        wanted = kind.name if args.resume else "pretraining"
-        if source["task"] != wanted:
-            raise BadInput(f"{path}: a checkpoint of {source['task']}, but this needs one of "
-                f"{wanted}")
-        defaults = (TOY_OF if self.toy else FULL_OF)[kind.name]
-        settle(args, defaults, source if args.resume else None, self.kept)
-        say(f"{kind.name} on {folder or 'the toy world'}, "
+        source = load_checkpoint_of(kind.name if args.resume else "pretraining", path)
+        resumed = source if args.resume else None
+        settle(args, (FULL_OF if self.folder else TOY_OF)[kind.name], resumed, self.kept)
+        say(f"{kind.name} on {self.folder or 'the toy world'}, "
             + (f"{args.boxes} boxes, " if kind is Refer else "")
             + ("from random weights" if args.scratch else f"starting from {path}"))
-        store, splits = load_task(kind, folder, args.boxes)
+        store, splits = load_task(kind, self.folder, args.boxes)
         tokenizer = WordPiece.of_pieces(source["vocab"])
         check_fits(source, store, tokenizer)
+        if kind is Refer and store.detector == "coco":
+            say("note: the detector of these features has seen the pictures that RefCOCO+ tests on")
         task = kind(store, tokenizer, splits, args.seed, args.limit, source.get("labels"))
         if kind is Retrieval:
             task.prepare()
         torch.manual_seed(args.seed)
-        fresh = args.scratch or args.resume
-        model = task.head(SwitchBertConfig(**source["config"]), None if fresh else source["model"])
+        weights = None if args.scratch or args.resume else source["model"]
+        model = task.head(SwitchBertConfig(**source["config"]), weights)
+        super().__init__(args, model, store, task, resumed)
+        self.collate, self.counts, self.sums = task.collate, task.counts, task.sums
         self.before = source.get("before")
-        self.settings = (*defaults, *self.kept)
-        super().__init__(args, model, store, task, source if args.resume else None)
-        self.collate, self.sums = task.collate, task.sums
         # While training, a part of the first held-out split is looked at.
         most = 100 if kind is Retrieval else 1000
         self.quick = next(iter(task.splits.values()), task.items)[:most]
 
-    def counts(self, batch):
-        """(1,): examples; every loss here is a mean over them."""
-        return torch.tensor([float(len(batch["targets"]))])
-
     def facts(self):
         """What a resumed run, `ask` and a reader must know."""
         return {"task": self.name, "vocab": self.training.tokenizer.pieces,
-            "labels": self.training.labels, "before": self.before, "toy": self.toy,
+            "labels": self.training.labels, "before": self.before,
             "num_regions": self.store.num_regions,
-            "settings": {k: getattr(self.args, k) for k in self.settings}}
+            "settings": {k: getattr(self.args, k) for k in (*TOY, *self.kept)}}
 
     def image_ids(self, indices):
         """The images of these examples."""
@@ -733,81 +741,64 @@ class Finetuning(Run):
 
     def measure(self, tau):
         """Held-out scores with hard switches, and what the switches chose."""
-        scores = self.training.evaluate(self.model, self.quick)[0]
-        switches = self.training.predict(self.model, self.quick)[1]
+        scores, switches = self.training.look(self.model, self.quick)
         return {"held_out": next(iter(scores.values()), float("nan")), **scores}, switches
 
     def draw(self, path):
         """switches.png: before and after."""
-        pictures = [switches_picture(s, f"{self.name}: what every layer chose {when}")
-            for s, when in ((self.before, "before finetuning"),
-                (self.switches, f"after {self.step} steps"))]
-        save_picture(path, stack(pictures))
+        title = f"{self.name}: what every layer chose"
+        save_picture(path, stack([switches_picture(self.before, f"{title} before finetuning"),
+            switches_picture(self.switches, f"{title} after {self.step} steps")]))
 
     def finish(self):
         """Evaluate every split with hard and soft switches; write and print what came out."""
-        results, predictions = {}, {}
-        for split, items in self.training.splits.items():
+        task, results, predictions = self.training, {}, {}
+        for split, items in task.splits.items():
             keep = self.args.out / f"scores-{split}.npy"
-            hard, told = self.training.evaluate(self.model, items, keep=keep)
-            soft = self.training.evaluate(self.model, items, 0.2)[0] if hard else {}
-            results[split], predictions[split] = {"hard": hard, "soft": soft}, told
-        if self.toy and self.name == "vqa":
+            hard, predictions[split] = task.evaluate(self.model, items, keep=keep)
+            soft = task.evaluate(self.model, items, 0.2)[0] if hard else {}
+            results[split] = {"hard": hard, "soft": soft}
+        if self.folder is None and self.name == "vqa":
             results["val"]["question only"] = question_only(self)
         if rank() == 0:
-            self._write(results, predictions)
+            self.write(results, predictions)
         say(f"done in {time.time() - self.started:.0f} s")
         return results
 
-    def _write(self, results, predictions):
+    def write(self, results, predictions):
+        """The files of a result, and its table."""
         out, task = self.args.out, self.training
-        for split, found in results.items():
-            if not found["hard"]:
-                write_json(out / f"submission-{split}.json", predictions[split])
-                say(f"{split}: no answers to compare with; all {len(predictions[split])} of this "
-                    f"model's are in {out / f'submission-{split}.json'}")
+        for split, told in predictions.items():
+            path = out / f"submission-{split}.json"
+            if not results[split]["hard"]:
+                write_json(path, told)
+                say(f"{split}: no answers to compare with; all {len(told)} of this model's are in "
+                    f"{path}")
         record = {"task": self.name, "data": str(self.folder or "toy world"),
             "boxes": self.args.boxes if self.name == "refer" else None, "steps": self.step,
             "scratch": self.args.scratch, "results": results}
         write_json(out / "result.json", record)
         write_json(out / "predictions.json", predictions)
-        say_results(record, other_result(out, self.args.scratch))
-        split = next(iter(task.splits), None)
-        if split:
-            draw_examples(out / "examples.png", task, task.splits[split], predictions[split],
-                Pictures(self.folder, self.store))
-        if self.toy:
+        say_results(record, out)
+        if task.splits:
+            split, items = next(iter(task.splits.items()))
+            draw_examples(out / "examples.png", task, items, predictions[split], self.folder)
+        if self.folder is None:
             for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
                 save_picture(out / f"scene-{number}.png", Scene(number).draw())
         say(f"{out}: checkpoint.pt, result.json, predictions.json, switches.png, examples.png")
-
-
-def load_task(kind, folder, boxes):
-    """(store, splits) of a task's folder, or of the toy world where it is None."""
-    if folder is None:
-        if boxes != "detected":
-            raise BadInput("--boxes gt: the toy world has detected boxes only")
-        with first_process_first():
-            store = toy_world()[0]
-        held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
-        training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)
-        return store, kind.from_scenes(training, held_out)
-    features = f"features-{boxes}" if kind is Refer else "features"
-    return FeatureStore(folder / features), kind.from_folder(folder)
 
 
 def question_only(run, steps=150):
     """Scores of a model of the same size that sees the questions and no picture: what their words
     give away. It learns in few steps all that there is to learn.
     """
-    args, task = run.args, VQA(run.store, run.training.tokenizer,
-        {"train": run.training.items, **run.training.splits}, labels=run.training.labels)
-    task.blind = True
+    args, task = run.args, copy.copy(run.training)
+    task.blind, task.clip = True, run.clip
     torch.manual_seed(args.seed)
     model = task.head(run.model.config, None).to(device())
     optimizer = make_optimizer(model, args.lr)
     parts = Parts(len(task), args.batch, args.epochs, args.seed, args.accum)
-    task.counts, task.clip = run.counts, run.clip
     for step in range(min(steps, parts.steps)):
         set_learning_rate(optimizer, learning_rate(step, steps, args.lr))
         batches = [task.collate([task[k] for k in part]) for part in parts.keys(step)]
@@ -816,22 +807,22 @@ def question_only(run, steps=150):
     return task.evaluate(model, task.splits["val"])[0]
 
 
-def other_result(out, scratch):
-    """The result of the same task from scratch, or of the pretrained one: {name: results}."""
-    other = out.with_name(out.name.removesuffix("-scratch") if scratch else f"{out.name}-scratch")
-    if other == out or not (other / "result.json").exists():
-        return {}
-    return {"pretrained" if scratch else "from scratch": read_json(other / "result.json")}
-
-
-def say_results(record, others):
-    """Print the scores of every split as a table, another run's beside them."""
+def say_results(record, out):
+    """Print the scores of every split as a table; beside them, where it has been run, those of the
+    same task from scratch, or of the pretrained one.
+    """
     boxes = f", {record['boxes']} boxes" if record["boxes"] else ""
+    other, what = out.with_name(f"{out.name}-scratch"), "from scratch"
+    if record["scratch"]:
+        other, what = out.with_name(out.name.removesuffix("-scratch")), "pretrained"
+    path = other / "result.json"
+    beside = read_json(path) if other != out and path.exists() else {"results": {}}
     for split, columns in record["results"].items():
         if not columns["hard"]:
             continue
-        columns = columns | {f"{name} ({o['steps']} steps)": o["results"][split]["hard"]
-            for name, o in others.items() if split in o["results"]}
+        if split in beside["results"]:
+            column = f"{what} ({beside['steps']} steps)"
+            columns = {**columns, column: beside["results"][split]["hard"]}
         widths = {name: max(14, len(name) + 2) for name in columns}
         say(f"{split + boxes:34s}" + "".join(f"{c:>{n}s}" for c, n in widths.items()))
         for row in columns["hard"]:
@@ -849,26 +840,18 @@ def write_json(path, content):
 GREEN, RED, PANEL = (40, 150, 60), (200, 50, 50), 250
 
 
-class Pictures:
-    """The picture of an image id: a drawn scene, a file of the data folder's images/, or its boxes.
-    """
-
-    def __init__(self, folder, store):
-        self.toy, self.store, self.files = folder is None, store, {}
-        if folder:
-            self.files = {canonical_id(p.name): p for p in sorted((folder / "images").rglob("*.*"))}
-
-    def __call__(self, image_id):
-        if self.toy:
-            return Scene(int(image_id)).draw()
-        if canonical_id(image_id) in self.files:
-            return Image.open(self.files[canonical_id(image_id)]).convert("RGB")
-        row = self.store.row(image_id)
-        record = self.store[row] if row is not None else dict(size=(100, 100), boxes=[])
-        image = Image.new("RGB", record["size"], "grey")
-        for box in record["boxes"]:
-            ImageDraw.Draw(image).rectangle(list(map(float, box)), outline="silver")
-        return image
+def picture_of(image_id, store, files):
+    """The picture of an image: of files {id: path}, or its boxes on grey; None: a drawn scene."""
+    if files is None:
+        return Scene(int(image_id)).draw()
+    if canonical_id(image_id) in files:
+        return Image.open(files[canonical_id(image_id)]).convert("RGB")
+    row = store.row(image_id)
+    record = store[row] if row is not None else dict(size=(100, 100), boxes=[])
+    image = Image.new("RGB", record["size"], "grey")
+    for box in record["boxes"]:
+        ImageDraw.Draw(image).rectangle(list(map(float, box)), outline="silver")
+    return image
 
 
 def panel(image, boxes, lines, right=None):
@@ -879,16 +862,15 @@ def panel(image, boxes, lines, right=None):
     lines = [part for line in lines for part in textwrap.wrap(line, 40)]
     scale = (PANEL - 20) / max(image.size)
     image = image.resize([max(1, round(s * scale)) for s in image.size])
-    draw = ImageDraw.Draw(image)
     for box, colour in boxes:
-        draw.rectangle([c * scale for c in box], outline=colour, width=3)
-    frame = "white" if right is None else GREEN if right >= 0.5 else RED
+        ImageDraw.Draw(image).rectangle([c * scale for c in box], outline=colour, width=3)
     whole = Image.new("RGB", (PANEL, PANEL + 18 * len(lines)), "white")
-    ImageDraw.Draw(whole).rectangle([4, 4, PANEL - 5, PANEL - 5], outline=frame, width=4)
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(11)
+    frame = "white" if right is None else GREEN if right >= 0.5 else RED
+    draw.rectangle([4, 4, PANEL - 5, PANEL - 5], outline=frame, width=4)
     whole.paste(image, ((PANEL - image.width) // 2, (PANEL - image.height) // 2))
     for i, line in enumerate(lines):
-        ImageDraw.Draw(whole).text((10, PANEL + 18 * i), line, "black",
-            ImageFont.load_default(11))
+        draw.text((10, PANEL + 18 * i), line, "black", font)
     return whole
 
 
@@ -907,24 +889,22 @@ def save_picture(path, image):
     write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
 
 
-def draw_examples(path, task, items, told, pictures, most=4):
-    """The first examples that were right and the first that were wrong."""
+def draw_examples(path, task, items, predictions, folder, most=4):
+    """The first examples that were right and the first that were wrong; pictures from the data
+    folder's images/, or of the toy world where it is None.
+    """
+    files = None if folder is None else {
+        canonical_id(p.name): p for p in sorted((folder / "images").rglob("*.*"))}
     found = {True: [], False: []}
-    for item, prediction in zip(items, told):
-        boxes, lines, right = task.panel(item, prediction)
+    for item, prediction in zip(items, predictions):
+        image_id, *rest, right = task.panel(item, prediction)
         some = found[right is None or right >= 0.5]
         if len(some) < most:
-            shown = prediction["found"][0] if "found" in prediction else item["image_id"]
-            some.append(panel(pictures(shown), boxes, lines, right))
+            some.append(panel(picture_of(image_id, task.store, files), *rest, right))
     save_picture(path, stack(found[True] + found[False], columns=most))
 
 
 # --- 6. Your picture ------------------------------------------------------------------------------
-
-OWN = {"ask": ("image question", "ask a question about a picture"),
-    "match": ("sentence images", "rank pictures by how well a sentence fits them"),
-    "point": ("image phrase", "find what a phrase means in a picture")}
-ASKS = {"ask": "vqa", "match": "retrieval", "point": "refer"}
 
 
 class Own:
@@ -933,27 +913,26 @@ class Own:
     def __init__(self, args):
         from extract_features import build_detector  # only here: training needs no torchvision
 
-        checkpoint, wanted = load_checkpoint(args.checkpoint), ASKS[args.command]
-        if checkpoint["task"] != wanted:
-            raise BadInput(f"{args.checkpoint}: a checkpoint of {checkpoint['task']}, but "
-                f"{args.command} needs one of {wanted}")
+        self.kind = TASKS[ASKS[args.command]]
+        checkpoint = load_checkpoint_of(self.kind.name, args.checkpoint, args.command)
         name = checkpoint["store"]["detector"]
         weights = args.weights or (Path("runs/world/detector.pt") if name == "toy" else None)
+        if name == "vg" and weights is None:
+            raise BadInput(f"{args.checkpoint}: was trained with the vg detector; give its weights "
+                "with --weights pytorch_model.bin")
         self.detector, self.most = build_detector(name, weights), checkpoint["num_regions"]
-        self.labels, config = checkpoint["labels"], SwitchBertConfig(**checkpoint["config"])
-        self.kind, self.tokenizer = TASKS[wanted], WordPiece.of_pieces(checkpoint["vocab"])
-        self.model = {"vqa": lambda: SwitchBertForVQA(config, len(self.labels)),
-            "retrieval": lambda: SwitchBertForRetrieval(config),
-            "refer": lambda: SwitchBertForReferring(config)}[wanted]()
-        self.model.load_state_dict(checkpoint["model"])
-        self.model.eval()
+        self.tokenizer = WordPiece.of_pieces(checkpoint["vocab"])
+        self.labels = checkpoint["labels"]
+        model = self.kind.new_model(SwitchBertConfig(**checkpoint["config"]), self.labels)
+        model.load_state_dict(checkpoint["model"])
+        self.model = model.eval()
 
     @torch.no_grad()
     def __call__(self, path, text):
         """(picture, its boxes (R, 4) in pixels, the head's output for it)"""
         from extract_features import picture_regions
 
-        image, boxes, features = picture_regions(self.detector, path, self.most)
+        image, boxes, features, _ = picture_regions(self.detector, path, self.most)
         inputs = dict(input_ids=np.array(self.tokenizer.encode(text, self.kind.max_tokens)),
             region_features=features, region_boxes=normalise_boxes(boxes, image.size))
         return image, boxes, self.model(**model_inputs([inputs]))[0][0]
@@ -969,11 +948,10 @@ def ask(own, args):
 
 def match(own, args):
     """The pictures, best first, each with its score."""
-    found = sorted(((own(path, args.sentence), path) for path in args.images),
-        key=lambda f: -f[0][2].item())
-    lines = [f"{score.item():+.2f}  {path}" for (_, _, score), path in found]
-    panels = [panel(image, [], [line]) for ((image, _, _), _), line in zip(found, lines)]
-    return lines, stack(panels, columns=4)
+    found = [(*own(path, args.sentence), path) for path in args.images]
+    found.sort(key=lambda f: -f[2])
+    lines = [f"{score:+.2f}  {path}" for _, _, score, path in found]
+    return lines, stack([panel(f[0], [], [line]) for f, line in zip(found, lines)], columns=4)
 
 
 def point(own, args):
@@ -983,6 +961,13 @@ def point(own, args):
     box = boxes[best].tolist()
     line = f"{logits[best].sigmoid():.2f}  box " + " ".join(f"{c:.0f}" for c in box)
     return [line], panel(image, [(box, "magenta")], [args.phrase, line])
+
+
+# The words that each takes, what it is for, and who answers; and the task of its model.
+OWN = {"ask": ("image question", "ask a question about a picture", ask),
+    "match": ("sentence images", "rank pictures by how well a sentence fits them", match),
+    "point": ("image phrase", "find what a phrase means in a picture", point)}
+ASKS = {"ask": "vqa", "match": "retrieval", "point": "refer"}
 
 
 def finetune(args):
@@ -999,8 +984,7 @@ def main(argv=None):
                 args.out = Path("runs") / f"{args.command}-scratch"
             launch(finetune, args)
         else:
-            lines, picture = {"ask": ask, "match": match, "point": point}[args.command](
-                Own(args), args)
+            lines, picture = OWN[args.command][-1](Own(args), args)
             save_picture(args.out, picture)
             print(*lines, args.out, sep="\n")
     except BadInput as error:

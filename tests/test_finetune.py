@@ -85,7 +85,7 @@ def test_targets_are_the_accuracy_that_each_answer_would_get(vqa):
 
 def test_vqa_is_judged_overall_by_type_and_against_the_best_possible(vqa):
     choices = torch.tensor([vqa.index[a] for a in ("blue", "2", "star")])
-    assert vqa.judge(vqa.splits["val"], choices) == pytest.approx(
+    assert vqa.judge(vqa.splits["val"], choices)[0] == pytest.approx(
         {"accuracy": (0.9 + 1 + 0) / 3, "other": (0.9 + 1 + 0) / 3, "what is": 0.45, "how many": 1,
             "ceiling": 2 / 3})
 
@@ -140,6 +140,17 @@ def test_vqa_files_are_read_as_they_are_published(tmp_path):
 def test_other_files_beside_vqa_are_named(tmp_path, content, message):
     write(tmp_path / "q.json", content)
     with pytest.raises(BadInput, match=message):
+        VQA.from_folder(tmp_path)
+
+
+def test_an_annotation_of_vqa_without_its_question_is_named(tmp_path):
+    vqa_files(tmp_path)
+    path = tmp_path / "v2_mscoco_val2014_annotations.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["annotations"][2]["question_id"]
+    write(path, content)
+    with pytest.raises(BadInput, match=r"val2014_annotations.json: annotation 2: expected "
+            r"question_id \(KeyError"):
         VQA.from_folder(tmp_path)
 
 
@@ -298,6 +309,18 @@ def test_an_entry_without_its_annotation_is_named(tmp_path):
         Refer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"id": None}, {"bbox": None}, {"bbox": [1, 2, 3]}])
+def test_an_annotation_without_id_or_box_is_named(tmp_path, change):
+    refer_files(tmp_path)
+    path = tmp_path / "instances.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    entry = {**content["annotations"][1], **change}
+    content["annotations"][1] = {k: v for k, v in entry.items() if v is not None}
+    write(path, content)
+    with pytest.raises(BadInput, match=r"instances.json: annotation 1: expected id and bbox"):
+        Refer.from_folder(tmp_path)
+
+
 def expression(store, image_id, region, kind="attribute", shift=0.0):
     """An expression that means a region of the store, its box moved by a share of its width."""
     box = store[store.row(image_id)]["boxes"][region].astype(float)
@@ -316,7 +339,7 @@ def refer(store, tokenizer):
 
 def test_referring_counts_boxes_that_overlap_by_half(refer):
     """A box moved by a quarter of its width has IoU .75 / 1.25 = .6; by nine, 0."""
-    found = refer.judge(refer.splits["val"], torch.tensor([2, 2, 2, 1]))
+    found, _ = refer.judge(refer.splits["val"], torch.tensor([2, 2, 2, 1]))
     assert found == pytest.approx({"accuracy": 0.5, "oracle": 0.75, "attribute": 0.5,
         "relation": 0.5, "relation by attributes alone": 0.5})
 
@@ -519,6 +542,18 @@ def test_a_checkpoint_of_other_regions_is_refused(run, pretrained):
             run("vqa")
 
 
+def test_a_detector_that_has_seen_the_test_pictures_is_named(
+        run, refer, pretrained, capsys, monkeypatch):
+    saved = torch.load(pretrained, weights_only=True)
+    for detector in ("made up", "coco"):
+        monkeypatch.setattr(refer.store, "detector", detector)
+        monkeypatch.setitem(refer.store.meta, "detector", detector)
+        torch.save({**saved, "store": {**saved["store"], "detector": detector}}, pretrained)
+        run("refer")
+        said = capsys.readouterr().out
+        assert ("has seen the pictures that RefCOCO+ tests on" in said) == (detector == "coco")
+
+
 def test_ask_match_and_point_answer_about_a_picture(run, tmp_path, monkeypatch, capsys):
     extract_features = pytest.importorskip("extract_features")
     for task in ("vqa", "retrieval", "refer"):
@@ -527,7 +562,7 @@ def test_ask_match_and_point_answer_about_a_picture(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(extract_features, "build_detector", lambda *_: None)
     boxes = np.array([[0, 0, 50, 50], [10, 10, 90, 60]], np.float32)
     monkeypatch.setattr(extract_features, "picture_regions", lambda model, path, most: (
-        Image.open(path).convert("RGB"), boxes, np.ones((2, 12), np.float32)))
+        Image.open(path).convert("RGB"), boxes, np.ones((2, 12), np.float32), None))
     picture = str(tmp_path / "grey.png")
     capsys.readouterr()
     for command, words in (("ask", [picture, "a red ring"]), ("point", [picture, "a red ring"]),
@@ -544,3 +579,8 @@ def test_ask_match_and_point_answer_about_a_picture(run, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match="a checkpoint of refer, but ask needs one of vqa"):
         finetune.main(["ask", picture, "a", "--checkpoint",
             str(tmp_path / "refer" / "checkpoint.pt")])
+    path = tmp_path / "vqa" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "store": {**saved["store"], "detector": "vg"}}, path)
+    with pytest.raises(SystemExit, match="trained with the vg detector; give its weights with --w"):
+        finetune.main(["ask", picture, "a", "--checkpoint", str(path)])
