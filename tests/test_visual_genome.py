@@ -231,9 +231,9 @@ def test_features_and_classes_are_those_of_the_published_network(detector, seen,
 @torch.no_grad()
 def test_chunks_of_regions_give_what_all_of_them_give_together():
     head = Res5Head(torch.nn.Conv2d(4, 6, 3, padding=1))
-    pooled = torch.randn(130, 4, 14, 14)
+    pooled = torch.randn(70, 4, 14, 14)
     torch.testing.assert_close(head(pooled), head.layer4(pooled).mean(dim=(2, 3)))
-    assert [len(part) for part in pooled.split(head.chunk)] == [64, 64, 2]
+    assert [len(part) for part in pooled.split(head.chunk)] == [32, 32, 6]
 
 
 # --- anchors and proposals ---
@@ -314,8 +314,8 @@ def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector
     torch.testing.assert_close(again, features[[7, 0, 20]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.05), ("fp16", 0.01)])
+@pytest.mark.parametrize("precision, tolerance", [
+    ("bf16", 0.01), pytest.param("fp16", 0.002, marks=pytest.mark.slow)])
 def test_lower_precision_changes_features_by_less_than_is_said(
         detector, picture, precision, tolerance):
     """For given boxes, against the largest feature."""
@@ -364,7 +364,6 @@ def test_names_of_classes_are_read_and_counted(tmp_path):
 # --- COCO ---
 
 
-@pytest.mark.slow
 def test_cocos_detector_gives_regions_in_the_same_way(tmp_path, picture):
     """Its published file could not be had here: random weights in torchvision's own layout."""
     from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
