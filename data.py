@@ -47,6 +47,7 @@ convention).
 
 import argparse
 import base64
+import contextlib
 import heapq
 import json
 import math
@@ -106,6 +107,26 @@ def write_whole(path, write, mode="w"):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path, kind=(dict, list)):
+    """What a JSON file holds, an object (dict) or a list. Raises BadInput for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:  # bad UTF-8 is a ValueError too
+        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
+    if not isinstance(content, kind):
+        raise BadInput(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+@contextlib.contextmanager
+def expecting(what, path, kind, entry):
+    """A key that is missing in this block, or a value of another form, becomes BadInput."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: {kind} {entry}: expected {what} ({error!r})") from error
 
 
 # --- 2. WordPiece ---------------------------------------------------------------------------------
@@ -809,10 +830,7 @@ def _tsv_captions(path, kind):
 
 
 def _json_captions(path):
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:  # bad UTF-8 is a ValueError too
-        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
+    content = read_json(path)
     keys = content if isinstance(content, dict) else {}
     if "annotations" in keys:
         return "COCO captions", _coco_captions(path, keys["annotations"])
@@ -825,23 +843,18 @@ def _json_captions(path):
 
 def _coco_captions(path, annotations):
     for number, record in enumerate(annotations):
-        try:
-            yield canonical_id(record["image_id"]), record["caption"], "train"
-        except (KeyError, TypeError) as error:
-            raise BadInput(f"{path}: annotations[{number}]: expected image_id and caption "
-                f"({error!r}); is this COCO's instances or questions file?") from error
+        with expecting("image_id and caption, of COCO's captions", path, "annotation", number):
+            found = canonical_id(record["image_id"]), record["caption"], "train"
+        yield found
 
 
 def _karpathy_captions(path, images):
     for number, image in enumerate(images):
-        try:
+        with expecting("filename, split and sentences with raw", path, "image", number):
             split = "train" if image["split"] == "restval" else image["split"]
             image_id = canonical_id(image.get("cocoid", image["filename"]))
-            for sentence in image["sentences"]:
-                yield image_id, sentence["raw"], split
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}: images[{number}]: expected filename, split and sentences with "
-                f"raw ({error!r})") from error
+            found = [(image_id, sentence["raw"], split) for sentence in image["sentences"]]
+        yield from found
 
 
 # --- 6. The toy world -----------------------------------------------------------------------------

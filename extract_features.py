@@ -24,7 +24,7 @@ was trained on Visual Genome [supp. 2]. Its published weights run here, in torch
     python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     python extract_features.py show data/features images/391895.jpg -o regions.png
 
-    data/features: 31,014 pictures, 36 regions of 2048: up to 4.59 GB to write
+    data/features: 31,014 pictures, 36 regions of 2048: up to 4.60 GB to write
     extracting: 12%|####      | 3722/31014 [3:10<23:14, 19.6picture/s]
     data/features: 31,012 pictures extracted, 2 failed: see data/features/failed.txt
 
@@ -50,7 +50,6 @@ a scene has 6 things at most.
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 import time
@@ -76,7 +75,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data import (HELD_OUT_SCENES, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    canonical_id, open_text, read_class_names, write_whole)
+    canonical_id, expecting, open_text, read_class_names, read_json, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 
@@ -520,15 +519,12 @@ def find_pictures(source, split=None):
 
 def _published_pictures(source, split):
     there = {p.name: p for p in source.parent.rglob("*") if p.suffix.lower() in SUFFIXES}
-    content, pictures = read_json(source), []
-    for number, image in enumerate(content.get("images", []) if isinstance(content, dict) else []):
-        try:
-            name = image.get("file_name") or image["filename"]
+    pictures = []
+    for number, image in enumerate(read_json(source, dict).get("images", [])):
+        with expecting("file_name (COCO) or filename (Karpathy's splits)", source, "image", number):
+            name = image["file_name"] if "file_name" in image else image["filename"]
             if split in (None, image.get("split")):
                 pictures.append((canonical_id(name), there.get(name, source.parent / name)))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{source}: images[{number}]: expected file_name (COCO) or filename "
-                f"(Karpathy's splits), found {image!r:.60}") from error
     return pictures
 
 
@@ -542,7 +538,8 @@ def read_boxes(path):
     """
     content, boxes = read_json(path), {}
     detected = isinstance(content, list)
-    try:
+    with expecting("detections with image_id, box and score, annotations with image_id and bbox, "
+            'or {"id": [[x1, y1, x2, y2]]}', path, "one of", len(content)):
         if detected:
             content = sorted(content, key=lambda d: -d["score"])  # stable: ties as in the file
             rows = [(d["image_id"], d["box"]) for d in content]
@@ -553,18 +550,7 @@ def read_boxes(path):
                 for x, y, x2, y2 in each]
         for image_id, (x, y, w, h) in rows:
             boxes.setdefault(canonical_id(image_id), []).append([x, y, x + w, y + h])
-        return {i: np.array(each, np.float32) for i, each in boxes.items()}, detected
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: expected detections with image_id, box and score, annotations with"
-            f' image_id and bbox, or {{"id": [[x1, y1, x2, y2]]}} ({error!r})') from error
-
-
-def read_json(path):
-    """What a JSON file holds, or BadInput."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
+    return {i: np.array(each, np.float32) for i, each in boxes.items()}, detected
 
 
 class PictureFiles(torch.utils.data.Dataset):
@@ -589,6 +575,9 @@ class PictureFiles(torch.utils.data.Dataset):
 
 def extract(args):
     """A feature store of all these pictures, from the flags; goes on where it was stopped."""
+    available = torch.cuda.device_count()
+    if available and args.gpus > available:
+        raise BadInput(f"--gpus {args.gpus}: this machine has {available}")
     pictures = find_pictures(args.images, args.split)
     given, detected = read_boxes(args.boxes) if args.boxes else ({}, True)
     if args.boxes:

@@ -39,7 +39,6 @@ Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the t
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import pickle
@@ -57,7 +56,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import (HELD_OUT_SCENES, TRAIN_SCENES, BadInput, FeatureStore, Scene, WordPiece,
-    canonical_id, model_inputs, normalise_boxes, read_captions, region_inputs, write_whole)
+    canonical_id, expecting, model_inputs, normalise_boxes, read_captions, read_json, region_inputs,
+    write_whole)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 from train import (NUM_HELD_OUT, Parts, Run, add_run_flags, autocast_for, check_fits, complete,
@@ -292,7 +292,7 @@ class VQA(Task):
     @staticmethod
     def from_folder(folder):
         """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them."""
-        files = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+        files = {path: read_json(path, dict) for path in sorted(folder.glob("*.json"))}
         annotations, splits = {}, defaultdict(list)
         for path, content in files.items():
             if not content.keys() & {"questions", "annotations"}:
@@ -527,7 +527,7 @@ class Refer(Task):
         if path is None:
             raise BadInput(f"{folder}: no refs(unc).p here")
         boxes, splits = {}, defaultdict(list)
-        for number, a in enumerate(read_json(instances).get("annotations", [])):
+        for number, a in enumerate(read_json(instances, dict).get("annotations", [])):
             with expecting("id and bbox, [x, y, width, height]", instances, "annotation", number):
                 x, y, w, h = a["bbox"]
                 boxes[a["id"]] = [x, y, x + w, y + h]
@@ -610,26 +610,6 @@ def box_iou(boxes, box):
     both = np.clip(high - low, 0, None).prod(axis=1)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
     return both / np.maximum(area - both, 1e-9)
-
-
-def read_json(path):
-    """A JSON object, or BadInput."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-@contextlib.contextmanager
-def expecting(what, path, kind, entry):
-    """A key that is missing in this block, or a value of another form, becomes BadInput."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: {kind} {entry}: expected {what} ({error!r})") from error
 
 
 class PlainUnpickler(pickle.Unpickler):
