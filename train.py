@@ -177,10 +177,18 @@ def _member(local_rank, work, args, port):
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        return work(args)
+        result = work(args)
     finally:
-        if dist.is_initialized():
+        grouped = dist.is_initialized()
+        if grouped:
             dist.destroy_process_group()
+    if grouped:
+        # DistributedDataParallel leaves Gloo's threads behind; where one of them still works while
+        # the interpreter is taken down, the process aborts after all is done. So it ends here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return result
 
 
 def rank():
