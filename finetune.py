@@ -24,7 +24,12 @@ Where this stands
 
 With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
 settings, without it the toy world. Every task is one class that says what its examples are, its
-model, its loss and its metric; the loop, the processes, stopping and resuming are train.py's.
+model, its loss and its metric; the loop, the processes, stopping and resuming are train.py's. A run
+prints a line an evaluation, and at the end a table:
+
+    step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
+    val, detected boxes                         hard          soft  from scratch (202 steps)
+      accuracy                                 0.988         0.988                     0.991
 
 Map of the file
 
@@ -71,9 +76,11 @@ from train import (NUM_HELD_OUT, Parts, Run, add_run_flags, autocast_for, check_
 # What the data decide unless a flag does. FULL is the paper's [supp. 2]; the batches are VOLTA's.
 # The toy runs (DEVIATION D3) take the pretraining's learning rate, and close their switches.
 FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
-TOY = dict(epochs=2, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
 FULL_OF = {"vqa": FULL, "retrieval": {**FULL, "batch": 64}, "refer": FULL}
-TOY_OF = {"vqa": TOY, "retrieval": {**TOY, "epochs": 1, "batch": 32}, "refer": TOY}
+# Pointing is learned in 100 steps, so it is looked at often: what pretraining gives is a start.
+TOY_OF = {"vqa": TOY, "retrieval": {**TOY, "epochs": 1, "batch": 32},
+    "refer": {**TOY, "epochs": 1, "eval_every": 25}}
 
 
 def parse_args(argv=None):
