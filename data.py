@@ -481,7 +481,10 @@ class StoreWriter:
             for name, form in _layout(meta).items()}
 
     def _allocate(self, fixed):
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.folder}: cannot be made ({error.strerror})") from error
         for name, (dtype, shape) in _layout(self.meta).items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)

@@ -24,7 +24,7 @@ was trained on Visual Genome [supp. 2]. Its published weights run here, in torch
     python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     python extract_features.py show data/features images/391895.jpg -o regions.png
 
-    data/features: 31,014 pictures, 36 regions of 2048: up to 4.60 GB to write
+    data/features: 31,014 of 31,014 pictures, 36 regions of 2048: up to 4.60 GB to write
     extracting: 12%|####      | 3722/31014 [3:10<23:14, 19.6picture/s]
     data/features: 31,012 pictures extracted, 2 failed: see data/features/failed.txt
 
@@ -51,6 +51,7 @@ a scene has 6 things at most.
 import argparse
 import hashlib
 import math
+import shutil
 import sys
 import time
 from collections import Counter, OrderedDict
@@ -582,6 +583,9 @@ def extract(args):
     given, detected = read_boxes(args.boxes) if args.boxes else ({}, True)
     if args.boxes:
         without = len(pictures) - len(pictures := [p for p in pictures if p[0] in given])
+        if not pictures:
+            raise BadInput(f"{args.boxes}: boxes of image {next(iter(given), None)!r} and others, "
+                f"but none of the {without:,} pictures of {args.images}; do the ids agree?")
         print(f"{args.boxes}: boxes for {len(pictures):,} pictures; {without:,} others left out")
     if args.regions is None:  # the paper's 36, the toy world's 8; of true boxes none is left out
         counts = [] if detected else [len(given[i]) for i, _ in pictures]
@@ -591,10 +595,14 @@ def extract(args):
         print("note: a detector trained on COCO has seen the pictures that RefCOCO+ tests on; its "
             "features make referring results unfairly good")
     writer = open_store(args, pictures, model)
-    size = sum(array.nbytes for array in writer.arrays.values())
-    print(f"{args.out}: {len(pictures):,} pictures, {args.regions} regions of "
+    rows = writer.pending()
+    size = sum(array.nbytes for array in writer.arrays.values()) * len(rows) / len(pictures)
+    print(f"{args.out}: {len(rows):,} of {len(pictures):,} pictures, {args.regions} regions of "
         f"{writer.meta['feature_size']}: up to {size / 1e9:.2f} GB to write", flush=True)
-    work = (args, pictures, given, writer.pending())
+    # Mapped files take their disk as they are filled; a full one would kill without a word.
+    if size > (free := shutil.disk_usage(args.out).free):
+        raise BadInput(f"{args.out}: there are {free / 1e9:.2f} GB free; choose another disk")
+    work = (args, pictures, given, rows)
     if args.gpus > 1:
         torch.multiprocessing.spawn(extract_part, work, nprocs=args.gpus)
     else:
@@ -802,6 +810,8 @@ def parse_args(argv=None):
         help="processes that open pictures, for each GPU")
     p.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     args = p.parse_args(argv)
+    if args.regions is not None and args.regions < 1:
+        p.error(f"--regions {args.regions}: expected 1 at least")
     if args.weights is None and args.detector != "coco":
         p.error(f"--detector {args.detector} needs --weights FILE")
     return args
@@ -813,6 +823,7 @@ def main(argv=None):
     try:
         if "which" in args:
             image = show(args.store, args.which)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(args.out, lambda f: image.save(f, "PNG"), mode="wb")
             print(args.out)
         else:

@@ -103,7 +103,7 @@ def test_what_is_no_picture_is_named_with_its_reason_and_the_rest_goes_on(
     extract_features.main(flags(folder, out, weights))
     said = capsys.readouterr().out
     assert "1 files are no pictures by their names" in said
-    assert f"7 pictures, 8 regions of 128: up to 0.00 GB to write\n{out}: 2 pict" in said
+    assert f"7 of 7 pictures, 8 regions of 128: up to 0.00 GB to write\n{out}: 2 pict" in said
     assert f"2 pictures extracted, 5 failed: see {out}/failed.txt" in said
     failed = [line.split("\t") for line in (out / "failed.txt").read_text().splitlines()]
     assert [image_id for image_id, _ in failed] == ["cut", "empty", "huge", "page", "thin"]
@@ -216,6 +216,36 @@ def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, pi
     assert record["boxes"].tolist() == boxes["3"]
     np.testing.assert_allclose(record["features"], expected[1], rtol=2e-3, atol=1e-4)
     assert store.meta["selection"] == "given boxes"
+
+
+def test_boxes_of_other_pictures_are_refused(tmp_path, weights, pictures):
+    (tmp_path / "boxes.json").write_text(json.dumps({"dog": [[1, 1, 2, 2]]}))
+    with pytest.raises(SystemExit, match="boxes.json: boxes of image 'dog' and others, but none"):
+        extract_features.main(
+            flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(
+        tmp_path, weights, pictures, monkeypatch):
+    class Full:
+        free = 10
+
+    monkeypatch.setattr(extract_features.shutil, "disk_usage", lambda _: Full)
+    with pytest.raises(SystemExit, match="store: there are 0.00 GB free; choose another disk"):
+        extract_features.main(flags(pictures, tmp_path / "store", weights))
+
+
+@pytest.mark.parametrize("more, complaint", [(["--regions", "0"], "--regions 0: expected 1 at"),
+    (["--detector", "vg"], "--detector vg needs --weights FILE")])
+def test_flags_that_cannot_be_meant_are_refused(tmp_path, capsys, more, complaint):
+    with pytest.raises(SystemExit) as end:
+        extract_features.parse_args(["images", "-o", str(tmp_path), *more])
+    assert end.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_a_file_where_the_store_should_be_is_named(tmp_path, weights, pictures):
+    with pytest.raises(SystemExit, match="toy.pt: cannot be made"):
+        extract_features.main(flags(pictures, weights, weights))
 
 
 def test_of_detections_the_surest_are_taken(tmp_path, weights, pictures):
