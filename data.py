@@ -1372,6 +1372,8 @@ def main(argv=None):
             print(f"{args.out}: {len(pieces)} word pieces")
     except BadInput as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -830,6 +830,8 @@ def main(argv=None):
             extract(args)
     except BadInput as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

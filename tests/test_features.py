@@ -286,7 +286,8 @@ def test_an_extraction_that_was_stopped_goes_on_to_the_same_bytes(
         raise KeyboardInterrupt
 
     for name, function in (("write", dying_write), ("fail", dying_fail)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(
+                SystemExit, match="stopped; the same command goes on from here"):
             patch.setattr(data.StoreWriter, name, function)
             extract_features.main(flags(pictures, tmp_path / "store", weights))
         assert not FeatureStore.is_complete(tmp_path / "store")
