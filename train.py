@@ -45,6 +45,7 @@ Departures from the paper: A5 (temperature by pairs), A7 (VOLTA's settings), A10
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import json
@@ -183,8 +184,9 @@ def _member(local_rank, work, args, port):
         if grouped:
             dist.destroy_process_group()
     if grouped:
-        # DistributedDataParallel leaves Gloo's threads behind; where one of them still works while
-        # the interpreter is taken down, the process aborts after all is done. So it ends here.
+        # Gloo's threads live on; where one of them still works while the interpreter is taken down,
+        # the process aborts after all is done. So it ends here, once what must be is tidied up.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
