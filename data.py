@@ -53,6 +53,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import unicodedata
 import zlib
@@ -84,7 +85,8 @@ def canonical_id(name):
     features. All become '391895'; Flickr30k's '1000092795.jpg' becomes '1000092795'. Any other name
     keeps its stem, so that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
     """
-    stem = re.sub(r"\.(jpe?g|png|webp|bmp|gif|tiff?|np[yz])$", "", Path(str(name)).name, flags=re.I)
+    suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|np[yz]))+$"
+    stem = re.sub(suffixes, "", Path(str(name)).name, flags=re.I)
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
 
@@ -463,6 +465,10 @@ class StoreWriter:
 
     def __init__(self, folder, ids, meta, class_head=None):
         self.folder, self.meta = folder, meta
+        strange = next((i for i in ids if not i or not i.isprintable()), None)
+        if strange is not None:
+            raise BadInput(f"{folder}: the image id {strange!r} is empty or cannot be printed; "
+                "give the image another name")
         if len(set(ids)) != len(ids):
             twice = next(i for i, n in Counter(ids).items() if n > 1)
             raise BadInput(
@@ -479,25 +485,41 @@ class StoreWriter:
             self._allocate(fixed)
         self.arrays = {name: _open_array(folder, name, *form, mode="r+")
             for name, form in _layout(meta).items()}
+        self._check_disk(len(self.pending()) / max(1, len(ids)))
+
+    def _check_disk(self, share=1.0):
+        # Mapped files take their disk as they are filled, and a full one kills without a word.
+        forms = _layout(self.meta).values()
+        size = share * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in forms)
+        if size > (free := shutil.disk_usage(self.folder).free):
+            raise BadInput(f"{self.folder}: {size / 1e9:.2f} GB are to be written, and there are "
+                f"{free / 1e9:.2f} GB free; choose another disk")
 
     def _allocate(self, fixed):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{self.folder}: cannot be made ({error.strerror})") from error
+        # What a run that was killed here has left may be overwritten; nothing else.
+        ours = {f"{name}.npy" for name in _layout(self.meta)}
+        others = [p.name for p in self.folder.iterdir() if p.name not in ours and p.name[0] != "."]
+        if others:
+            raise BadInput(f"{self.folder}: holds {others[0]!r} and no feature store; choose a "
+                "folder that is empty or not there")
+        self._check_disk()
         for name, (dtype, shape) in _layout(self.meta).items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
             if name in fixed or name == "counts":
                 array[:] = fixed.get(name, -1)
             array.flush()
-        (self.folder / "failed.txt").unlink(missing_ok=True)
         write_whole(self.folder / "store.json", lambda f: json.dump(self.meta, f, indent=1))
 
     def _check_same(self, found, fixed):
-        # Another version of torch may finish what this one began; nothing else may differ.
+        # Another version of torch may finish what this one began, and the same weights may have
+        # another name; nothing else may differ.
         different = [k for k in self.meta
-            if k not in ("complete", "versions") and found.get(k) != self.meta[k]]
+            if k not in ("complete", "versions", "weights") and found.get(k) != self.meta[k]]
         different = different or [name for name, value in fixed.items() if not np.array_equal(
             _open_array(self.folder, name, *_layout(self.meta)[name]), value)]
         if different:
@@ -514,7 +536,11 @@ class StoreWriter:
         <= R. Raises BadInput, and writes nothing, if a run could not use it.
         """
         n, values = len(features), dict(features=features, boxes=boxes, class_probs=class_probs)
-        problem = record_problem(size=size, **values)
+        problem = record_problem(size=size, **values) if n else "no region"
+        for name in [name for name in values if n and name in self.arrays]:
+            found, most, *rest = np.shape(values[name]), *self.arrays[name].shape[1:]
+            if found != (n, *rest) or n > most:
+                problem = f"{name} of shape {found}, expected {(n, *rest)} and n <= {most}"
         if problem:
             raise BadInput(f"image {self.arrays['ids'][row].decode()}: {problem}")
         for name, value in values.items():
@@ -584,6 +610,8 @@ def _open_array(folder, name, dtype, shape, mode="r"):
     path = Path(folder) / f"{name}.npy"
     try:
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except PermissionError as error:
+        raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{path}: cannot be opened ({error}); the store is damaged, write it again") from error
@@ -599,6 +627,8 @@ def record_problem(features, boxes, size, class_probs=None):
     NaN that gets into a batch shows only as a NaN loss, thousands of images later.
     """
     width, height = size
+    if min(size) < 1:
+        return f"a size of {width} x {height} pixels"
     with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
         for name, values in dict(features=features, boxes=boxes, class_probs=class_probs).items():
             if values is not None and not np.isfinite(np.asarray(values, np.float16)).all():
@@ -687,8 +717,12 @@ def import_features(paths, folder, detector="vg", background="first", classes=No
 
 def tsv_sizes(paths, background):
     """({image id: (path, line) where it is first met}, most regions of an image, F, C or 0)"""
-    first, most, example = {}, 0, None
+    first, most, example, columns = {}, 0, None, None
     for path, number, cells in tsv_lines(paths, "counting"):
+        columns = columns or len(cells)
+        if len(cells) != columns:
+            raise BadInput(f"{path}: line {number}: {len(cells)} columns after lines of {columns}; "
+                "import one form at a time")
         first.setdefault(canonical_id(cells[0]), (path, number))
         n = _whole_number(path, number, cells, 2)
         if n and not example:
@@ -735,7 +769,7 @@ def tsv_record(path, number, cells, background):
 
 def _whole_number(path, number, cells, which):
     cell = cells[TSV_WIDTH_HEIGHT_BOXES[len(cells)][which]]
-    if not cell.isdecimal():
+    if not cell.isdecimal() or int(cell) > 100_000:
         raise BadInput(f"{path}: line {number}: {('width', 'height', 'num_boxes')[which]}: expected"
             f" a whole number, found {cell[:20]!r}")
     return int(cell)
@@ -1370,7 +1404,7 @@ def main(argv=None):
             pieces = build_vocab(texts, args.size)
             write_whole(args.out, lambda f: f.writelines(p + "\n" for p in pieces))
             print(f"{args.out}: {len(pieces)} word pieces")
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")

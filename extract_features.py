@@ -51,10 +51,10 @@ a scene has 6 things at most.
 import argparse
 import hashlib
 import math
-import shutil
+import os
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -477,10 +477,11 @@ def open_picture(path):
     """
     try:
         image = Image.open(path)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: `convert` would clip instead of scale
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise BadInput(f"{path}: cannot be read as a picture ({error})") from error
     if max(image.size) > 30 * min(image.size):
         raise BadInput(f"{path}: a strip of {image.width} x {image.height} pixels, of which a "
@@ -498,15 +499,21 @@ def find_pictures(source, split=None):
     """
     source = Path(source)
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.is_file())
+        files = _files_below(source)
         pictures = [(canonical_id(p.name), p) for p in files if p.suffix.lower() in SUFFIXES]
         if len(files) > len(pictures):
             print(f"{source}: {len(files) - len(pictures)} files are no pictures by their names")
     elif source.suffix.lower() == ".json":
         pictures = _published_pictures(source, split)
+    elif source.suffix.lower() in SUFFIXES:
+        pictures = [(canonical_id(source.name), source)]
     else:
         with open_text(source) as file:
             rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+        strange = next((row for row in rows if len(row) > 2 or "" in row), None)
+        if strange:
+            raise BadInput(f"{source}: expected a path a line, and behind a tab an id, found "
+                f"{strange!r:.80}")
         pictures = [(canonical_id(row[-1]), source.parent / row[0]) for row in rows]
     if not pictures:
         raise BadInput(f"{source}: no pictures here; expected {', '.join(SUFFIXES)}")
@@ -518,14 +525,34 @@ def find_pictures(source, split=None):
     return pictures
 
 
+def _files_below(folder):
+    # Through links to other folders as well, which Path.rglob does not follow.
+    return sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True)
+        for name in names)
+
+
 def _published_pictures(source, split):
-    there = {p.name: p for p in source.parent.rglob("*") if p.suffix.lower() in SUFFIXES}
-    pictures = []
-    for number, image in enumerate(read_json(source, dict).get("images", [])):
+    there, pictures, splits = defaultdict(list), [], set()
+    for path in _files_below(source.parent):
+        there[path.name].append(path)
+    images = read_json(source, dict).get("images")
+    for number, image in enumerate(images if isinstance(images, list) else []):
         with expecting("file_name (COCO) or filename (Karpathy's splits)", source, "image", number):
             name = image["file_name"] if "file_name" in image else image["filename"]
-            if split in (None, image.get("split")):
-                pictures.append((canonical_id(name), there.get(name, source.parent / name)))
+            # Captions, questions and boxes go by COCO's ids, whatever its files are called.
+            image_id = canonical_id(image.get("cocoid", image.get("id", name)))
+            part = "train" if image.get("split") == "restval" else image.get("split")
+            direct = source.parent / image.get("filepath", "") / name
+        splits.add(part)
+        found = [direct] if direct.is_file() else there[direct.name]
+        found = [p for p in found if p.parts[-2] == image.get("filepath", p.parts[-2])] or found
+        if len(found) > 1:
+            raise BadInput(f"{source}: image {number}: {found[0]} or {found[1]}? give a list file "
+                "with a path and an id a line, a tab between them")
+        if split in (None, part):
+            pictures.append((image_id, found[0] if found else direct))
+    if splits and not pictures:
+        raise BadInput(f"{source}: --split {split}: found {', '.join(sorted(map(str, splits)))}")
     return pictures
 
 
@@ -549,7 +576,10 @@ def read_boxes(path):
         else:
             rows = [(i, [x, y, x2 - x, y2 - y]) for i, each in content.items()
                 for x, y, x2, y2 in each]
-        for image_id, (x, y, w, h) in rows:
+        for image_id, box in rows:
+            x, y, w, h = map(float, box)
+            if not math.isfinite(x + y + w + h):
+                raise ValueError(f"image {image_id}: {box}")
             boxes.setdefault(canonical_id(image_id), []).append([x, y, x + w, y + h])
     return {i: np.array(each, np.float32) for i, each in boxes.items()}, detected
 
@@ -599,9 +629,6 @@ def extract(args):
     size = sum(array.nbytes for array in writer.arrays.values()) * len(rows) / len(pictures)
     print(f"{args.out}: {len(rows):,} of {len(pictures):,} pictures, {args.regions} regions of "
         f"{writer.meta['feature_size']}: up to {size / 1e9:.2f} GB to write", flush=True)
-    # Mapped files take their disk as they are filled; a full one would kill without a word.
-    if size > (free := shutil.disk_usage(args.out).free):
-        raise BadInput(f"{args.out}: there are {free / 1e9:.2f} GB free; choose another disk")
     work = (args, pictures, given, rows)
     if args.gpus > 1:
         torch.multiprocessing.spawn(extract_part, work, nprocs=args.gpus)
@@ -609,8 +636,10 @@ def extract(args):
         extract_part(0, *work, model)
     store = writer.finish()
     failed = int((store.counts == 0).sum())
-    print(f"{args.out}: {len(store) - failed:,} pictures extracted, {failed:,} failed"
-        + (f": see {args.out / 'failed.txt'}" if failed else ""))
+    print(f"{args.out}: {len(store) - failed:,} pictures extracted, {failed:,} failed" + (
+        f": see {args.out / 'failed.txt'}; to try again, remove the store" if failed else ""))
+    if failed == len(store):
+        raise BadInput(f"{args.out}: not one picture could be extracted")
     return store
 
 
@@ -660,11 +689,12 @@ def extract_picture(model, writer, row, image, args, given):
     """Write the regions of one picture, uint8 (3, H, W)."""
     height, width = image.shape[1:]
     if given is not None:
+        if (given[:, :2] >= [width, height]).any() or (given[:, 2:] < 0).any():
+            raise BadInput(f"a given box lies beside the picture of {width} x {height} pixels; is "
+                "it of another size?")
         given = [torch.from_numpy(given[: args.regions].clip(0, [width, height] * 2)).float()]
     image = image.to(next(model.parameters()).device) / 255  # a quarter of the bytes travel
     boxes, features, _ = regions(model, [image], args.regions, given, args.precision)[0]
-    if not len(boxes):
-        raise BadInput("the detector found no region")
     writer.write(row, features.cpu().numpy(), boxes.cpu().numpy(), (width, height))
 
 
@@ -757,7 +787,7 @@ def show(folder, which):
         if image.size != record["size"]:
             raise BadInput(f"{path}: is {image.size[0]} x {image.size[1]} pixels, but the store's "
                 f"image is {record['size'][0]} x {record['size'][1]}")
-    elif store.detector == "toy" and record["size"] == (SCENE_PIXELS, SCENE_PIXELS):
+    elif store.detector == "toy" and "selection" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw()
     else:
         image = Image.new("RGB", record["size"], "grey")
@@ -804,14 +834,15 @@ def parse_args(argv=None):
     p.add_argument("--boxes", type=Path, help="JSON file of the boxes whose features are wanted")
     p.add_argument("--regions", type=int, help="most regions a picture; default: 36, toy 8, and "
         "with true boxes as many as there are")
-    p.add_argument("--split", help="of a JSON file with splits: train, restval, val or test")
+    p.add_argument("--split", help="of a JSON file with splits: train, val or test")
     p.add_argument("--gpus", type=int, default=1, help="processes, one a GPU; without GPUs on CPU")
     p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
         help="processes that open pictures, for each GPU")
     p.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     args = p.parse_args(argv)
-    if args.regions is not None and args.regions < 1:
-        p.error(f"--regions {args.regions}: expected 1 at least")
+    for flag, least in (("regions", 1), ("gpus", 1), ("workers", 0)):
+        if (value := getattr(args, flag)) is not None and value < least:
+            p.error(f"--{flag} {value}: expected {least} at least")
     if args.weights is None and args.detector != "coco":
         p.error(f"--detector {args.detector} needs --weights FILE")
     return args
@@ -828,7 +859,7 @@ def main(argv=None):
             print(args.out)
         else:
             extract(args)
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: rights, disks, the download of coco's weights
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")

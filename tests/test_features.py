@@ -136,7 +136,7 @@ def test_a_published_file_names_its_pictures_wherever_they_lie_below_it(tmp_path
             "split": "train"}]}
     (tmp_path / "dataset_coco.json").write_text(json.dumps(karpathy))
     there = ("391895", tmp_path / "images" / "val2014" / name)
-    missing = ("9", tmp_path / "COCO_train2014_000000000009.jpg")
+    missing = ("9", tmp_path / "train2014" / "COCO_train2014_000000000009.jpg")
     assert find_pictures(tmp_path / "dataset_coco.json") == [there, missing]
     assert find_pictures(tmp_path / "dataset_coco.json", "test") == [there]
     coco = {"images": [{"id": 391895, "file_name": name, "height": 60, "width": 90}]}
@@ -167,6 +167,58 @@ def test_folders_and_files_that_name_no_pictures_are_refused(tmp_path, content, 
         find_pictures(source)
 
 
+def test_pictures_of_one_name_are_told_apart_by_their_folder_and_go_by_their_id(tmp_path):
+    for part, size in (("a", (90, 60)), ("b", (50, 50))):
+        (tmp_path / part).mkdir()
+        noise(0, size).save(tmp_path / part / "x.png")
+    (tmp_path / "j.json").write_text(json.dumps(
+        {"images": [{"id": 7, "filepath": "b", "file_name": "x.png"}]}))
+    assert find_pictures(tmp_path / "j.json") == [("7", tmp_path / "b" / "x.png")]
+    (tmp_path / "j.json").write_text(json.dumps({"images": [{"id": 7, "file_name": "x.png"}]}))
+    with pytest.raises(BadInput, match="j.json: image 0: .*a/x.png or .*b/x.png\\? give a list"):
+        find_pictures(tmp_path / "j.json")
+
+
+def test_a_split_that_is_not_there_is_named_and_restval_is_train(tmp_path):
+    (tmp_path / "j.json").write_text(json.dumps({"images": [
+        {"filename": f"{k}.jpg", "split": s} for k, s in enumerate(("train", "restval", "val"))]}))
+    assert [i for i, _ in find_pictures(tmp_path / "j.json", "train")] == ["0", "1"]
+    with pytest.raises(BadInput, match="j.json: --split vall: found train, val"):
+        find_pictures(tmp_path / "j.json", "vall")
+
+
+def test_pictures_behind_a_link_are_found_and_one_picture_is_enough(tmp_path, pictures):
+    (tmp_path / "link").symlink_to(pictures, target_is_directory=True)
+    assert find_pictures(tmp_path)[0] == ("0", tmp_path / "link/COCO_train2014_000000000000.png")
+    assert find_pictures(pictures / "COCO_train2014_000000000003.png")[0][0] == "3"
+
+
+@pytest.mark.parametrize("line", ["a.jpg\t1\t2", "a.jpg\t"])
+def test_a_line_of_a_list_with_something_else_is_named(tmp_path, line):
+    (tmp_path / "l.txt").write_text(f"b.jpg\n{line}\n")
+    with pytest.raises(BadInput, match=r"l.txt: expected a path a line, .* found \['a.jpg'"):
+        find_pictures(tmp_path / "l.txt")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, weights, pictures):
+    (tmp_path / "failed.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds 'failed.txt' and no feature store; choose a fol"):
+        extract_features.main(flags(pictures, tmp_path, weights))
+    assert [p.name for p in tmp_path.iterdir()] == ["failed.txt"]
+
+
+def test_images_that_cannot_be_named_are_refused(tmp_path):
+    for image_id in ("", "a\tb", "caf\udce9"):
+        with pytest.raises(BadInput, match="is empty or cannot be printed"):
+            FeatureStore.create(tmp_path / "s", ["ok", image_id], 1, 2)
+
+
+def test_a_run_in_which_everything_failed_is_an_error(tmp_path, weights):
+    (tmp_path / "l.txt").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(SystemExit, match="store: not one picture could be extracted"):
+        extract_features.main(flags(tmp_path / "l.txt", tmp_path / "store", weights))
+
+
 # --- given boxes ---
 
 ANNOTATIONS = [{"id": 1, "image_id": 3, "bbox": [10, 20, 30.5, 15]},
@@ -193,7 +245,8 @@ def test_boxes_are_read_in_three_forms(tmp_path, form):
 
 
 @pytest.mark.parametrize("content", [[{"image_id": 3}], {"annotations": [{"bbox": [1, 2]}]},
-    {"3": [[1, 2, 3]]}, {"3": 5}, [1]])
+    {"3": [[1, 2, 3]]}, {"3": 5}, [1], {"3": [[float("nan"), 5, 5, 20]]},
+    {"annotations": [{"image_id": 3, "bbox": [[1], [2], [3], [4]]}]}])
 def test_other_files_in_the_place_of_boxes_are_refused(tmp_path, content):
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match="boxes.json: one of .*: expected detections with ima"):
@@ -230,12 +283,13 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
     class Full:
         free = 10
 
-    monkeypatch.setattr(extract_features.shutil, "disk_usage", lambda _: Full)
-    with pytest.raises(SystemExit, match="store: there are 0.00 GB free; choose another disk"):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: Full)
+    with pytest.raises(SystemExit, match="store: 0.00 GB are to be written, and there are 0.00 GB"):
         extract_features.main(flags(pictures, tmp_path / "store", weights))
 
 
 @pytest.mark.parametrize("more, complaint", [(["--regions", "0"], "--regions 0: expected 1 at"),
+    (["--gpus", "0"], "--gpus 0: expected 1 at"), (["--workers", "-1"], "--workers -1: expected 0"),
     (["--detector", "vg"], "--detector vg needs --weights FILE")])
 def test_flags_that_cannot_be_meant_are_refused(tmp_path, capsys, more, complaint):
     with pytest.raises(SystemExit) as end:
@@ -246,6 +300,35 @@ def test_flags_that_cannot_be_meant_are_refused(tmp_path, capsys, more, complain
 def test_a_file_where_the_store_should_be_is_named(tmp_path, weights, pictures):
     with pytest.raises(SystemExit, match="toy.pt: cannot be made"):
         extract_features.main(flags(pictures, weights, weights))
+
+
+def test_boxes_beside_the_picture_are_told(tmp_path, weights, pictures):
+    (tmp_path / "boxes.json").write_text(json.dumps({"3": [[500, 500, 600, 600]],
+        "4": [[1, 1, 9, 9]]}))
+    extract_features.main(
+        flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
+    assert (tmp_path / "store/failed.txt").read_text().startswith(
+        "3\ta given box lies beside the picture of 90 x 60 pixels")
+
+
+def test_every_flag_of_an_extraction_has_its_effect(tmp_path, weights, pictures):
+    (tmp_path / "boxes.json").write_text(json.dumps({"3": [[10, 20, 40.5, 35]]}))
+    (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(48)))
+    (tmp_path / "j.json").write_text(json.dumps({"images": [
+        {"file_name": str(pictures / f"COCO_train2014_{i:012d}.png"), "id": i, "split": s}
+        for i, s in ((3, "val"), (4, "test"))]}))
+    extract_features.main(flags(tmp_path / "j.json", tmp_path / "store", weights, "--precision",
+        "bf16", "--workers", 1, "--boxes", tmp_path / "boxes.json", "--split", "val", "--classes",
+        tmp_path / "names.txt"))
+    store = FeatureStore(tmp_path / "store")
+    assert len(store) == 1 and store.class_names[1] == "thing 0"
+    assert store.meta["boxes"] == sha(tmp_path / "boxes.json")
+    image = torch.from_numpy(np.asarray(noise(3)).copy()).permute(2, 0, 1) / 255
+    box = [torch.tensor([[10, 20, 40.5, 35]])]
+    half, whole = (regions(build_detector("toy", weights), [image], 1, box, p)[0][1].numpy()
+        for p in ("bf16", "fp32"))
+    assert np.array_equal(store[0]["features"], half.astype(np.float16))
+    assert not np.array_equal(half, whole)
 
 
 def test_of_detections_the_surest_are_taken(tmp_path, weights, pictures):
@@ -357,7 +440,7 @@ def test_a_store_of_another_detector_is_not_mixed_with_this_one(
     other = torch.load(weights, weights_only=True)
     other["backbone.norm.bias"] += 1
     torch.save(other, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match=r"settings \(it differs in weights, weights_sha256\)"):
+    with pytest.raises(SystemExit, match=r"settings \(it differs in weights_sha256\)"):
         extract_features.main(flags(pictures, undisturbed, tmp_path / "other.pt"))
 
 
@@ -573,6 +656,27 @@ def test_cells_that_do_not_fit_are_told_in_failed_txt(tmp_path, change, problem)
     store = import_features([tmp_path / "a.tsv"], tmp_path / "store")
     assert (store.counts > 0).tolist() == [True, False]
     assert f"a.tsv: line 2: {problem}" in (tmp_path / "store/failed.txt").read_text()
+
+
+@pytest.mark.parametrize("first, then", [(13, 6), (6, 13)])
+def test_files_of_two_forms_are_not_mixed(tmp_path, first, then):
+    for name, columns in (("a.tsv", first), ("b.tsv", then)):
+        (tmp_path / name).write_text("".join(published(columns)[0]))
+    with pytest.raises(BadInput, match=f"b.tsv: line 1: {then} columns after lines of {first}"):
+        import_features([tmp_path / "a.tsv", tmp_path / "b.tsv"], tmp_path / "store")
+
+
+def test_images_without_regions_or_of_another_size_do_not_stop_an_import(tmp_path):
+    lines, _ = published(6)
+    none = "\t".join(["77", "640", "480", "0", "", ""]) + "\n"
+    short = lines[1].split("\t")
+    short[5] = encoded(np.ones((2, 1)), "<f4") + "\n"
+    (tmp_path / "a.tsv").write_text(lines[0] + none + "\t".join(short))
+    store = import_features([tmp_path / "a.tsv"], tmp_path / "store")
+    assert (store.counts > 0).tolist() == [True, False, False]
+    failed = (tmp_path / "store/failed.txt").read_text()
+    assert "77\timage 77: no region" in failed
+    assert "features of shape (2, 1), expected (2, 2048)" in failed
 
 
 def test_distributions_that_do_not_add_up_are_not_imported(tmp_path):
