@@ -536,11 +536,12 @@ class StoreWriter:
         <= R. Raises BadInput, and writes nothing, if a run could not use it.
         """
         n, values = len(features), dict(features=features, boxes=boxes, class_probs=class_probs)
-        problem = record_problem(size=size, **values) if n else "no region"
+        problem = None if n else "no region"
         for name in [name for name in values if n and name in self.arrays]:
             found, most, *rest = np.shape(values[name]), *self.arrays[name].shape[1:]
             if found != (n, *rest) or n > most:
                 problem = f"{name} of shape {found}, expected {(n, *rest)} and n <= {most}"
+        problem = problem or record_problem(size=size, **values)
         if problem:
             raise BadInput(f"image {self.arrays['ids'][row].decode()}: {problem}")
         for name, value in values.items():
@@ -769,9 +770,10 @@ def tsv_record(path, number, cells, background):
 
 def _whole_number(path, number, cells, which):
     cell = cells[TSV_WIDTH_HEIGHT_BOXES[len(cells)][which]]
-    if not cell.isdecimal() or int(cell) > 100_000:
-        raise BadInput(f"{path}: line {number}: {('width', 'height', 'num_boxes')[which]}: expected"
-            f" a whole number, found {cell[:20]!r}")
+    name, most = (("width", 100_000), ("height", 100_000), ("num_boxes", 1000))[which]
+    if not cell.isdecimal() or int(cell) > most:
+        raise BadInput(f"{path}: line {number}: {name}: expected a whole number up to {most}, "
+            f"found {cell[:20]!r}")
     return int(cell)
 
 

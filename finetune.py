@@ -29,7 +29,7 @@ prints a line an evaluation, and at the end a table:
 
     step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
     val, detected boxes                         hard          soft  from scratch (202 steps)
-      accuracy                                 0.988         0.988                     0.991
+      accuracy                                 0.990         0.990                     0.991
 
 Map of the file
 
@@ -332,6 +332,7 @@ class VQA(Task):
     def from_scenes(training, held_out):
         """The toy world's questions, in the form of VQA v2's: ten annotators who agree."""
         def items(numbers, n):
+            """n questions about each scene."""
             for number in numbers:
                 for k, (text, answer, kind) in enumerate(Scene(number).questions(n)):
                     sort = "yes/no" if answer in ("yes", "no") else "other"
@@ -550,6 +551,7 @@ class Refer(Task):
     def from_scenes(training, held_out):
         """The toy world's expressions; kind: attribute or relation, alike: things of its words."""
         def items(numbers, n):
+            """n expressions about each scene."""
             for number in numbers:
                 scene = Scene(number)
                 for k, (text, index, kind) in enumerate(scene.expressions(n)):

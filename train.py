@@ -11,7 +11,7 @@ Where this stands
 
     B batch, T word pieces, R regions, F region feature, C region classes
 
-    python train.py                     the whole toy run: about 5 minutes on two CPU cores
+    python train.py                     the whole toy run: 2 to 5 minutes on two CPU cores
     python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
     python train.py --resume            go on with a run that was stopped or killed
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
@@ -20,7 +20,7 @@ Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, p
 evaluates on scenes that nothing was trained on. What a run finds ready in runs/world/ it does not
 make again. It prints one line an evaluation:
 
-    step   450/900  lr 5.6e-04  tau 0.84  loss mlm 0.80 mrc 2.43 itm 0.58 | words ...  match ...
+    step   450/900  lr 5.6e-04  tau 0.84  loss mlm 0.72 mrc 2.48 itm 0.50 | words ...  match ...
 
 `words` is the share of masked word pieces that were predicted right, `match` the accuracy of
 image-text matching (chance: .50), both on held-out pairs with hard switches. At the end: retrieval

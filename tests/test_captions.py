@@ -112,6 +112,12 @@ def test_broken_records_are_not_written_and_are_found_where_they_lie(tmp_path, c
         poisoned(tmp_path / "features", **change).check(0)
 
 
+def test_a_picture_without_a_size_is_not_written(tmp_path):
+    writer = FeatureStore.create(tmp_path / "new", ["7"], 2, 3, 2)
+    with pytest.raises(BadInput, match="image 7: a size of 0 x 80 pixels"):
+        writer.write(0, **{**one_picture(), "size": (0, 80)})
+
+
 def test_a_sound_record_is_read(tmp_path):
     store = poisoned(tmp_path / "features")
     store.check(0)

@@ -24,6 +24,7 @@ from data import (COLOURS, IGNORE, MATCH, MISMATCH, SHAPES, BadInput, FeatureSto
     [("COCO_val2014_000000391895.jpg", "391895"), ("coco_train2014_000000391895.npz", "391895"),
         (391895, "391895"), ("000000391895", "391895"), ("1000092795.jpg", "1000092795"),
         ("0", "0"), ("a/b/dog_1.jpg", "dog_1"), ("cat_1.jpg", "cat_1"),
+        ("dog.jpg.png", "dog"),
         ("v1.2 final", "v1.2 final")],
 )
 def test_every_spelling_of_an_id_becomes_one(name, expected):

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -85,6 +86,28 @@ def test_a_picture_that_a_camera_turned_is_turned_back(tmp_path):
     exif[0x0112] = 6
     seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.png")), np.asarray(seen))
+
+
+def test_a_turned_picture_of_16_bits_is_turned_back_too(tmp_path):
+    seen = np.arange(60, dtype=np.uint16).reshape(6, 10) * 1000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(seen).copy()).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.png"))[..., 0], seen // 256)
+
+
+def test_whatever_a_reader_of_pictures_stumbles_over_is_told(tmp_path, monkeypatch):
+    noise(0).save(tmp_path / "a.png")
+    for problem in (struct.error("bad EXIF"), TypeError("x"), NotImplementedError("y")):
+        monkeypatch.setattr(extract_features.ImageOps, "exif_transpose", raiser(problem))
+        with pytest.raises(BadInput, match="a.png: cannot be read as a picture"):
+            open_picture(tmp_path / "a.png")
+
+
+def raiser(problem):
+    def function(*_):
+        raise problem
+    return function
 
 
 def test_what_is_no_picture_is_named_with_its_reason_and_the_rest_goes_on(
@@ -185,6 +208,8 @@ def test_a_split_that_is_not_there_is_named_and_restval_is_train(tmp_path):
     assert [i for i, _ in find_pictures(tmp_path / "j.json", "train")] == ["0", "1"]
     with pytest.raises(BadInput, match="j.json: --split vall: found train, val"):
         find_pictures(tmp_path / "j.json", "vall")
+    with pytest.raises(BadInput, match="--split train: only JSON files have splits"):
+        find_pictures(tmp_path, "train")
 
 
 def test_pictures_behind_a_link_are_found_and_one_picture_is_enough(tmp_path, pictures):
@@ -249,7 +274,7 @@ def test_boxes_are_read_in_three_forms(tmp_path, form):
     {"annotations": [{"image_id": 3, "bbox": [[1], [2], [3], [4]]}]}])
 def test_other_files_in_the_place_of_boxes_are_refused(tmp_path, content):
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput, match="boxes.json: one of .*: expected detections with ima"):
+    with pytest.raises(BadInput, match="boxes.json: one of its . entries: expected detections"):
         read_boxes(tmp_path / "boxes.json")
 
 
@@ -312,7 +337,8 @@ def test_boxes_beside_the_picture_are_told(tmp_path, weights, pictures):
 
 
 def test_every_flag_of_an_extraction_has_its_effect(tmp_path, weights, pictures):
-    (tmp_path / "boxes.json").write_text(json.dumps({"3": [[10, 20, 40.5, 35]]}))
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"3": [[10, 20, 40.5, 35]], "4": [[1, 1, 9, 9]]}))
     (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(48)))
     (tmp_path / "j.json").write_text(json.dumps({"images": [
         {"file_name": str(pictures / f"COCO_train2014_{i:012d}.png"), "id": i, "split": s}
@@ -433,6 +459,13 @@ def test_another_version_of_torch_may_finish_a_store(weights, pictures, undistur
     (tmp_path / "store/store.json").write_text(json.dumps(meta))
     extract_features.extract(args)
     assert same_files(undisturbed, tmp_path / "store") == []
+
+
+def test_weights_of_another_name_are_the_same_weights(weights, pictures, undisturbed, tmp_path):
+    (tmp_path / "renamed.pt").write_bytes(weights.read_bytes())
+    extract_features.main(flags(pictures, tmp_path / "store", weights, "--regions", "8"))
+    extract_features.main(flags(pictures, tmp_path / "store", tmp_path / "renamed.pt"))
+    assert same_files(undisturbed, tmp_path / "store") == ["store.json"]  # it names them
 
 
 def test_a_store_of_another_detector_is_not_mixed_with_this_one(
@@ -635,7 +668,8 @@ def test_an_image_that_comes_twice_counts_once_and_a_broken_one_not_at_all(tmp_p
 
 @pytest.mark.parametrize("change, problem", [
     (lambda c: c[:3], "line 2: expected 6, 10 or 13 columns, found 3; is the file cut off"),
-    (lambda c: [*c[:3], "x", *c[4:]], "line 2: num_boxes: expected a whole number, found 'x'")])
+    (lambda c: [*c[:3], "x", *c[4:]], "line 2: num_boxes: expected a whole .* 1000, found 'x'"),
+    (lambda c: [*c[:3], "1001", *c[4:]], "line 2: num_boxes: .* up to 1000, found '1001'")])
 def test_a_line_of_another_form_is_named_before_anything_is_written(tmp_path, change, problem):
     lines, _ = published(6)
     cells = change(lines[1].rstrip("\n").split("\t"))
