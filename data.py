@@ -1,63 +1,72 @@
-"""data.py: words, regions, scenes, and the batches that Switch-BERT is pretrained on
-======================================================================================
+r"""data.py: from a folder of files to a batch of tensors
+======================================================
 
 Where this stands
 
     extract_features.py --writes--> feature store --read by--> data.py --batches--> train.py
 
-This file knows numpy, torch and Pillow, and nothing of the model. It holds the four things that
-stand between a folder of files and a batch of tensors:
+A batch begins as a caption and an image id, and everything in between happens here:
 
-    caption "a small red star"                 image id
-          | WordPiece                              | FeatureStore (memory-mapped, float16)
-          v                                        v
-    [CLS] a small red star [SEP]            features (R, F)   boxes (R, 4)   class head (C, F)
-          | 15% of pieces -> [MASK]                | 15% of regions -> zeros, boxes / (W, H) + area
-          v                                        v
-    input_ids (B, T)  mlm_labels (B, T)     region_features (B, R, F)  region_boxes (B, R, 5)
-    text_mask (B, T)                        region_mask (B, R)  mrc_mask (B, R)  mrc_targets (K, C)
-                         \\                  /
-                          itm_labels (B,): 1 where caption and image belong together
+    caption "a small red star"                image id
+        |  WordPiece                              |  FeatureStore (memory-mapped, float16)
+        v                                         v
+    [CLS] a small red star [SEP]              features (R, F)   boxes (R, 4)   classes (R, C)
+        |  15% of the pieces -> [MASK]            |  15% of the regions are hidden
+        v                                         v  boxes / (W, H), and their area
+    input_ids   (B, T)                        region_features (B, R, F)   region_hidden (B, R)
+    text_mask   (B, T)                        region_boxes    (B, R, 5)   region_mask   (B, R)
+        |                                         |
+        +-----------------> labels <--------------+
+            mlm_labels (B, T)    the piece under the mask, IGNORE elsewhere
+            mrc_mask   (B, R)    regions whose class is predicted; mrc_targets (K, C)
+            itm_labels (B,)      MATCH, or MISMATCH: then nothing else is predicted
 
-    B batch, T word pieces, R regions, F region feature, C region classes, K masked regions of the
-    batch
+Letters: B batch, T word pieces, R regions, F region feature, C region classes, K predicted regions
+of a batch, (W, H) width and height of an image. Masks are 1 = real, 0 = padding.
 
-Map of the file
+Map of the file (* = read these first)
 
-    1. Small rules     canonical ids, plain-sentence errors, files that appear whole or not at all
-    2. WordPiece       BERT's uncased tokenizer, and a vocabulary builder for corpora without one
-    3. Feature store   one folder format: the contract between detector and model
-    4. Features        published feature files (bottom-up-attention's TSV) become a store
-    5. Captions        the published caption files, recognised by what is in them
-    6. Toy world       drawn scenes with captions, questions and referring expressions
-    7. Pretraining     masking, mismatching, collate
-    8. Command line    check, vocab, import
+    1. Small rules           ids, errors, whole files, flags, processes: once, for all five scripts
+    2. WordPiece             BERT's uncased tokenizer
+    3. Feature store       * the contract between detector and model: one folder of .npy files
+    4. Pretraining         * masking, mismatching, labels, batches
+    5. Captions              the published caption files, recognised by what is in them
+    6. Published features    bottom-up-attention's TSV files become a store
+    7. Toy world             drawn scenes with captions, questions and referring expressions
+    8. Command line          check, import
 
-    python data.py check data/features data/captions.tsv
-    python data.py vocab data/captions.tsv -o data/vocab.txt
-    python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
+    $ python data.py check runs/world/features-3600
+    runs/world/features-3600: a feature store of 4,000 images (0 failed), up to 8 regions of 128
 
-Every random choice is drawn from (seed, epoch, index) and from nothing else. So an example looks
-the same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
+    $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
-Departures from the paper are tagged ASSUMPTION (it is silent) or DEVIATION (on purpose) and listed
-in the README. In this file: A7 (masking rates, boxes, mismatches), A9 (the region class
-convention).
+Every random choice is drawn from (seed, epoch, index) and from nothing else. So an example is the
+same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
+
+Where the paper is silent the code says ASSUMPTION An, where it departs on purpose DEVIATION Dn; the
+README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the background class).
 """
 
 import argparse
 import base64
 import contextlib
-import heapq
+import functools
 import json
 import math
 import os
 import re
 import shutil
+import signal
+import socket
+import string
+import subprocess
 import sys
+import time
+import types
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,44 +74,103 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from switchbert import IGNORE, MATCH, MISMATCH
+
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks of this kind
+    fcntl = None
+
 # --- 1. Small rules -------------------------------------------------------------------------------
+#
+# What all five scripts share: how an image is named, how a file is read and written, which values a
+# flag accepts, and how a script ends. Skip this section on a first reading.
 
 
 class BadInput(ValueError):
-    """The user's files or flags are wrong. The message is one sentence: where, expected, found,
-    remedy.
+    """The user's files or flags are wrong: one sentence with place, expectation, finding, remedy.
 
-    Every script prints it without a traceback, because a traceback says nothing to the person who
-    can mend the file. A bug in this code is any *other* exception, and keeps its traceback.
+    `run` prints it without a traceback. Any other exception is a bug in this code.
     """
+
+
+def run(main):
+    """Call a script's `main()` and end the process as a user expects.
+
+    BadInput and OSError (disks, permissions) end in one sentence and exit status 1. Ctrl-C and
+    SIGTERM exit with 130. Every other exception is a bug and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind the stack, and tidy up
+    status = 1
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, status = "stopped; what was finished is kept", 130
+    except BadInput as error:
+        message = f"error: {error}"
+    except OSError as error:
+        message = f"error: {error.filename or ''}: {error.strerror or error}".replace(": :", ":")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "out of memory" not in str(error):
+            raise
+        message = ("error: out of memory; try fewer --workers, or --accum 2, which halves the need "
+            f"and gives the same result ({str(error)[:80]})")
+    # Of several processes with the same error only the first prints it: its end ends the others.
+    time.sleep(os.environ.get("RANK", "0") != "0")
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def reading(path, what, unit="entry"):
+    """Turn every error inside this block into BadInput: the file that is read there is at fault.
+
+        with reading("a.json", "a list of boxes") as at:
+            for at.entry, box in enumerate(json.load(...)): ...
+
+    A missing key, a wrong type, a broken header or a folder in place of a file becomes
+    BadInput("a.json: not a list of boxes (near entry 3: KeyError 'bbox')"). One net at the border
+    replaces a check per field between the lines that teach.
+    """
+    at = types.SimpleNamespace(entry=None)
+    try:
+        yield at
+    except BadInput:
+        raise
+    except Exception as error:
+        near = "" if at.entry is None else f"near {unit} {at.entry}: "
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:200]
+        if not isinstance(error, (ValueError, OSError)):
+            reason = f"{type(error).__name__} {reason}"
+        raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
 def canonical_id(name):
     """One spelling for an image id, whatever file it came from: a string.
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the caption
-    JSON, 'COCO_val2014_000000391895' in LXMERT's TSV, 'coco_val2014_000000391895.npz' in UNITER's
-    features. All become '391895'; Flickr30k's '1000092795.jpg' becomes '1000092795'. Any other name
-    keeps its stem, so that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
+    JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any name that is not a number keeps
+    its stem, so that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
+
+    >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
+    ['391895', '391895', 'dog_1']
     """
-    suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|np[yz]))+$"
-    stem = re.sub(suffixes, "", Path(str(name)).name, flags=re.I)
+    suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|txt|np[yz]))+$"
+    stem = re.sub(suffixes, "", os.path.basename(str(name)), flags=re.I)
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
 
 
 def write_whole(path, write, mode="w"):
-    """Create `path` by calling `write(file)`: afterwards it holds all of it, or is what it was
-    before.
+    """Call `write(file)`; afterwards `path` holds all of it, or is what it was before.
 
-    The bytes go to a temporary neighbour, reach the disk (fsync), and only then take the name: a
-    rename within one folder is atomic, so a crash or a full disk can cost the new version but never
-    the old.
+    The bytes go to a temporary neighbour, reach the disk (fsync), and only then take the name. A
+    rename within a folder is atomic: a crash or a full disk costs the new version, never the old.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -111,119 +179,208 @@ def write_whole(path, write, mode="w"):
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path, kind=(dict, list)):
-    """What a JSON file holds, an object (dict) or a list. Raises BadInput for anything else."""
-    try:
+def write_json(path, content):
+    """Write a JSON file, whole; what JSON does not know, such as a Path, becomes a string."""
+    write_whole(path, lambda file: json.dump(content, file, indent=1, default=str))
+
+
+def read_json(path, kind=object):
+    """What a JSON file holds; BadInput unless it is of this kind (dict or list)."""
+    with reading(path, "a whole JSON file"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:  # bad UTF-8 is a ValueError too
-        raise BadInput(f"{path}: not a whole JSON file ({error})") from error
     if not isinstance(content, kind):
-        raise BadInput(f"{path}: expected a JSON object, found a {type(content).__name__}")
+        raise BadInput(
+            f"{path}: expected a JSON {kind.__name__}, found a {type(content).__name__}")
     return content
 
 
+def save_png(path, image):
+    """Write a PIL image as a PNG, whole, and make its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: image.save(file, "PNG"), mode="wb")
+
+
+def open_text(path):
+    """Open a UTF-8 text file, with or without a byte order mark. Only LF ends a line."""
+    return open(path, encoding="utf-8-sig", newline="\n")
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of a numeric flag: its range shows in the declaration, in --help and in refusals.
+
+    Both ends belong to the range. NaN lies in no range, so it is refused too.
+    """
+
+    kind: type
+    least: float
+    most: float = math.inf
+
+    def __call__(self, text):
+        with contextlib.suppress(ValueError):
+            value = self.kind(text)
+            if self.least <= value <= min(self.most, sys.maxsize):
+                return value
+        raise argparse.ArgumentTypeError(f"expected a number in {self.range}, found {text!r}")
+
+    @property
+    def range(self):
+        """'1...' or '0...1'."""
+        return f"{self.least:g}..." + f"{self.most:g}".removesuffix("inf")
+
+
+COUNT, NATURAL = Number(int, 1), Number(int, 0)
+RATE, SHARE = Number(float, 1e-12, 10), Number(float, 1e-6, 1)
+
+
+def folder_to_write(text):
+    """The type of --out: a folder that exists or can be made."""
+    nearest = Path(text)
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder to write to, but {nearest} is a file")
+    return Path(text)
+
+
+def file_to_write(text):
+    """The type of --out where it is a file: its folder exists or can be made."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file to write, but {text} is a folder")
+    folder_to_write(Path(text).parent)
+    return Path(text)
+
+
+def flag(parser, name, kind, default, text):
+    """Add a flag whose --help shows its range."""
+    parser.add_argument(name, type=kind, default=default, help=text,
+        metavar=getattr(kind, "range", None))
+
+
 @contextlib.contextmanager
-def expecting(what, path, kind, entry):
-    """A key that is missing in this block, or a value of another form, becomes BadInput."""
-    try:
+def only_run_in(folder):
+    """Hold a folder for the life of a block. A second run is refused, and changes nothing.
+
+    The lock (POSIX, on a neighbour of the folder) belongs to this process alone: its loading
+    processes do not inherit it, and the system releases it however the process ends, even by
+    SIGKILL. What a killed run left half-written is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a+") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BadInput(f"{folder}: process {file.read() or '?'} is at work there; wait for it, "
+                "or choose another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: {kind} {entry}: expected {what} ({error!r})") from error
+
+
+def start_processes(count):
+    """Run this very command in `count` processes on this machine, as torchrun would.
+
+    Each finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. Returns
+    when all have ended well. The first that fails ends the others at once; it has printed its
+    reason, and this process exits with its status.
+    """
+    if 0 < (available := torch.cuda.device_count()) < count:
+        raise BadInput(f"--gpus {count}: this machine has {available}")
+    with socket.socket() as probe:  # a port that is free now, so that two runs do not meet
+        probe.bind(("127.0.0.1", 0))
+        shared = dict(os.environ, WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(probe.getsockname()[1]))
+    processes = [subprocess.Popen([sys.executable, *sys.orig_argv[1:]],
+        env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    # Ctrl-C reaches every process of a terminal by itself; SIGTERM reaches only this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
+    ends = [None]  # None while a process runs, then its status; negative: killed by a signal
+    while None in ends and not any(ends):
+        time.sleep(0.05)
+        ends = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()  # those that still run would wait for the lost one for ever
+        process.wait()
+    status = next(filter(None, ends), 0)
+    if status < 0:
+        raise BadInput(f"process {ends.index(status)} was ended by {signal.Signals(-status).name}; "
+            "the same command with --resume goes on")
+    if status:
+        sys.exit(status)
 
 
 # --- 2. WordPiece ---------------------------------------------------------------------------------
+#
+# BERT reads pieces of words. A text is cleaned and cut into words (split_words), and each word into
+# the longest pieces of a vocabulary (WordPiece). Both follow BERT's tokenization.py to the letter:
+# a piece that differs selects an embedding that was trained for another piece.
 
-PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-class CharacterTable(dict):
-    """A table for str.translate that asks `rule` once for each character and then remembers."""
-
-    def __init__(self, rule):
-        super().__init__()
-        self.rule = rule
-
-    def __missing__(self, code):
-        self[code] = self.rule(chr(code))
-        return self[code]
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The CJK ideographs of Unicode. Kana and Hangul are not among them: BERT leaves them to the pieces.
+CHINESE = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df"
+    "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
+@functools.cache
 def _clean(char):
-    """Whitespace becomes a space, invisible characters vanish, Chinese characters stand apart.
-
-    Only the Unicode blocks of CJK ideographs count as Chinese: kana and Hangul are left to the
-    pieces.
-    """
-    if char in "\t\n\r" or unicodedata.category(char) == "Zs":
+    # Whitespace becomes a space, invisible characters vanish, Chinese characters stand alone.
+    category = unicodedata.category(char)
+    if char in "\t\n\r" or category == "Zs":
         return " "
-    if char in "\0\ufffd" or unicodedata.category(char) in ("Cc", "Cf"):
-        return ""  # e.g. zero-width joiners
-    c = ord(char)
-    chinese = (0x4E00 <= c <= 0x9FFF or 0x3400 <= c <= 0x4DBF or 0xF900 <= c <= 0xFAFF
-        or 0x20000 <= c <= 0x2A6DF or 0x2A700 <= c <= 0x2CEAF or 0x2F800 <= c <= 0x2FA1F)
-    return f" {char} " if chinese else char
-
-
-def _split(char):
-    """Accents (category Mn, set free by NFD) vanish, and each punctuation sign stands apart.
-
-    BERT counts every printable ASCII sign that is no letter or digit as punctuation, also $ + < = >
-    ^ ` | ~ which Unicode calls symbols.
-    """
-    if unicodedata.category(char) == "Mn":
+    if char == "\ufffd" or category in ("Cc", "Cf"):  # control characters, zero-width joiners
         return ""
-    ascii_sign = "!" <= char <= "~" and not char.isalnum()
-    return f" {char} " if ascii_sign or unicodedata.category(char).startswith("P") else char
+    return f" {char} " if CHINESE.match(char) else char
 
 
-CLEAN, SPLIT = CharacterTable(_clean), CharacterTable(_split)
+@functools.cache
+def _split(char):
+    # Accents (category Mn, set free by NFD) vanish; punctuation stands alone. Unicode counts
+    # $ + < = > ^ ` | ~ as symbols, BERT counts them as punctuation.
+    category = unicodedata.category(char)
+    if category == "Mn":
+        return ""
+    return f" {char} " if char in string.punctuation or category[0] == "P" else char
 
 
 def split_words(text):
-    """BERT's basic tokenization, uncased: 'Café (42)!' -> ['cafe', '(', '42', ')', '!'].
+    """BERT's basic tokenization, uncased. [Devlin et al. 2019, tokenization.py]
 
-    Control characters vanish, Chinese characters become words of their own, case and accents are
-    dropped, and each punctuation sign stands alone. [Devlin et al. 2019, tokenization.py]
+    >>> split_words("Café (42)!")
+    ['cafe', '(', '42', ')', '!']
     """
-    return unicodedata.normalize("NFD", text.translate(CLEAN).lower()).translate(SPLIT).split()
+    plain = unicodedata.normalize("NFD", "".join(map(_clean, text)).lower())
+    return "".join(map(_split, plain)).split()
 
 
 class WordPiece:
     """BERT's uncased tokenizer: words, then the longest vocabulary pieces from left to right.
 
-    vocab_file: one piece a line, its line number (from 0) is its id; '##' marks a piece that
-    continues a word. With 'play' and '##ing' in it, 'Playing!' is ['play', '##ing', '!'].
+    vocab: a file with one piece per line, whose line number, from 0, is its id; or a list of
+    pieces, such as a checkpoint holds. '##' marks a piece that continues a word: with 'play' and
+    '##ing', 'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
     """
 
     longest_word = 100  # characters; BERT gives up on longer words: [UNK]
 
-    def __init__(self, vocab_file):
-        try:
-            lines = Path(vocab_file).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{vocab_file}: cannot be read as a vocabulary ({error}); expected a text file "
-                "with one word piece a line") from error
-        self._take([line.rstrip("\r") for line in lines[:-1] + ([lines[-1]] if lines[-1] else [])],
-            vocab_file)
-
-    @classmethod
-    def of_pieces(cls, pieces, source="the checkpoint's vocabulary"):
-        """A tokenizer from a list of pieces, such as a checkpoint holds."""
-        self = cls.__new__(cls)
-        self._take(pieces, source)
-        return self
-
-    def _take(self, pieces, source):
-        self.pieces = pieces
-        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-        missing = [s for s in SPECIALS if s not in self.ids]
-        if missing:
-            raise BadInput(
-                f"{source}: expected BERT's vocabulary with {' '.join(SPECIALS)}, found no "
-                f"{' '.join(missing)} among its {len(self.pieces)} lines")
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            self.ids[s] for s in SPECIALS)
+    def __init__(self, vocab):
+        self.pieces, source = vocab, "the checkpoint's vocabulary"
+        if not isinstance(vocab, list):
+            source = vocab
+            with reading(vocab, "a vocabulary, one word piece per line"):
+                # Not splitlines(): a piece may be a character that Python takes for a line end.
+                text = Path(vocab).read_text(encoding="utf-8")
+                self.pieces = text.removesuffix("\n").split("\n")
+        self.ids = {piece: number for number, piece in enumerate(self.pieces)}
+        if missing := [special for special in SPECIALS if special not in self.ids]:
+            raise BadInput(f"{source}: expected BERT's vocabulary with {' '.join(SPECIALS)}, found "
+                f"no {' '.join(missing)} among its {len(self.pieces)} lines")
+        self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS[2:])
 
     def __len__(self):
         return len(self.pieces)
@@ -231,99 +388,49 @@ class WordPiece:
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
         if len(word) > self.longest_word:
-            return [UNK]
-        pieces, start = [], 0
-        while start < len(word):
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in self.ids:
-                    break
-            else:
-                return [UNK]  # BERT drops the whole word, not only the part without a piece
-            pieces.append(piece)
-            start = end
+            return ["[UNK]"]
+        pieces, prefix = [], ""
+        while word:
+            ends = range(len(word), 0, -1)
+            end = next((end for end in ends if prefix + word[:end] in self.ids), None)
+            if end is None:
+                return ["[UNK]"]  # BERT drops the whole word, not only the part without a piece
+            pieces.append(prefix + word[:end])
+            prefix, word = "##", word[end:]
         return pieces
 
     def encode(self, text, max_tokens):
         """Ids of '[CLS] text [SEP]', cut to at most max_tokens (both specials counted)."""
-        pieces = [p for word in split_words(text) for p in self.split_word(word)]
-        return [self.cls_id] + [self.ids[p] for p in pieces[: max_tokens - 2]] + [self.sep_id]
-
-    def decode(self, ids):
-        """The text of these ids without specials, for people to read: spaces are a guess."""
-        pieces = [self.pieces[i] for i in ids if self.pieces[i] not in SPECIALS]
-        return " ".join(pieces).replace(" ##", "")
+        pieces = [piece for word in split_words(text) for piece in self.split_word(word)]
+        return [self.cls_id, *(self.ids[p] for p in pieces[: max_tokens - 2]), self.sep_id]
 
 
 def build_vocab(texts, size=30522, min_count=2):
-    """A word-piece vocabulary for a corpus that has none: specials, characters, then merged pieces.
+    """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
-    Byte-pair merging [Sennrich et al. 2016]: every word starts as its characters, and again and
-    again the most frequent neighbouring pair becomes one piece, until `size` is reached or no pair
-    is seen min_count times. Google never published BERT's own trainer; like it, this leaves
-    frequent words whole and rare ones in a few parts. A heap finds the best pair; its entries go
-    stale when a merge changes a count, and are then dropped when they surface instead of being
-    searched for. Returns a list of pieces.
+    Words that were seen min_count times stay whole, the most frequent first, until `size` is
+    reached. All others fall apart into characters, so nothing of the corpus is [UNK]. BERT's own
+    vocabulary has parts of words too; a corpus large enough to need them deserves BERT's file.
+    Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
-    split = {w: [w[0], *("##" + c for c in w[1:])] for w in words}
-    pieces = list(SPECIALS) + sorted({p for parts in split.values() for p in parts})
-    counts, where = Counter(), defaultdict(set)
-    for word, parts in split.items():
-        for pair in zip(parts, parts[1:]):
-            counts[pair] += words[word]
-            where[pair].add(word)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    known = set(pieces)
-    while heap and len(pieces) < size:
-        n, pair = heapq.heappop(heap)
-        if counts[pair] != -n or -n < min_count:
-            continue
-        merged = pair[0] + pair[1][2:]
-        if merged not in known:  # 'a'+'##bc' and 'ab'+'##c' meet in the same piece
-            known.add(merged)
-            pieces.append(merged)
-        touched = set()
-        for word in where.pop(pair):
-            old, new = split[word], _merge(split[word], pair, merged)
-            split[word] = new
-            for p in zip(old, old[1:]):
-                counts[p] -= words[word]
-                touched.add(p)
-            for p in zip(new, new[1:]):
-                counts[p] += words[word]
-                where[p].add(word)
-                touched.add(p)
-        for p in touched:
-            if counts[p] > 0:
-                heapq.heappush(heap, (-counts[p], p))
-    return pieces
-
-
-def _merge(parts, pair, merged):
-    out, i = [], 0
-    while i < len(parts):
-        if tuple(parts[i : i + 2]) == pair:
-            out.append(merged)
-            i += 2
-        else:
-            out.append(parts[i])
-            i += 1
-    return out
+    characters = sorted({c for word in words for c in word})
+    frequent = [w for w, count in words.most_common() if count >= min_count and len(w) > 1]
+    return [*SPECIALS, *characters, *(f"##{c}" for c in characters), *frequent][:size]
 
 
 # --- 3. The feature store -------------------------------------------------------------------------
 #
 # A folder, and the only thing that the detector's side and the model's side share:
 #
-#     store.json          version, complete, N, R, F, C, class_names, detector, ...
+#     store.json          version, complete, num_images N, num_regions R, feature_size F,
+#                         num_region_classes C, class_names, detector, ...
 #     ids.npy             (N,)       bytes     canonical image ids, UTF-8
 #     counts.npy          (N,)       int32     regions of the image; -1 not written, 0 failed
 #     sizes.npy           (N, 2)     int32     image width, height in pixels
 #     boxes.npy           (N, R, 4)  float32   x1, y1, x2, y2 in pixels of the original image
 #     features.npy        (N, R, F)  float16   mean-pooled RoI feature
-#     failed.txt                     text      id and reason of every image that could not be had
+#     failed.txt                     text      id and reason of every image without regions
 #
 # and, if C > 0, what gives each region its distribution over classes, background first: either
 #
@@ -333,19 +440,65 @@ def _merge(parts, pair, merged):
 #     class_probs.npy     (N, R, C)  float16   the distributions themselves, of imported features
 #
 # A detector's class logits are linear in the very feature that is stored. So the layer, 13 MB for
-# Visual Genome's 1,601 classes, says what 115 KB an image would: 380 GB for 3.3 million.
+# Visual Genome's 1,601 classes, says what 115 KB per image would: 380 GB for 3.3 million images.
+# Features that were published with their best class alone may keep it, for people to look at:
 #
-# Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB an image)
+#     objects.npy         (N, R)     int32     the best class, background excluded
+#     confidences.npy     (N, R)     float32   its probability
+#
+# Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image)
 # and its rounding, 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files
-# opened as memory maps: nothing is loaded, the operating system's page cache is shared by all
-# loading processes, and `np.load(folder + "/features.npy", mmap_mode="r")` reads them without this
-# code.
+# opened as memory maps: nothing is loaded, all loading processes share the system's page cache, and
+# `np.load("features.npy", mmap_mode="r")` reads them without this code.
 
 STORE_VERSION = 1
-STORE_KEYS = ("complete", "num_images", "num_regions", "feature_size", "num_region_classes",
-    "class_names", "detector", "id_bytes")
-# ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and
-# torchvision do so; detectron2 ports put it last.
+# ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and torchvision do
+# so; detectron2's ports put it last.
+
+
+def store_layout(meta):
+    """{array: (dtype, shape)} of a store, from what its store.json says."""
+    n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
+    c = meta["num_region_classes"]
+    layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
+        "sizes": ("int32", (n, 2)), "boxes": ("float32", (n, r, 4)),
+        "features": ("float16", (n, r, f))}
+    if meta.get("class_head"):
+        layout.update(class_weight=("float32", (c, f)), class_bias=("float32", (c,)))
+    elif c:
+        layout.update(class_probs=("float16", (n, r, c)))
+    if meta.get("objects"):
+        layout.update(objects=("int32", (n, r)), confidences=("float32", (n, r)))
+    return layout
+
+
+def open_arrays(folder, meta, mode="r"):
+    """{name: memory map} of a store's arrays; BadInput unless each is what store.json says."""
+    arrays = {}
+    for name, (dtype, shape) in store_layout(meta).items():
+        path = folder / f"{name}.npy"
+        with reading(path, "an array of this store; write the store again"):
+            arrays[name] = array = np.load(path, mmap_mode=mode, allow_pickle=False)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"expected {shape} {dtype} as store.json says, found "
+                    f"{array.shape} {array.dtype}")
+    return arrays
+
+
+def read_meta(folder):
+    """A folder's store.json as a dict; BadInput if there is none, or one of another version."""
+    path = folder / "store.json"
+    with reading(path, "a feature store; extract_features.py writes one"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["version"] != STORE_VERSION:
+            raise ValueError(
+                f"expected version {STORE_VERSION}, found {meta['version']}; extract again")
+    return meta
+
+
+def encode_ids(ids):
+    """(n,) bytes: image ids of any spelling as a store keeps them."""
+    return np.array([canonical_id(i).encode(errors="surrogateescape") for i in ids], dtype=bytes)
 
 
 class FeatureStore:
@@ -353,90 +506,96 @@ class FeatureStore:
 
     store = FeatureStore("features/")      raises BadInput if it is missing or half-written
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
+    store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are the mapped file itself and read-only: copy what is to be changed
     store.class_probs(row) -> (n, C) float32, or None if the store says nothing about classes
+    store.best_classes(row) -> (n,) classes and (n,) probabilities, or None
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json). Safe in several processes: they map the same
-    pages, read-only.
+    class_names, detector, meta (all of store.json), ids, counts. Safe in several processes: they
+    map the same pages, read-only.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.meta = _read_store_json(self.folder)
-        if not self.meta["complete"]:
-            done = int((np.load(self.folder / "counts.npy", mmap_mode="r") >= 0).sum())
-            raise BadInput(
-                f"{folder}: a half-written feature store ({done} of {self.meta['num_images']} "
-                "images); run the command that was writing it again, and it will go on from there")
-        self._open()
+        with reading(self.folder, "a feature store; write it again"):
+            self.meta = read_meta(self.folder)
+            # asarray: a plain view of the mapped pages, which numpy slices ten times as fast.
+            self.arrays = {name: np.asarray(array)
+                for name, array in open_arrays(self.folder, self.meta).items()}
+            self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+            for name in ("num_regions", "feature_size", "num_region_classes", "class_names",
+                    "detector"):
+                setattr(self, name, self.meta[name])
+            if not self.meta["complete"]:
+                written = (self.counts >= 0).sum()
+                raise BadInput(f"{folder}: a half-written feature store ({written} of {len(self)} "
+                    "images); the command that was writing it goes on with it")
+        # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
+        # half a gigabyte in every loading process; this takes 8 bytes per image.
+        self._order = np.argsort(self.ids, kind="stable")
+
+    def __reduce__(self):
+        return FeatureStore, (self.folder,)  # a loading process opens the maps anew
 
     @staticmethod
     def is_complete(folder):
-        """True if a finished store lies there; False if nothing does, or a half-written one."""
-        return (Path(folder) / "store.json").exists() and _read_store_json(folder)["complete"]
-
-    def _open(self):
-        m = self.meta
-        self.num_regions, self.feature_size = m["num_regions"], m["feature_size"]
-        self.num_region_classes, self.class_names = m["num_region_classes"], m["class_names"]
-        self.detector = m["detector"]
-        # asarray: a plain view of the mapped pages, which numpy slices ten times faster than a
-        # memmap.
-        self.arrays = {name: np.asarray(_open_array(self.folder, name, *form))
-            for name, form in _layout(m).items()}
-        self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
-        # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
-        # half a gigabyte in every loading process; this takes 8 bytes an image.
-        self._order = np.argsort(self.ids, kind="stable")
-
-    def __getstate__(self):
-        return self.folder, self.meta  # a loading process opens the maps anew: no arrays travel
-
-    def __setstate__(self, state):
-        self.folder, self.meta = state
-        self._open()
+        """True if a finished store lies there; False for a half-written one, or none."""
+        folder = Path(folder)
+        return (folder / "store.json").exists() and read_meta(folder)["complete"]
 
     def __len__(self):
         return len(self.ids)
 
+    def rows(self, image_ids):
+        """(n,) rows of images under any spelling of their ids; -1: absent, or extraction failed."""
+        keys = encode_ids(image_ids)
+        place = np.searchsorted(self.ids, keys, sorter=self._order).clip(max=len(self) - 1)
+        rows = self._order[place]
+        return np.where((self.ids[rows] == keys) & (self.counts[rows] > 0), rows, -1)
+
     def row(self, image_id):
-        """Row of an image under any spelling of its id, or None if it is absent or its extraction
-        failed.
-        """
-        key = np.bytes_(canonical_id(image_id).encode())
-        at = int(np.searchsorted(self.ids, key, sorter=self._order))
-        row = int(self._order[at]) if at < len(self.ids) else -1
-        return row if row >= 0 and self.ids[row] == key and self.counts[row] > 0 else None
+        """The row of one image, or None."""
+        row = int(self.rows([image_id])[0])
+        return None if row < 0 else row
+
+    def _of(self, name, row):
+        # What an array says of the image's own n regions: the rows behind them are zeros.
+        return self.arrays[name][row, : self.counts[row]]
 
     def __getitem__(self, row):
-        # Nothing is copied before a batch is built, and nothing looked at: it was when written.
-        n = int(self.counts[row])
-        return {"features": self.arrays["features"][row, :n],
-            "boxes": self.arrays["boxes"][row, :n],
-            "size": tuple(self.arrays["sizes"][row].tolist())}
+        # Nothing is copied before a batch is built, and nothing is checked: `write` has checked.
+        return dict(features=self._of("features", row), boxes=self._of("boxes", row),
+            size=tuple(self.arrays["sizes"][row].tolist()))
 
     def class_probs(self, row, chosen=slice(None)):
-        """(k, C) float32: distributions over classes of an image's regions, background first; None
-        if the store has none. chosen: which of its n regions, as an index of an array.
+        """(k, C) float32: distributions over classes, background first; None if there are none.
+
+        chosen: which of the image's n regions, as an index of an array.
         """
         if not self.num_region_classes:
             return None
-        n = int(self.counts[row])
         if "class_probs" in self.arrays:
-            return self.arrays["class_probs"][row, :n][chosen].astype(np.float32)
-        features = self.arrays["features"][row, :n][chosen].astype(np.float32)  # (k, F)
+            return self._of("class_probs", row)[chosen].astype(np.float32)
+        features = self._of("features", row)[chosen].astype(np.float32)  # (k, F)
         logits = features @ self.arrays["class_weight"].T + self.arrays["class_bias"]  # (k, C)
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return odds / odds.sum(axis=1, keepdims=True)
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))  # the largest is exp(0)
+        return exp / exp.sum(axis=1, keepdims=True)
+
+    def best_classes(self, row):
+        """(classes (n,), probabilities (n,)) without the background; None if nothing is known."""
+        if "objects" in self.arrays:
+            return self._of("objects", row), self._of("confidences", row)
+        if (probs := self.class_probs(row)) is not None:
+            return probs[:, 1:].argmax(axis=1) + 1, probs[:, 1:].max(axis=1)
 
     def check(self, row):
-        """Raise BadInput if this image's regions are none that a run could use."""
+        """Raise BadInput if a run could not use this image's regions."""
         problem = record_problem(**self[row], class_probs=self.class_probs(row))
         if problem:
-            raise BadInput(f"{self.folder}: image {self.ids[row].decode()}: {problem}; "
-                "extract it again")
+            raise BadInput(
+                f"{self.folder}: image {self.ids[row].decode()}: {problem}; extract it again")
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -445,747 +604,184 @@ class FeatureStore:
 
         ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
         of the detector's last layer, background first, in place of stored distributions. `more`
-        goes into store.json as it is. Raises BadInput if the folder holds a store of something
-        else.
+        goes into store.json as it is. Raises BadInput if the folder holds anything else.
         """
-        ids = [canonical_id(i) for i in ids]
-        meta = dict(version=STORE_VERSION, complete=False, num_images=len(ids),
+        fixed = {"ids": encode_ids(ids)}  # known from the start; all else is written per row
+        if class_head:
+            fixed.update(class_weight=np.float32(class_head[0]), class_bias=class_head[1])
+            num_region_classes = len(class_head[1])
+        meta = dict(version=STORE_VERSION, complete=False, num_images=len(fixed["ids"]),
             num_regions=num_regions, feature_size=feature_size,
-            num_region_classes=len(class_head[1]) if class_head else num_region_classes,
-            class_names=list(class_names), class_head=bool(class_head), detector=detector, **more)
-        return StoreWriter(Path(folder), ids, meta, class_head)
+            num_region_classes=num_region_classes, class_names=list(class_names),
+            class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
+        twice = [i for i, n in Counter(fixed["ids"].tolist()).items() if n > 1 or not i]
+        if twice:
+            raise BadInput(f"{folder}: {twice[0].decode()!r} is the id of two images, or empty; a "
+                "store holds each id once")
+        return StoreWriter(Path(folder), meta, fixed)
 
 
 class StoreWriter:
     """Fill a store row by row, in any order, from any number of processes; kill it at any moment.
 
     for row in writer.pending(): writer.write(row, features, boxes, size)
-    writer.finish()
+    store = writer.finish()
+
+    fixed: {name: array} of what is known before the first row.
     """
 
-    def __init__(self, folder, ids, meta, class_head=None):
+    def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
-        strange = next((i for i in ids if not i or not i.isprintable()), None)
-        if strange is not None:
-            raise BadInput(f"{folder}: the image id {strange!r} is empty or cannot be printed; "
-                "give the image another name")
-        if len(set(ids)) != len(ids):
-            twice = next(i for i, n in Counter(ids).items() if n > 1)
-            raise BadInput(
-                f"{folder}: two images have the id {twice!r}; a store holds each id once")
-        ids = np.array([i.encode() for i in ids], dtype=bytes)
-        meta["id_bytes"] = max(ids.dtype.itemsize, 1)
-        fixed = {"ids": ids}
-        if class_head:
-            fixed |= {name: np.asarray(value, np.float32)
-                for name, value in zip(("class_weight", "class_bias"), class_head)}
-        if (folder / "store.json").exists():
-            self._check_same(_read_store_json(folder), fixed)
-        else:
+        if not (folder / "store.json").exists():
             self._allocate(fixed)
-        self.arrays = {name: _open_array(folder, name, *form, mode="r+")
-            for name, form in _layout(meta).items()}
-        self._check_disk(len(self.pending()) / max(1, len(ids)))
-
-    def _check_disk(self, share=1.0):
-        # Mapped files take their disk as they are filled, and a full one kills without a word.
-        forms = _layout(self.meta).values()
-        size = share * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in forms)
-        if size > (free := shutil.disk_usage(self.folder).free):
-            raise BadInput(f"{self.folder}: {size / 1e9:.2f} GB are to be written, and there are "
-                f"{free / 1e9:.2f} GB free; choose another disk")
+        # A newer torch may finish what an older one began; nothing else may differ.
+        found = dict(read_meta(folder), complete=False, versions=meta.get("versions"),
+            weights=meta.get("weights"))
+        differs = [key for key in meta if found.get(key) != meta[key]]
+        if not differs:
+            self.arrays = open_arrays(folder, meta, mode="r+")
+            differs = [k for k in fixed if not np.array_equal(self.arrays[k], fixed[k])]
+        if differs:
+            raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
+                f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{self.folder}: cannot be made ({error.strerror})") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        layout = store_layout(self.meta)
         # What a run that was killed here has left may be overwritten; nothing else.
-        ours = {f"{name}.npy" for name in _layout(self.meta)}
-        others = [p.name for p in self.folder.iterdir() if p.name not in ours and p.name[0] != "."]
-        if others:
-            raise BadInput(f"{self.folder}: holds {others[0]!r} and no feature store; choose a "
-                "folder that is empty or not there")
-        self._check_disk()
-        for name, (dtype, shape) in _layout(self.meta).items():
+        for path in self.folder.iterdir():
+            if path.stem not in layout and path.name[0] != ".":
+                raise BadInput(f"{self.folder}: holds {path.name!r} and no feature store; choose a "
+                    "folder that is empty or new")
+        # Mapped files take their disk as they are filled, and a full disk then kills in silence.
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise BadInput(f"{self.folder}: the store needs {size / 1e6:.3g} MB, and "
+                f"{free / 1e6:.3g} MB are free; choose another disk")
+        for name, form in layout.items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
-            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
+            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
             if name in fixed or name == "counts":
                 array[:] = fixed.get(name, -1)
             array.flush()
-        write_whole(self.folder / "store.json", lambda f: json.dump(self.meta, f, indent=1))
+        write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
 
-    def _check_same(self, found, fixed):
-        # Another version of torch may finish what this one began, and the same weights may have
-        # another name; nothing else may differ.
-        different = [k for k in self.meta
-            if k not in ("complete", "versions", "weights") and found.get(k) != self.meta[k]]
-        different = different or [name for name, value in fixed.items() if not np.array_equal(
-            _open_array(self.folder, name, *_layout(self.meta)[name]), value)]
-        if different:
-            raise BadInput(
-                f"{self.folder}: holds a feature store of other images or settings (it differs in "
-                f"{', '.join(different)}); choose another folder or remove this one")
+    def _id(self, row):
+        return self.arrays["ids"][row].decode(errors="replace")
 
     def pending(self):
         """Rows that are still to be written."""
         return np.flatnonzero(self.arrays["counts"] < 0).tolist()
 
-    def write(self, row, features, boxes, size, class_probs=None):
-        """Store one image: features (n, F), boxes (n, 4) pixels, size (W, H), class_probs (n, C); n
-        <= R. Raises BadInput, and writes nothing, if a run could not use it.
+    def write(self, row, features, boxes, size, **more):
+        """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
+
+        more: class_probs (n, C), objects (n,), confidences (n,); a store without that array leaves
+        it out. Raises BadInput, and writes nothing, if a run could not use these numbers.
         """
-        n, values = len(features), dict(features=features, boxes=boxes, class_probs=class_probs)
-        problem = None if n else "no region"
-        for name in [name for name in values if n and name in self.arrays]:
-            found, most, *rest = np.shape(values[name]), *self.arrays[name].shape[1:]
-            if found != (n, *rest) or n > most:
-                problem = f"{name} of shape {found}, expected {(n, *rest)} and n <= {most}"
-        problem = problem or record_problem(size=size, **values)
-        if problem:
-            raise BadInput(f"image {self.arrays['ids'][row].decode()}: {problem}")
-        for name, value in values.items():
-            if name in self.arrays:
-                self.arrays[name][row, :n] = value
+        if problem := record_problem(features, boxes, size, more.get("class_probs")):
+            raise BadInput(f"image {self._id(row)}: {problem}")
+        values = dict(more, features=features, boxes=boxes)
+        for name in values.keys() & self.arrays.keys():
+            self.arrays[name][row, : len(features)] = values[name]
         self.arrays["sizes"][row] = size
-        self.arrays["counts"][row] = n  # last: a row counts as written only once all of it is there
+        self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
 
     def fail(self, row, reason):
-        """An image that cannot be had: its row stays empty, failed.txt says why."""
-        with open(self.folder / "failed.txt", "a", encoding="utf-8") as file:
-            file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(reason.split())}\n")
+        """An image without regions: its row stays empty, and failed.txt says why."""
+        with open(self.folder / "failed.txt", "a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{self._id(row)}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
         """Every row is written: say so in store.json, and return the reader."""
-        if self.pending():
-            raise BadInput(f"{self.folder}: {len(self.pending())} images are not written yet")
-        self._sort_failures()
+        if missing := len(self.pending()):
+            raise BadInput(f"{self.folder}: {missing} images are not written yet")
         for array in self.arrays.values():
             array.flush()
-        self.meta["complete"] = True
-        write_whole(self.folder / "store.json", lambda f: json.dump(self.meta, f, indent=1))
+        write_json(self.folder / "store.json", dict(self.meta, complete=True))
         return FeatureStore(self.folder)
-
-    def _sort_failures(self):
-        # In row order and once each, whoever came first and whoever was killed in between.
-        path = self.folder / "failed.txt"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            reason = {line.split("\t")[0]: line for line in reversed(lines)}
-            failed = self.arrays["ids"][self.arrays["counts"] == 0]
-            write_whole(path, lambda f: f.writelines(reason[i.decode()] + "\n" for i in failed))
-
-
-def _layout(meta):
-    n, r = meta["num_images"], meta["num_regions"]
-    layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": (np.int32, (n,)),
-        "sizes": (np.int32, (n, 2)), "boxes": (np.float32, (n, r, 4)),
-        "features": (np.float16, (n, r, meta["feature_size"]))}
-    c, f = meta["num_region_classes"], meta["feature_size"]
-    if meta.get("class_head"):
-        layout |= {"class_weight": (np.float32, (c, f)), "class_bias": (np.float32, (c,))}
-    elif c:
-        layout["class_probs"] = (np.float16, (n, r, c))
-    return layout
-
-
-def _read_store_json(folder):
-    path = Path(folder) / "store.json"
-    if not path.exists():
-        raise BadInput(f"{folder}: no feature store here (store.json is missing); "
-            "extract_features.py writes one")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["version"]
-        _ = [meta[key] for key in STORE_KEYS]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not a feature store's description ({error!r})") from error
-    if version != STORE_VERSION:
-        raise BadInput(
-            f"{path}: expected store version {STORE_VERSION}, found {version}; extract it again")
-    return meta
-
-
-def _open_array(folder, name, dtype, shape, mode="r"):
-    path = Path(folder) / f"{name}.npy"
-    try:
-        array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except PermissionError as error:
-        raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{path}: cannot be opened ({error}); the store is damaged, write it again") from error
-    if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise BadInput(
-            f"{path}: expected {shape} {np.dtype(dtype)} as store.json says, found {array.shape} "
-            f"{array.dtype}; the store is damaged, write it again")
-    return array
 
 
 def record_problem(features, boxes, size, class_probs=None):
-    """What is wrong with an image's regions, in words, or None. Looked at before they are stored: a
-    NaN that gets into a batch shows only as a NaN loss, thousands of images later.
+    """What is wrong with an image's regions, in words, or None.
+
+    Asked before they are stored: a NaN that gets into a batch shows only as a NaN loss, thousands
+    of images later. A box may leave the picture by a pixel, as rounding does.
     """
     width, height = size
-    if min(size) < 1:
-        return f"a size of {width} x {height} pixels"
+    if not len(features) or min(size) < 1:
+        return f"{len(features)} regions in {width} x {height} pixels"
     with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
         for name, values in dict(features=features, boxes=boxes, class_probs=class_probs).items():
             if values is not None and not np.isfinite(np.asarray(values, np.float16)).all():
                 return f"{name} with NaN or infinity"
-    if len(boxes) and (boxes.min() < -1 or (boxes.max(axis=0)[2:] > (width + 1, height + 1)).any()):
-        return f"a box outside the picture of {width} x {height} pixels"
+    if (boxes < -1).any() or (boxes > np.tile(size, 2) + 1).any():
+        return f"a box outside the image of {width} x {height} pixels"
     if (boxes[:, 2:] < boxes[:, :2]).any():
         return "a box whose x2 < x1 or y2 < y1"
     return None
 
 
 def normalise_boxes(boxes, size):
-    """(n, 4) pixels -> (n, 5): x1/W, y1/H, x2/W, y2/H, area/(W*H), all in [0, 1]. ASSUMPTION A7."""
-    width, height = size
-    out = np.empty((len(boxes), 5), dtype=np.float32)
-    out[:, :4] = np.clip(boxes / np.array([width, height, width, height], dtype=np.float32), 0, 1)
-    out[:, 4] = (out[:, 2] - out[:, 0]) * (out[:, 3] - out[:, 1])
-    return out
+    """(n, 4) pixels -> (n, 5): x1/W, y1/H, x2/W, y2/H, area/(W H), all in [0, 1]. ASSUMPTION A7.
 
-
-def region_inputs(store, image_id, blank=False):
-    """What the encoder reads of an image: region_features (n, F) float16, as they are stored, and
-    region_boxes (n, 5) float32, as numpy.
-
-    Of an image without features, or if blank, none: n = 0, and the model has the words alone.
+    >>> normalise_boxes(np.float32([[20, 10, 120, 60]]), (200, 100)).round(2).tolist()[0][4]
+    0.25
     """
-    row = None if blank else store.row(image_id)
+    scaled = np.clip(boxes / np.tile(np.float32(size), 2), 0, 1).astype(np.float32)
+    sides = scaled[:, 2:] - scaled[:, :2]
+    return np.column_stack([scaled, sides[:, 0] * sides[:, 1]])
+
+
+# --- 4. Pretraining examples ----------------------------------------------------------------------
+#
+# One way out of the store serves pretraining and all tasks: region_inputs for an image,
+# model_inputs for a batch. What is to be predicted is decided here, once: a place without a label
+# is IGNORE or False, so neither the model nor the counts of a loss filter anything. Of a mismatched
+# pair nothing but the mismatch is predicted: its words say nothing about its picture.
+
+
+def region_inputs(store, row):
+    """What the encoder reads of an image: region_features (n, F) float16, region_boxes (n, 5).
+
+    row None, for an image without features or a model that must not see it: n = 0.
+    """
     if row is None:
         return dict(region_features=np.zeros((0, store.feature_size), np.float16),
             region_boxes=np.zeros((0, 5), np.float32))
-    record = store[row]
-    return dict(region_features=record["features"],
-        region_boxes=normalise_boxes(record["boxes"], record["size"]))
-
-
-# --- 4. Published features ------------------------------------------------------------------------
-#
-# The "bottom-up attention" files that most papers of the field used: a TSV without a header, one
-# image a line, arrays as base64 of little-endian numbers. Three forms are in circulation. They are
-# told apart by their number of columns, because that is what also says whether width or height
-# comes first:
-#
-#     6    Anderson et al.   image_id, image_w, image_h, num_boxes, boxes, features
-#     10   LXMERT            img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf,
-#                            num_boxes, boxes, features
-#     13   VOLTA             the ten, then cls_prob, attrs, classes
-#
-# Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
-# (n, 1601), background first. Only the last form has distributions: masked region classification
-# needs them, and training does without it where a store has none.
-
-TSV_WIDTH_HEIGHT_BOXES = {6: (1, 2, 3), 10: (2, 1, 7), 13: (2, 1, 7)}  # columns of W, H, num_boxes
-
-
-def import_features(paths, folder, detector="vg", background="first", classes=None):
-    """Write a feature store from published TSV files; one that was interrupted goes on.
-
-    background: where cls_prob has it: "first" (VOLTA), "last" (detectron2's ports), or "none" (cut
-    off; it is then what the others lack of 1). The store always has it first. classes: a file with
-    a class name a line, without background, or None. Two passes, a line in memory at a time: the
-    first counts the regions, the second writes. Raises BadInput with the line of the first problem
-    of form; images whose numbers no run could use are left out, with the reason in failed.txt.
-    """
-    first, most, size, num_classes = tsv_sizes(paths, background)
-    names = ["background", *read_class_names(classes)] if classes else []
-    if names and num_classes and len(names) != num_classes:
-        raise BadInput(f"{classes}: {len(names) - 1} names, but the features have "
-            f"{num_classes - 1} classes beside the background")
-    writer = FeatureStore.create(folder, first, most, size, num_classes, names, detector,
-        background="first", box_format="x1 y1 x2 y2, pixels", dtype="float16",
-        source=[Path(p).name for p in paths])
-    row_of, pending = {place: row for row, place in enumerate(first.values())}, {*writer.pending()}
-    twice = 0
-    for path, number, cells in tsv_lines(paths, "importing"):
-        row = row_of.get((path, number))
-        twice += row is None
-        if row in pending:
-            try:
-                writer.write(row, **tsv_record(path, number, cells, background))
-            except BadInput as error:
-                writer.fail(row, str(error))
-    if twice:
-        print(f"{twice:,} lines name an image that was there before; the first one counts")
-    return writer.finish()
-
-
-def tsv_sizes(paths, background):
-    """({image id: (path, line) where it is first met}, most regions of an image, F, C or 0)"""
-    first, most, example, columns = {}, 0, None, None
-    for path, number, cells in tsv_lines(paths, "counting"):
-        columns = columns or len(cells)
-        if len(cells) != columns:
-            raise BadInput(f"{path}: line {number}: {len(cells)} columns after lines of {columns}; "
-                "import one form at a time")
-        first.setdefault(canonical_id(cells[0]), (path, number))
-        n = _whole_number(path, number, cells, 2)
-        if n and not example:
-            example = tsv_record(path, number, cells, background)
-        most = max(most, n)
-    if not example:
-        raise BadInput(f"{', '.join(map(str, paths))}: no image with a region")
-    probs = example["class_probs"]
-    return first, most, example["features"].shape[1], 0 if probs is None else probs.shape[1]
-
-
-def tsv_lines(paths, doing):
-    """Yields (path, line number, cells) of some TSVs, one line in memory at a time."""
-    for path in paths:
-        with open_text(path) as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
-                desc=f"{doing} {Path(path).name}", leave=False, disable=None) as bar:
-            for number, line in enumerate(file, 1):
-                bar.update(len(line))
-                cells = line.rstrip("\r\n").split("\t")
-                if len(cells) not in TSV_WIDTH_HEIGHT_BOXES:
-                    raise BadInput(f"{path}: line {number}: expected 6, 10 or 13 columns, found "
-                        f"{len(cells)}; is the file cut off, or something else?")
-                yield path, number, cells
-
-
-def tsv_record(path, number, cells, background):
-    """What StoreWriter.write takes, from the cells of a line."""
-    width, height, n = (_whole_number(path, number, cells, i) for i in range(3))
-    at = TSV_WIDTH_HEIGHT_BOXES[len(cells)][2] + 1
-    boxes, features = (_decoded(path, number, cells[i], n, name)
-        for i, name in ((at, "boxes"), (at + 1, "features")))
-    probs = None
-    if len(cells) == 13:
-        probs = background_first(_decoded(path, number, cells[10], n, "cls_prob"), background)
-        wrong = np.abs(probs.sum(axis=1) - 1) > 0.02
-        if wrong.any() or probs.min(initial=0) < -0.02:
-            raise BadInput(f"{path}: line {number}: cls_prob of a region adds up to "
-                f"{probs[wrong].sum(axis=1)[:1]}, expected 1; are these probabilities?")
-    if boxes.shape[1] != 4:
-        raise BadInput(
-            f"{path}: line {number}: boxes: expected {n} x 4 numbers, found {n} x {boxes.shape[1]}")
-    return dict(features=features, boxes=boxes, size=(width, height), class_probs=probs)
-
-
-def _whole_number(path, number, cells, which):
-    cell = cells[TSV_WIDTH_HEIGHT_BOXES[len(cells)][which]]
-    name, most = (("width", 100_000), ("height", 100_000), ("num_boxes", 1000))[which]
-    if not cell.isdecimal() or int(cell) > most:
-        raise BadInput(f"{path}: line {number}: {name}: expected a whole number up to {most}, "
-            f"found {cell[:20]!r}")
-    return int(cell)
-
-
-def _decoded(path, number, cell, n, name):
-    # Files that Python 3 wrote may say b'...' around the base64.
-    try:
-        values = np.frombuffer(base64.b64decode(re.sub(r"^b'(.*)'$", r"\1", cell)), "<f4")
-        return values.reshape(n, -1 if n else 4)
-    except ValueError as error:
-        raise BadInput(
-            f"{path}: line {number}: {name}: not base64 of {n} rows of float32 ({error})") from None
-
-
-def background_first(probs, background):
-    """(n, C) distributions with the background as class 0; background: where they have it now."""
-    if background == "last":
-        return np.roll(probs, 1, axis=1)
-    if background == "none":
-        return np.concatenate([1 - probs.sum(axis=1, keepdims=True), probs], axis=1)
-    return probs
-
-
-def read_class_names(path):
-    """Names of a file with one a line, as Visual Genome's objects_vocab.txt."""
-    with open_text(path) as file:
-        return [line.strip() for line in file.read().splitlines() if line.strip()]
-
-
-# --- 5. Captions ----------------------------------------------------------------------------------
-#
-# Caption files as they are published. They are told apart by what is in them, never by their name:
-#
-#     Conceptual Captions   a very typical bus station <TAB> http://lh6.ggpht.com/-IvRtNLNcG8o/...
-#     CC12M                 the same two columns the other way round
-#     own data              dog_1 <TAB> a dog on a sofa               (image id, caption)
-#     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
-#     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
-#                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
-#
-# A picture of Conceptual Captions has no id but its link: its id is crc32(url), as in VOLTA's
-# files. Of 3.3 million links about 1,300 pairs share one: the second picture stays out of a store.
-
-
-def read_captions(path, split=None):
-    """(image id, caption) pairs of a caption file, in its order; its format is recognised.
-
-    split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
-    A file without splits is given whole as its "train", and has nothing in the others. Raises
-    BadInput with the line or key of the first problem.
-    """
-    kind, records = open_captions(path)
-    return [(i, text) for i, text, s in records if split in (None, s)]
-
-
-def open_captions(path):
-    """(name of the format, iterator of (image id, caption, split)) of a caption file."""
-    with open_text(path) as file:
-        start = file.read(4096).lstrip()
-    if start.startswith(("{", "[")):
-        return _json_captions(path)
-    first = start.split("\n")[0].rstrip("\r").split("\t")
-    if len(first) != 2:
-        raise BadInput(
-            f"{path}: line 1: expected a JSON file or two columns with a tab between them (image "
-            f"id and caption, or caption and link), found {len(first)} column(s)")
-    links = [bool(re.match(r"https?://\S+$", cell)) for cell in first]
-    kind = ("Conceptual Captions" if links[1] else "CC12M" if links[0] else "image id, caption")
-    return kind, _tsv_captions(path, kind)
-
-
-def open_text(path):
-    """A text file, with or without a byte order mark. Raises BadInput if it cannot be opened."""
-    try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
-
-
-def _tsv_captions(path, kind):
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != 2:
-                raise BadInput(
-                    f"{path}: line {number}: expected 2 columns ({kind}), found {len(cells)}")
-            if any("\udc80" <= c <= "\udcff" for c in line):  # surrogateescape's mark of bad bytes
-                raise BadInput(f"{path}: line {number}: this is not UTF-8; convert the file")
-            if kind == "image id, caption":
-                yield canonical_id(cells[0]), cells[1], "train"
-            else:
-                text, url = cells if kind == "Conceptual Captions" else cells[::-1]
-                yield str(zlib.crc32(url.encode())), text, "train"
-
-
-def _json_captions(path):
-    content = read_json(path)
-    keys = content if isinstance(content, dict) else {}
-    if "annotations" in keys:
-        return "COCO captions", _coco_captions(path, keys["annotations"])
-    if "images" in keys:
-        return "Karpathy's splits", _karpathy_captions(path, keys["images"])
-    found = ", ".join(map(repr, list(keys)[:5])) or "no keys"
-    raise BadInput(f"{path}: expected the key 'annotations' (COCO captions) or 'images' "
-        f"(Karpathy's splits), found {found}")
-
-
-def _coco_captions(path, annotations):
-    for number, record in enumerate(annotations):
-        with expecting("image_id and caption, of COCO's captions", path, "annotation", number):
-            found = canonical_id(record["image_id"]), record["caption"], "train"
-        yield found
-
-
-def _karpathy_captions(path, images):
-    for number, image in enumerate(images):
-        with expecting("filename, split and sentences with raw", path, "image", number):
-            split = "train" if image["split"] == "restval" else image["split"]
-            image_id = canonical_id(image.get("cocoid", image["filename"]))
-            found = [(image_id, sentence["raw"], split) for sentence in image["sentences"]]
-        yield from found
-
-
-# --- 6. The toy world -----------------------------------------------------------------------------
-#
-# A scene is a number. From it follow the objects, the picture, the captions, the questions and the
-# referring expressions, so a data set is a range of numbers, and held-out scenes are another range.
-
-COLOURS = {"red": (215, 45, 45), "green": (45, 165, 60), "blue": (50, 85, 220),
-    "yellow": (235, 215, 50), "purple": (150, 60, 185), "orange": (240, 140, 30),
-    "white": (245, 245, 245), "black": (20, 20, 20)}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": (7, 9), "large": (14, 18)}  # half the width, in pixels: from, to
-TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
-SCENE_PIXELS = 128
-TRAIN_SCENES, HELD_OUT_SCENES = (0,
-    1_000_000)  # the first scene of each split; splits never come near
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1),
-    "below": (1, 1)}  # axis, sign
-
-
-class Thing(dict):
-    """One object of a scene: size, colour, shape (words); centre, half width (pixels)."""
-
-    @property
-    def box(self):
-        """x1, y1, x2, y2 in pixels."""
-        (x, y), h = self["centre"], self["half"]
-        return (x - h, y - h, x + h, y + h)
-
-    @property
-    def place(self):
-        """Where in the picture it is, by the axis along which it is farther from the middle."""
-        x, y = (c - SCENE_PIXELS // 2 for c in self["centre"])
-        if max(abs(x), abs(y)) < 16:
-            return "in the middle"
-        if abs(x) > abs(y):
-            return "on the left" if x < 0 else "on the right"
-        return "at the top" if y < 0 else "at the bottom"
-
-    def named(self, *words):
-        """'small red star' for named('size', 'colour', 'shape'); an unnamed shape is a 'thing'."""
-        return " ".join([self[w] for w in ("size", "colour") if w in words]
-            + [self["shape"] if "shape" in words else "thing"])
-
-
-class Scene:
-    """Scene number `number`: 2 to 6 things that do not touch. Everything about it follows from the
-    number.
-
-    things: list of Thing; .draw() -> PIL image; .captions(n), .questions(n), .expressions(n)
-    """
-
-    def __init__(self, number):
-        self.number = number
-        rng = self._rng(0)
-        wanted = int(rng.integers(2, 7))
-        self.things = []
-        while len(self.things) < wanted:
-            thing = self._new_thing(rng)
-            self.things = self.things + [thing] if thing else []  # no room left: begin again
-
-    def _rng(self, stream):
-        # One stream for each use: more captions must not change the picture.
-        return np.random.default_rng([self.number, stream])
-
-    def _new_thing(self, rng):
-        thing = Thing(
-            size=_pick(rng, list(SIZES)), colour=_pick(rng, list(COLOURS)), shape=_pick(rng, SHAPES)
-        )
-        # Half of the things share their colour or their shape with another one. Without them a
-        # model could match 'red star' to a scene by finding 'red' and 'star' anywhere: nothing
-        # would need binding.
-        if self.things and rng.random() < 0.5:
-            same = _pick(rng, ("colour", "shape"))
-            thing[same] = _pick(rng, self.things)[same]
-        for _ in range(30):
-            half = int(rng.integers(SIZES[thing["size"]][0], SIZES[thing["size"]][1] + 1))
-            centre = rng.integers(half + 2, SCENE_PIXELS - half - 2, size=2)
-            thing.update(centre=(int(centre[0]), int(centre[1])), half=half)
-            if all(max(abs(int(a) - b) for a, b in zip(centre, t["centre"])) > half + t["half"] + 2
-                    for t in self.things):
-                return thing
-
-    def draw(self):
-        """The picture: a PIL image, 128 x 128 RGB, things on grey noise."""
-        noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS, 1), dtype=np.uint8)
-        image = Image.fromarray(np.repeat(noise, 3, axis=2))
-        draw = ImageDraw.Draw(image)
-        for thing in self.things:
-            _draw_shape(draw, thing)
-        return image
-
-    def where(self, **words):
-        """The things with all of these words: where(colour='red', shape='star')."""
-        return [t for t in self.things if all(t[k] == v for k, v in words.items())]
-
-    def captions(self, n=4):
-        """n sentences that are true of this picture and of few others."""
-        rng = self._rng(2)
-        return [self._caption(rng) for _ in range(n)]
-
-    def _caption(self, rng):
-        # Three things where there are three: among 100 scenes 2 % of the captions are then true of
-        # another one as well. With two things it would be 8 %.
-        things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
-        names = ["a " + t.named("size", "colour", "shape") for t in things]
-        # Half of the captions say where two of the things are, the others how two lie to each
-        # other. Where one thing is can be read from one region, and a model that reads places
-        # learns later to compare them; from comparisons alone none learned anything of places.
-        if rng.random() < 0.5:
-            places = [f" {t.place}" for t in things[:2]] + [""]
-            return " and ".join(n + p for n, p in zip(names, places))
-        relation = _pick(rng, _true_relations(things[0], things[1]))
-        return f"{names[0]} {relation} {names[1]}" + "".join(f" and {n}" for n in names[2:])
-
-    def questions(self, n=5):
-        """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
-
-        Kinds take turns, and a kind that this scene has no fair question for is left out. Yes and
-        no are equally frequent by construction, and 'what ...' questions have one answer in the
-        picture. Numbers are digits, as VQA's evaluation writes them.
-        """
-        rng = self._rng(3)
-        kinds = [self._ask_colour, self._ask_shape, self._ask_count, self._ask_existence,
-            self._ask_relation]
-        asked = [kinds[(self.number + i) % len(kinds)](rng) for i in range(n)]
-        return [q for q in asked if q]
-
-    def _ask_colour(self, rng):
-        unique = [t for t in self.things if len(self.where(size=t["size"], shape=t["shape"])) == 1]
-        if unique:
-            thing = _pick(rng, unique)
-            return f"what colour is the {thing.named('size', 'shape')} ?", thing["colour"], "colour"
-
-    def _ask_shape(self, rng):
-        unique = [
-            t for t in self.things if len(self.where(size=t["size"], colour=t["colour"])) == 1]
-        if unique:
-            thing = _pick(rng, unique)
-            return f"what shape is the {thing.named('size', 'colour')} ?", thing["shape"], "shape"
-
-    def _ask_count(self, rng):
-        # Counting all things, those of a size, or of a colour or shape that is there: answers 1 to
-        # 6.
-        key = _pick(rng, ("all", "size", "colour", "shape"))
-        if key == "all":
-            return "how many things are there ?", str(len(self.things)), "count"
-        word = _pick(rng, self.things)[key]
-        name = f"{word}s" if key == "shape" else f"{word} things"
-        name = name.replace("crosss", "crosses")
-        return f"how many {name} are there ?", str(len(self.where(**{key: word}))), "count"
-
-    def _ask_existence(self, rng):
-        # A 'no' names a colour and a shape that are both in the picture, on different things: only
-        # looking at how they go together answers it.
-        if rng.random() < 0.5:
-            thing = _pick(rng, self.things)
-            return f"is there a {thing.named('colour', 'shape')} ?", "yes", "existence"
-        absent = [(a["colour"], b["shape"]) for a in self.things for b in self.things
-            if not self.where(colour=a["colour"], shape=b["shape"])]
-        if absent:
-            return f"is there a {' '.join(_pick(rng, absent))} ?", "no", "existence"
-
-    def _ask_relation(self, rng):
-        # Three forms, as in GQA: find a thing by its place, choose between places, say yes or no.
-        # The first two are the way to the third, which gives no partial credit: half of what there
-        # is to know answers it no better than chance.
-        form = int(rng.integers(3))
-        if form == 0:
-            found = self._refer_by_relation(rng)
-            return found and (f"what colour is {found[0]} ?",
-                self.things[found[1]]["colour"], "relation")
-        unique = [
-            t for t in self.things if len(self.where(colour=t["colour"], shape=t["shape"])) == 1]
-        if len(unique) < 2:
-            return None
-        a, b = (unique[i] for i in rng.permutation(len(unique))[:2])
-        true = _pick(rng, _true_relations(a, b))
-        opposite = next(r for r, (axis, sign) in RELATIONS.items()
-            if axis == RELATIONS[true][0] and sign == -RELATIONS[true][1])
-        names = [t.named("colour", "shape") for t in (a, b)]
-        if form == 1:
-            first, second = (true, opposite) if rng.random() < 0.5 else (opposite, true)
-            answer = true.removesuffix(" of")
-            return f"is the {names[0]} {first} or {second} the {names[1]} ?", answer, "relation"
-        asked, answer = ((true, "yes"), (opposite, "no"))[int(rng.integers(2))]
-        return f"is the {names[0]} {asked} the {names[1]} ?", answer, "relation"
-
-    def expressions(self, n=3):
-        """Up to n different (expression, index of the thing, type); type is attribute or relation.
-        Each means one thing.
-
-        A relation expression is one whose attributes alone fit two things or more.
-        """
-        rng = self._rng(4)
-        found = [self._refer_by_attribute(rng) if i % 2 == self.number % 2
-            else self._refer_by_relation(rng) for i in range(n)]
-        return list(dict.fromkeys(e for e in found if e))
-
-    def _refer_by_attribute(self, rng):
-        index = int(rng.integers(len(self.things)))
-        thing = self.things[index]
-        for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
-            if len(self.where(**{w: thing[w] for w in words})) == 1:
-                return f"the {thing.named(*words)}", index, "attribute"
-
-    def _refer_by_relation(self, rng):
-        fits = []
-        for i, thing in enumerate(self.things):
-            rivals = [t for t in self.where(shape=thing["shape"]) if t is not thing]
-            for mark in self.things:
-                if (mark["shape"] == thing["shape"]
-                        or len(self.where(**{k: mark[k] for k in ("colour", "shape")})) > 1):
-                    continue  # the landmark itself must be beyond doubt
-                fits += [
-                    (f"the {thing['shape']} {r} the {mark.named('colour', 'shape')}", i, "relation")
-                    for r in _true_relations(thing, mark)
-                    if rivals and not any(_clearly(t, r, mark, 0) for t in rivals)]
-        return _pick(rng, fits) if fits else None
-
-
-def _pick(rng, options):
-    return options[int(rng.integers(len(options)))]
-
-
-def _clearly(a, relation, b, margin=8):
-    """True if a's centre lies `margin` pixels or more on that side of b's."""
-    axis, sign = RELATIONS[relation]
-    return sign * (a["centre"][axis] - b["centre"][axis]) > margin
-
-
-def _true_relations(a, b):
-    # Things do not touch, so their centres differ by over 16 pixels along one axis at least: never
-    # empty.
-    return [r for r in RELATIONS if _clearly(a, r, b)]
-
-
-def _draw_shape(draw, thing):
-    (x, y), h = thing["centre"], thing["half"]
-    colour, box = (COLOURS[thing["colour"]],
-        [thing.box[0], thing.box[1], thing.box[2] - 1, thing.box[3] - 1])
-    third = h / 3
-    if thing["shape"] == "circle":
-        draw.ellipse(box, fill=colour)
-    elif thing["shape"] == "ring":
-        draw.ellipse(box, outline=colour, width=max(3, h // 3))
-    elif thing["shape"] == "square":
-        draw.rectangle(box, fill=colour)
-    elif thing["shape"] == "triangle":
-        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], fill=colour)
-    elif thing["shape"] == "cross":
-        draw.rectangle([x - third, y - h, x + third, y + h - 1], fill=colour)
-        draw.rectangle([x - h, y - third, x + h - 1, y + third], fill=colour)
-    else:  # star: ten points, far and near in turn
-        draw.polygon(
-            [(x + r * math.sin(k * math.pi / 5), y - r * math.cos(k * math.pi / 5))
-                for k in range(10) for r in [h if k % 2 == 0 else 0.42 * h]],
-            fill=colour,
-        )
-
-
-# --- 7. Pretraining -------------------------------------------------------------------------------
-
-IGNORE = -100  # label of a word piece that is not predicted (torch's cross entropy skips it)
-MISMATCH, MATCH = (0,
-    1)  # itm_labels. ViLBERT and VOLTA have it the other way round: here 1 means match.
+    image = store[row]
+    return dict(region_features=image["features"],
+        region_boxes=normalise_boxes(image["boxes"], image["size"]))
 
 
 class PretrainingDataset(torch.utils.data.Dataset):
     """Image-caption pairs, masked and half of them mismatched. ASSUMPTION A7.
 
     store: a FeatureStore. captions: list of (image id, text). Captions that are empty or whose
-    image is not in the store are left out and counted in `.skipped`; none left raises BadInput.
-    mismatch: share of pairs whose caption is exchanged for another image's. masking=False shows
-    words and regions whole, for measuring how well pairs are matched.
+    image is not in the store are left out and counted in `.skipped`; BadInput if fewer than two
+    images are left. mismatch: share of pairs whose caption is exchanged for another image's.
+    masking=False shows words and regions whole, to measure how well pairs are matched. blind=True
+    shows no region: a model trained so knows what words alone give away.
+
+    .rows (N,) and .texts: store row and caption of every pair that is kept.
     """
 
-    def __init__(
-            self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5, masking=True):
-        self.store, self.tokenizer, self.max_tokens = store, tokenizer, max_tokens
-        self.seed, self.mismatch, self.masking = seed, mismatch, masking
-        rows = [store.row(image_id) for image_id, _ in captions]
-        kept = [(r, t) for r, (_, t) in zip(rows, captions) if r is not None and t.strip()]
-        self.skipped = {"without features": sum(row is None for row in rows),
-            "without words": sum(not text.strip() for _, text in captions)}
-        if len({row for row, _ in kept}) < 2:
-            raise BadInput(
-                f"{store.folder}: of {len(captions)} captions, {self.skipped['without features']} "
-                f"name an image that is not in this store and {self.skipped['without words']} are "
-                "empty; captions of at least two images are needed")
-        self.rows = np.array([row for row, _ in kept])
-        self.texts = [text for _, text in kept]
+    def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
+            masking=True, blind=False):
+        self.store, self.tokenizer, self.max_tokens, self.seed = store, tokenizer, max_tokens, seed
+        self.rate, self.blind = (0.15 if masking else 0.0), blind
+        self.mismatch = 0.0 if blind else mismatch
+        rows = store.rows([image_id for image_id, _ in captions])
+        empty = np.array([not text.strip() for _, text in captions], dtype=bool)
+        kept = np.flatnonzero((rows >= 0) & ~empty)
+        self.rows, self.texts = rows[kept], [captions[i][1] for i in kept]
+        self.skipped = {"without features": sum(rows < 0), "without words": sum(empty)}
+        if len(np.unique(self.rows)) < 2:
+            left_out = ", ".join(f"{n} {why}" for why, n in self.skipped.items())
+            raise BadInput(f"{store.folder}: expected captions of two of its images or more; of "
+                f"{len(captions)} captions these were left out: {left_out}")
 
     def __len__(self):
         return len(self.rows)
@@ -1194,33 +790,26 @@ class PretrainingDataset(torch.utils.data.Dataset):
         """One example: a dict of numpy arrays; `collate` stacks them.
 
         key: an index, or (epoch, index): every epoch draws other masks and mismatches. The epoch
-        is in the key, so that loading processes need not be told of it.
+        travels in the key, so loading processes hold no state.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
-        text, match = self.texts[index], MATCH
+        text, row, match = self.texts[index], self.rows[index], MATCH
         if rng.random() < self.mismatch:
             text, match = self.texts[self._other_image(index, rng)], MISMATCH
-        row, ids = self.rows[index], self.tokenizer.encode(text, self.max_tokens)
-        record = self.store[row]
-        features = record["features"].copy()
-        rate = 0.15 if self.masking else 0.0
-        input_ids, mlm_labels = mask_tokens(ids, self.tokenizer, rng, rate)
-        mrc_mask = choose(len(record["boxes"]), rng, rate)
-        features[mrc_mask] = 0
-        return dict(
-            input_ids=input_ids,
-            mlm_labels=mlm_labels,
-            region_features=features,
-            region_boxes=normalise_boxes(record["boxes"], record["size"]),
-            mrc_mask=mrc_mask,
-            mrc_targets=self.store.class_probs(row, mrc_mask),  # (K, C) or None
-            itm_labels=match,
-        )
+        ids = self.tokenizer.encode(text, self.max_tokens)
+        input_ids, mlm_labels = mask_tokens(ids, self.tokenizer, rng, self.rate)
+        regions = region_inputs(self.store, None if self.blind else row)
+        hidden = choose(len(regions["region_boxes"]), rng, self.rate)
+        predicted = hidden & bool(self.store.num_region_classes)
+        if match == MISMATCH:  # words and regions stay hidden: masks must not give the answer away
+            mlm_labels[:], predicted = IGNORE, hidden & False
+        targets = None if self.blind else self.store.class_probs(row, predicted)  # (k, C)
+        return dict(regions, input_ids=input_ids, mlm_labels=mlm_labels, region_hidden=hidden,
+            mrc_mask=predicted, mrc_targets=targets, itm_labels=match)
 
     def _other_image(self, index, rng):
-        # Any caption of the corpus but those of this image: drawn again until it fits, seldom more
-        # than once.
+        # Any caption of the corpus but those of this image, drawn again until it fits.
         while True:
             other = int(rng.integers(len(self)))
             if self.rows[other] != self.rows[index]:
@@ -1228,8 +817,9 @@ class PretrainingDataset(torch.utils.data.Dataset):
 
 
 def choose(n, rng, rate):
-    """(n,) bool, each True with probability `rate`, and at least one unless rate is 0: an example
-    without a target would teach nothing.
+    """(n,) bool, each True with probability `rate`; at least one is, unless rate is 0.
+
+    An example without a target would teach nothing.
     """
     chosen = rng.random(n) < rate
     if n and rate and not chosen.any():
@@ -1240,85 +830,492 @@ def choose(n, rng, rate):
 def mask_tokens(ids, tokenizer, rng, rate=0.15):
     """BERT's masking of one sentence: (input_ids, mlm_labels), int64 arrays of the length of ids.
 
-    `rate` of the pieces are to be predicted. Of these 80% are shown as [MASK], 10% as a random
-    piece and 10% as themselves: at finetuning there is no [MASK], so the states of ordinary pieces
-    must be good too. [CLS] and [SEP] are neither masked nor drawn as a random piece.
+    `rate` of the pieces are predicted. Of these 80% are shown as [MASK], 10% as a random piece and
+    10% as themselves: at finetuning there is no [MASK], so the states of ordinary pieces must be
+    good too. [CLS] and [SEP] are neither masked nor drawn as a random piece.
     """
-    ids = np.array(ids)
-    shown, labels = ids.copy(), np.full(len(ids), IGNORE)
-    places = 1 + np.flatnonzero(choose(len(ids) - 2, rng, rate))  # between [CLS] and [SEP]
-    labels[places] = ids[places]
-    for place in places:
-        draw = rng.random()
+    shown, labels = np.array(ids), np.full(len(ids), IGNORE)
+    for place in 1 + np.flatnonzero(choose(len(ids) - 2, rng, rate)):  # between [CLS] and [SEP]
+        labels[place], draw = ids[place], rng.random()
         if draw < 0.8:
             shown[place] = tokenizer.mask_id
         elif draw < 0.9:
-            shown[place] = _random_piece(tokenizer, rng)
+            shown[place] = rng.integers(len(tokenizer))
+            while tokenizer.pieces[shown[place]] in SPECIALS:
+                shown[place] = rng.integers(len(tokenizer))
     return shown, labels
 
 
-def _random_piece(tokenizer, rng):
-    while True:
-        piece = int(rng.integers(len(tokenizer)))
-        if tokenizer.pieces[piece] not in SPECIALS:
-            return piece
-
-
 def pad(arrays, value=0):
-    """Stack arrays that differ in length: (B, longest, ...) filled up with `value`. As a torch
-    tensor.
+    """Stack arrays that differ in length: a tensor (B, longest, ...), filled up with `value`.
+
+    The longest counts as at least 1: attention over no place at all would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
-    out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-    if value:  # zeros come from the system for nothing, where they are overwritten at once
-        out += value
+    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
     for row, array in zip(out, arrays):
         row[: len(array)] = array
     return torch.from_numpy(out)
 
 
-def lengths_to_mask(arrays):
-    """(B, longest) int64: 1 = real, 0 = padding."""
-    return pad([np.ones(len(a), dtype=np.int64) for a in arrays])
-
-
 def model_inputs(examples):
-    """What the encoder reads, padded to the longest of these examples: input_ids, text_mask (B, T);
-    region_features (B, R, F), region_boxes (B, R, 5), region_mask (B, R).
+    """What the encoder reads, padded to the longest of these examples and no further.
 
-    An example may have no region at all; a batch has at least one place for one.
+    input_ids, text_mask (B, T); region_features (B, R, F), region_boxes (B, R, 5), region_mask
+    (B, R). Masks are int64, 1 = real. The words are padded with 0, the id of [PAD] in BERT's
+    vocabularies, and the regions with zeros.
     """
-    ids, features, boxes = (
-        [e[name] for e in examples] for name in ("input_ids", "region_features", "region_boxes"))
-    return dict(
-        input_ids=pad(ids),  # [PAD] is id 0 in every BERT vocabulary
-        text_mask=lengths_to_mask(ids),
-        region_features=pad(features),
-        region_boxes=pad(boxes),
-        region_mask=lengths_to_mask(boxes),
-    )
+    inputs = {}
+    for mask, *names in (("text_mask", "input_ids"),
+            ("region_mask", "region_boxes", "region_features")):
+        for name in names:
+            inputs[name] = pad([example[name] for example in examples])
+        inputs[mask] = pad([np.ones(len(example[names[0]]), np.int64) for example in examples])
+    return inputs
 
 
 def collate(examples):
-    """A batch from examples of PretrainingDataset, padded to the longest of this batch, no further.
+    """A batch from examples of PretrainingDataset: what model_inputs gives, and
 
-    input_ids, text_mask, mlm_labels (B, T); region_features (B, R, F), region_boxes (B, R, 5),
-    region_mask (B, R) 1 = real, mrc_mask (B, R) bool True = masked; mrc_targets (K, C), the class
-    distributions of the K masked regions in the order of mrc_mask.nonzero(), or None; itm_labels
-    (B,).
+    region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_labels
+    (B, T), IGNORE where nothing is predicted; mrc_mask (B, R) bool, True = predict this region's
+    class; mrc_targets (K, C), the class distributions of the K True places in row order, or None
+    where the store has none; itm_labels (B,), MATCH or MISMATCH.
     """
-    columns = {name: [e[name] for e in examples] for name in examples[0]}
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
     targets = columns["mrc_targets"]
     return dict(
         **model_inputs(examples),
+        region_hidden=pad(columns["region_hidden"], False),
         mlm_labels=pad(columns["mlm_labels"], IGNORE),
         mrc_mask=pad(columns["mrc_mask"], False),
         mrc_targets=None if targets[0] is None else torch.from_numpy(np.concatenate(targets)),
-        itm_labels=torch.tensor(columns["itm_labels"]),
-    )
+        itm_labels=torch.tensor(columns["itm_labels"]))
+
+
+# --- 5. Captions ----------------------------------------------------------------------------------
+#
+# Captions as they are published. The forms are told apart by what is in a file, not by its name:
+#
+#     Conceptual Captions   a very typical bus station <TAB> http://lh6.ggpht.com/-IvRtNLNcG8o/...
+#     CC12M                 the same two columns the other way round
+#     own data              dog_1 <TAB> a dog on a sofa               (image id, caption)
+#     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
+#     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
+#                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
+#     img2dataset           a folder: 00000/000000012.jpg with 00000/000000012.txt beside it
+#
+# A picture in the TSV of Conceptual Captions has no id but its link: its id is crc32(link), as in
+# VOLTA's files. Of 3.3 million links about 1,300 pairs share one; a store holds the first picture.
+
+
+def read_captions(path, split=None):
+    """(image id, caption) pairs of a caption file or folder, in its order.
+
+    split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
+    A file without splits is all "train". Raises BadInput near the first problem.
+    """
+    _, records = open_captions(path)
+    return [(image_id, text) for image_id, text, s in records if split in (None, s)]
+
+
+def open_captions(path):
+    """(name of the form, iterator of (image id, caption, split)) of a caption file or folder."""
+    path = Path(path)
+    if path.is_dir():
+        return "img2dataset", _folder_captions(path)
+    with reading(path, "a caption file"), open_text(path) as file:
+        start = file.read(4096).lstrip()
+    if start.startswith(("{", "[")):
+        content = read_json(path)
+        for key, form in (("annotations", "COCO captions"), ("images", "Karpathy's splits")):
+            if key in content:
+                return form, _json_captions(path, content[key], form)
+        raise BadInput(f"{path}: expected the key 'annotations' (COCO captions) or 'images' "
+            f"(Karpathy's splits), found {', '.join(map(repr, [*content][:5]))[:80] or 'none'}")
+    links = [cell.startswith("http") for cell in start.split("\n")[0].split("\t")]
+    form = "Conceptual Captions" if links[-1] else "CC12M" if links[0] else "image id, caption"
+    return form, _tsv_captions(path, form)
+
+
+def _folder_captions(folder):
+    for path in sorted(folder.rglob("*.txt")):
+        with reading(path, "a caption"):
+            yield canonical_id(path.name), path.read_text(encoding="utf-8").strip(), "train"
+
+
+def _json_captions(path, records, form):
+    with reading(path, form) as at:
+        for at.entry, record in enumerate(records):
+            if form == "COCO captions":
+                yield canonical_id(record["image_id"]), "" + record["caption"], "train"
+                continue
+            split = "train" if record["split"] == "restval" else record["split"]
+            image_id = canonical_id(record.get("cocoid", record["filename"]))
+            for sentence in record["sentences"]:
+                yield image_id, "" + sentence["raw"], split  # "" +: a caption that is no text fails
+
+
+def _tsv_captions(path, form):
+    what = f"a caption file of two columns ({form})"
+    with reading(path, what, "line") as at, open_text(path) as file:
+        for at.entry, line in enumerate(file, 1):
+            image_id, text = line.rstrip("\r\n").split("\t")
+            if form == "Conceptual Captions":
+                image_id, text = text, image_id
+            if form == "image id, caption":
+                yield canonical_id(image_id), text, "train"
+            else:
+                yield str(zlib.crc32(image_id.encode())), text, "train"
+
+
+# --- 6. Published features ------------------------------------------------------------------------
+#
+# The "bottom-up attention" files that most papers of the field used: a TSV without a header, one
+# image per line, arrays as base64 of little-endian numbers. Three forms are in circulation. Their
+# number of columns tells them apart, and it also says whether width or height comes first:
+#
+#     6    Anderson et al.   image_id, image_w, image_h, num_boxes, boxes, features
+#     10   LXMERT            img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf,
+#                            num_boxes, boxes, features
+#     13   VOLTA             the ten, then cls_prob, attrs, classes
+#
+# Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
+# (n, 1601), background first. Only the last form has distributions: masked region classification
+# needs them, and training does without it where a store has none. LXMERT's objects_id is int64 and
+# counts the classes without the background, so 1 is added.
+
+TSV_COLUMNS = {6: "id w h n boxes features".split(),
+    10: "id h w objects confidences _ _ n boxes features".split(),
+    13: "id h w _ _ _ _ n boxes features class_probs _ _".split()}
+
+
+def import_features(paths, folder, detector="vg", classes=None):
+    """Write a feature store from published TSV files; one that was interrupted goes on.
+
+    classes: a file with a class name per line, without background, or None. Two passes with one
+    line in memory at a time: the first counts, the second writes. A broken line ends the import; an
+    image whose numbers no run could use is left out, with the reason in failed.txt. Returns the
+    FeatureStore.
+    """
+    row_of, most = {}, 0
+    for image_id, record in read_tsv(paths, "counting"):
+        row_of.setdefault(image_id, len(row_of))
+        most = max(most, len(record["boxes"]))
+    if not most:
+        raise BadInput(f"{paths[0]}: no image with a region")
+    names = ["background", *read_class_names(classes)] if classes else []
+    num_classes = np.shape(record.get("class_probs", [[]]))[1]  # all lines are alike
+    if names and num_classes not in (0, len(names)):
+        raise BadInput(f"{folder}: {len(names) - 1} class names, but the features have "
+            f"{num_classes - 1} classes besides the background")
+    writer = FeatureStore.create(folder, row_of, most, record["features"].shape[1], num_classes,
+        names, detector, objects="objects" in record, dtype="float16",
+        box_format="x1 y1 x2 y2, pixels", source=[Path(p).name for p in paths])
+    pending = set(writer.pending())
+    for image_id, record in read_tsv(paths, "importing"):
+        row = row_of.pop(image_id, None)  # None: the image came before, and its first line counts
+        if row in pending:
+            try:
+                writer.write(row, **record)
+            except BadInput as error:
+                writer.fail(row, str(error))
+    store = writer.finish()
+    if failed := int((store.counts == 0).sum()):
+        print(f"{folder}: {failed:,} of {len(store):,} images left out: see {folder}/failed.txt")
+    return store
+
+
+def read_tsv(paths, doing):
+    """Yield (image id, what StoreWriter.write takes) line by line, with a bar that says `doing`."""
+    expected = None
+    for path in paths:
+        what = "a feature TSV of 6, 10 or 13 columns"
+        with reading(path, what, "line") as at, open_text(path) as file:
+            lines = tqdm(file, f"{doing} {Path(path).name}", leave=False, disable=None)
+            for at.entry, line in enumerate(lines, 1):
+                cells = line.rstrip("\r\n").split("\t")
+                image_id, record = tsv_record(dict(zip(TSV_COLUMNS[len(cells)], cells)))
+                found = {name: np.shape(value)[1:] for name, value in record.items()}
+                expected = expected or found
+                if found != expected:
+                    raise ValueError(f"numbers per region are {found}, before it was {expected}")
+                yield image_id, record
+
+
+def tsv_record(cells):
+    """(image id, the values by name) of a line's cells by name. Raises ValueError."""
+    cells.pop("_", None)
+    image_id, n = canonical_id(cells.pop("id")), int(cells.pop("n"))
+    record = dict(size=(int(cells.pop("w")), int(cells.pop("h"))))
+    for name, text in cells.items():
+        text = text.removeprefix("b'").removesuffix("'")  # as Python 3 wrote some files
+        numbers = np.frombuffer(base64.b64decode(text, validate=True),
+            "<i8" if name == "objects" else "<f4")
+        record[name] = numbers.reshape(n, 4 if name == "boxes" else -1)
+    if "objects" in record:
+        record["objects"] = record["objects"][:, 0] + 1
+        record["confidences"] = record["confidences"][:, 0]
+    if not np.allclose(record.get("class_probs", np.ones((n, 1))).sum(axis=1), 1, atol=0.02):
+        raise ValueError("cls_prob of a region does not add up to 1")
+    return image_id, record
+
+
+def read_class_names(path):
+    """Names from a file with one per line, such as Visual Genome's objects_vocab.txt."""
+    with reading(path, "a list of class names"), open_text(path) as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+# --- 7. The toy world -----------------------------------------------------------------------------
+#
+# A scene is a number. From it follow the things, the picture, the captions, the questions and the
+# referring expressions. So a data set is a range of numbers, and held-out scenes are another range.
+# Each use draws from a stream of its own: more captions do not change the picture. Every statement
+# about a scene is computed from its things, so its truth needs no annotator.
+
+COLOURS = {"red": (215, 45, 45), "green": (45, 165, 60), "blue": (50, 85, 220),
+    "yellow": (235, 215, 50), "purple": (150, 60, 185), "orange": (240, 140, 30),
+    "white": (245, 245, 245), "black": (20, 20, 20)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": (7, 9), "large": (14, 18)}  # half the width, in pixels: from, to
+TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
+SCENE_PIXELS = 128
+TRAIN_SCENES = 0  # the number of the first training scene
+HELD_OUT_SCENES = 1_000_000  # and of the first held-out one: the ranges never meet
+# Axis (0: x, to the right; 1: y, downwards), sign of the difference along it, and the opposite.
+RELATIONS = {"left of": (0, -1, "right of"), "right of": (0, 1, "left of"),
+    "above": (1, -1, "below"), "below": (1, 1, "above")}
+
+
+@dataclass
+class Thing:
+    """One object of a scene: three words, its centre and half its width in pixels."""
+
+    size: str
+    colour: str
+    shape: str
+    centre: tuple = (0, 0)
+    half: int = 0
+
+    @property
+    def box(self):
+        """x1, y1, x2, y2 in pixels."""
+        x, y = self.centre
+        return (x - self.half, y - self.half, x + self.half, y + self.half)
+
+    @property
+    def place(self):
+        """Where in the picture it is, by the axis along which it is farther from the middle."""
+        x, y = (c - SCENE_PIXELS // 2 for c in self.centre)
+        if max(abs(x), abs(y)) < 16:
+            return "in the middle"
+        if abs(x) > abs(y):
+            return "on the left" if x < 0 else "on the right"
+        return "at the top" if y < 0 else "at the bottom"
+
+    def named(self, *words):
+        """'small red star' for named('size', 'colour', 'shape'); an unnamed shape is a 'thing'."""
+        name = " ".join(getattr(self, word) for word in words)
+        return name if "shape" in words else f"{name} thing"
+
+    def is_clearly(self, relation, other, margin=8):
+        """True if this centre lies more than `margin` pixels on that side of the other's."""
+        axis, sign, _ = RELATIONS[relation]
+        return sign * (self.centre[axis] - other.centre[axis]) > margin
+
+    def true_relations(self, other):
+        """Never empty: things do not touch, so along one axis centres differ by over 16 pixels."""
+        return [relation for relation in RELATIONS if self.is_clearly(relation, other)]
+
+
+class Scene:
+    """Scene number `number`: 2 to 6 things that do not touch, all of it following from the number.
+
+    things: list of Thing. .draw() -> PIL image; .captions(n), .questions(n), .expressions(n).
+    """
+
+    def __init__(self, number):
+        self.number, self.things = number, []
+        rng = self._rng(0)
+        wanted = rng.integers(2, 7)
+        while len(self.things) < wanted:
+            thing = self._new_thing(rng)
+            self.things = [*self.things, thing] if thing else []  # no room left: begin again
+
+    def _rng(self, stream):
+        return np.random.default_rng([self.number, stream])
+
+    def _new_thing(self, rng):
+        thing = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
+        # Half of the things share their colour or shape with another one. Otherwise a model could
+        # match 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind.
+        if self.things and rng.random() < 0.5:
+            same = _pick(rng, ("colour", "shape"))
+            setattr(thing, same, getattr(_pick(rng, self.things), same))
+        low, high = SIZES[thing.size]
+        for _ in range(30):
+            thing.half = int(rng.integers(low, high + 1))
+            free = thing.half + 2
+            x, y = thing.centre = tuple(rng.integers(free, SCENE_PIXELS - free, size=2).tolist())
+            if all(max(abs(x - t.centre[0]), abs(y - t.centre[1])) > free + t.half
+                    for t in self.things):
+                return thing
+
+    def draw(self, scale=1):
+        """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
+
+        Detectors and models see scale 1. A larger one is for people, who take a circle of 14 pixels
+        for a square.
+        """
+        noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
+        image = Image.fromarray(np.kron(noise, np.ones((scale, scale), np.uint8))).convert("RGB")
+        for thing in self.things:
+            _draw_shape(ImageDraw.Draw(image), thing, scale)
+        return image
+
+    def where(self, **words):
+        """The things with all of these words: where(colour='red', shape='star')."""
+        return [t for t in self.things if all(getattr(t, k) == w for k, w in words.items())]
+
+    def _unique(self, *words):
+        # {name: thing} of the names, made of these words, that mean one thing without doubt.
+        names = [thing.named(*words) for thing in self.things]
+        return {n: thing for n, thing in zip(names, self.things) if names.count(n) == 1}
+
+    def captions(self, n=4):
+        """n sentences that are true of this picture and of few others."""
+        rng = self._rng(2)
+        return [self._caption(rng) for _ in range(n)]
+
+    def _caption(self, rng):
+        # Three things where there are three: 2 % of the captions are then true of another one of
+        # 100 scenes. With two things it would be 8 %.
+        things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
+        first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
+        # Half of the captions say where two of the things are, the others how two lie to each
+        # other. Where one thing is can be read from one region; a model that reads places learns
+        # later to compare them. From comparisons alone none learned anything about places.
+        if rng.random() < 0.5:
+            parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
+        else:
+            parts = [f"{first} {_pick(rng, things[0].true_relations(things[1]))} {second}"]
+        return " and ".join(parts + rest)
+
+    def questions(self, n=5):
+        """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
+
+        Kinds take turns, and a kind that this scene has no fair question for is left out. Yes and
+        no are equally frequent by construction, and 'what ...' questions have one answer in the
+        picture. Numbers are digits, as VQA's evaluation writes them.
+        """
+        rng, found = self._rng(3), []
+        for turn in range(self.number, self.number + n):
+            kind = ("colour", "shape", "count", "existence", "relation")[turn % 5]
+            if question := getattr(self, f"_ask_{kind}")(rng):
+                found.append((*question, kind))
+        return found
+
+    def _ask_colour(self, rng, asked="colour", given="shape"):
+        if unique := self._unique("size", given):
+            name, thing = _pick(rng, unique.items())
+            return f"what {asked} is the {name} ?", getattr(thing, asked)
+
+    def _ask_shape(self, rng):
+        return self._ask_colour(rng, asked="shape", given="colour")
+
+    def _ask_count(self, rng):
+        # All things, or those of a size, colour or shape that is there: the answers are 1 to 6.
+        key = _pick(rng, ("all", "size", "colour", "shape"))
+        if key == "all":
+            return "how many things are there ?", str(len(self.things))
+        word = getattr(_pick(rng, self.things), key)
+        name = f"{word} things" if key != "shape" else "crosses" if word == "cross" else f"{word}s"
+        return f"how many {name} are there ?", str(len(self.where(**{key: word})))
+
+    def _ask_existence(self, rng):
+        # A 'no' names a colour and a shape that are both in the picture, on different things: only
+        # seeing how they go together answers it.
+        names = [thing.named("colour", "shape") for thing in self.things]
+        if rng.random() < 0.5:
+            return f"is there a {_pick(rng, names)} ?", "yes"
+        mixed = (f"{a.colour} {b.shape}" for a in self.things for b in self.things)
+        if absent := _pick(rng, [name for name in mixed if name not in names]):
+            return f"is there a {absent} ?", "no"
+
+    def _ask_relation(self, rng):
+        # Two forms, as in GQA: find a thing by its place, or say whether a relation holds. The
+        # first is the way to the second, which gives no partial credit: half of what it takes
+        # answers it no better than chance.
+        if rng.random() < 0.5:
+            if found := self._refer_by_relation(rng):
+                return f"what colour is {found[0]} ?", self.things[found[1]].colour
+            return None
+        unique = list(self._unique("colour", "shape").items())
+        if len(unique) > 1:
+            (name, a), (other, b) = (unique[i] for i in rng.permutation(len(unique))[:2])
+            relation = _pick(rng, a.true_relations(b))
+            asked, answer = _pick(rng, ((relation, "yes"), (RELATIONS[relation][2], "no")))
+            return f"is the {name} {asked} the {other} ?", answer
+
+    def expressions(self, n=3):
+        """Up to n different (expression, index of the thing, type); each means one thing.
+
+        type is attribute, or relation: then its attributes alone fit two things or more.
+        """
+        rng, refer = self._rng(4), (self._refer_by_attribute, self._refer_by_relation)
+        found = [refer[turn % 2](rng) for turn in range(self.number, self.number + n)]
+        return list(dict.fromkeys(filter(None, found)))
+
+    def _refer_by_attribute(self, rng):
+        # By as few words as mean this thing alone; two that are alike in all three have no name.
+        index = int(rng.integers(len(self.things)))
+        for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
+            name = self.things[index].named(*words)
+            if name in self._unique(*words):
+                return f"the {name}", index, "attribute"
+
+    def _refer_by_relation(self, rng):
+        # 'the star left of the red ring': of several stars only this one is, even by a pixel.
+        fits = []
+        for index, thing in enumerate(self.things):
+            alike = self.where(shape=thing.shape)
+            for name, mark in self._unique("colour", "shape").items():
+                if len(alike) > 1 and mark not in alike:
+                    fits += [(f"the {thing.shape} {relation} the {name}", index, "relation")
+                        for relation in thing.true_relations(mark)
+                        if [t for t in alike if t.is_clearly(relation, mark, 0)] == [thing]]
+        return _pick(rng, fits)
+
+
+def _pick(rng, options):
+    # None of none, and then nothing is drawn.
+    options = list(options)
+    return options[rng.integers(len(options))] if options else None
+
+
+def _draw_shape(draw, thing, scale):
+    x, y, h = (scale * value for value in (*thing.centre, thing.half))
+    colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
+    if thing.shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif thing.shape == "ring":
+        draw.ellipse(box, outline=colour, width=max(3 * scale, h // 3))
+    elif thing.shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif thing.shape == "triangle":
+        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], fill=colour)
+    elif thing.shape == "cross":
+        draw.rectangle([x - third, y - h, x + third, y + h - 1], fill=colour)
+        draw.rectangle([x - h, y - third, x + h - 1, y + third], fill=colour)
+    else:  # star: ten points, far and near in turn, from the top clockwise
+        polar = [(h if k % 2 == 0 else 0.42 * h, k * math.pi / 5) for k in range(10)]
+        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], fill=colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
+#
+# `check` reads all of what a run would read, and says in a minute what a run would find in hours.
 
 
 def check(paths):
@@ -1326,7 +1323,7 @@ def check(paths):
     stores, captions, good = [], {}, True
     for path in map(Path, paths):
         try:
-            if path.is_dir():
+            if (path / "store.json").exists():
                 stores.append(check_store(path))
             elif path.suffix == ".txt":
                 print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
@@ -1337,80 +1334,55 @@ def check(paths):
             good = False
     for path, ids in captions.items():
         for store in stores:
-            found = sum(store.row(i) is not None for i in ids)
+            found = int((store.rows(ids) >= 0).sum())
             print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
-            good &= found > 1
+            good = good and found > 1
     return good
 
 
 def check_store(folder):
     """Print what a store is and read all of it once. Raises BadInput at the first problem."""
     store = FeatureStore(folder)
-    failed = int((store.counts == 0).sum())
-    size = sum(array.nbytes for array in store.arrays.values())
-    print(f"{folder}: a feature store of {len(store):,} images ({failed:,} failed), up to "
-          f"{store.num_regions} regions of {store.feature_size}, {size / 1e9:.2f} GB")
+    megabytes = sum(array.nbytes for array in store.arrays.values()) / 1e6
+    print(f"{folder}: a feature store of {len(store):,} images ({(store.counts == 0).sum():,} "
+        f"failed), up to {store.num_regions} regions of {store.feature_size}, {megabytes:.3g} MB")
     for key, value in store.meta.items():
-        if isinstance(value, list):
-            more = f", ... ({len(value):,})" if len(value) > 5 else ""
-            value = ", ".join(map(str, value[:5])) + more
-        print(f"    {key}: {value}")
-    for row in tqdm(np.flatnonzero(store.counts > 0), desc="reading", leave=False, disable=None):
+        print(f"    {key}: {str(value)[:90]}")
+    for row in tqdm(np.flatnonzero(store.counts > 0), "reading", leave=False, disable=None):
         store.check(row)
     return store
 
 
 def check_captions(path):
     """Print what a caption file is; its image ids."""
-    kind, records = open_captions(path)
-    splits, ids, empty, example = Counter(), {}, 0, ""
-    for image_id, text, split in records:
-        splits[split] += 1
-        ids[image_id] = None
-        empty += not text.strip()
-        example = example or text
-    if not ids:
-        raise BadInput(f"{path}: {kind} without a caption")
-    counts = ", ".join(f"{n:,} {split}" for split, n in splits.items())
-    print(f"{path}: {kind}: {splits.total():,} captions ({counts}; {empty} empty) of {len(ids):,} "
-          f"images, the first: {example[:60]!r}")
-    return list(ids)
+    form, records = open_captions(path)
+    records = list(records)
+    if not records:
+        raise BadInput(f"{path}: {form} without a caption")
+    ids, texts, splits = zip(*records)
+    print(f"{path}: {form}: {len(texts):,} captions, {sum(not t.strip() for t in texts)} of them "
+        f"empty, of {len(set(ids)):,} images; splits {dict(Counter(splits))}; the first: "
+        f"{texts[0][:60]!r}")
+    return set(ids)
 
 
 def main(argv=None):
-    """python data.py check | vocab | import"""
+    """python data.py check | import"""
     parser = argparse.ArgumentParser(description="Look at data before a run does.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("check", help="say what files and stores are, and whether they fit")
     p.add_argument("paths", nargs="+", help="feature stores, caption files, vocabularies (.txt)")
-    p = commands.add_parser("vocab", help="build a vocabulary from captions")
-    p.add_argument("captions", nargs="+", help="caption files")
-    p.add_argument("-o", "--out", required=True, help="the vocabulary to write, e.g. vocab.txt")
-    p.add_argument("--size", type=int, default=30522, help="most pieces (default: BERT's 30522)")
     p = commands.add_parser("import", help="make a feature store of published TSV files")
-    p.add_argument("files", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
-    p.add_argument("-o", "--out", required=True, help="the store to write")
+    p.add_argument("paths", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
+    p.add_argument("-o", "--out", type=folder_to_write, required=True, help="the store to write")
     p.add_argument("--detector", default="vg", help="its name in the store (default: vg)")
-    p.add_argument("--background", choices=["first", "last", "none"], default="first",
-        help="where class distributions have the background (default: first, as VOLTA)")
-    p.add_argument("--classes", help="class names, one a line, without background")
+    p.add_argument("--classes", help="class names, one per line, without background")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "check":
-            sys.exit(0 if check(args.paths) else 1)
-        elif args.command == "import":
-            import_features(args.files, args.out, args.detector, args.background, args.classes)
-            check_store(args.out)
-        else:
-            texts = (text for path in args.captions for _, text in read_captions(path))
-            pieces = build_vocab(texts, args.size)
-            write_whole(args.out, lambda f: f.writelines(p + "\n" for p in pieces))
-            print(f"{args.out}: {len(pieces)} word pieces")
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    if args.command == "import":
+        import_features(args.paths, args.out, args.detector, args.classes)
+        args.paths = [args.out]
+    sys.exit(0 if check(args.paths) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,11 @@
-"""extract_features.py: from pictures to a feature store
+r"""extract_features.py: from pictures to a feature store
 ======================================================
 
 Where this stands
+
+    extract_features.py --writes--> feature store --read by--> data.py --batches--> train.py
+
+A detector proposes boxes, looks into each of them, and the best ones are kept:
 
     picture (3, H, W) --backbone--> map (c, H/s, W/s) --RPN--> proposals (P, 4)
                                         |                          |
@@ -13,134 +17,127 @@ Where this stands
                                                     |  keep the R best
         feature store: boxes (R, 4), features (R, F) of every picture; the linear layer once
 
-    P proposals, R regions kept, F region feature, C region classes (background is class 0)
+Letters: H, W height and width of a picture, s stride and c channels of the map, P proposals, R
+regions kept, F region feature, C region classes (background is class 0), B pictures of a batch.
 
 Switch-BERT reads pictures as *regions*: boxes that a detector found, each with the mean of the
 detector's features inside it. The paper uses 36 regions of a Faster R-CNN with a ResNet-101 that
-was trained on Visual Genome [supp. 2]. Its published weights run here, in torchvision:
+was trained on Visual Genome [supp. 2]. Its published weights run here, in torchvision.
 
-    python extract_features.py images/ -o data/features --detector vg --weights pytorch_model.bin
-    python extract_features.py dataset_flickr30k.json -o data/features --weights pytorch_model.bin
-    python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
-    python extract_features.py show data/features images/391895.jpg -o regions.png
-
-    data/features: 6 of 6 pictures, 36 regions of 2048: up to 0.01 GB to write
-    data/features: 6 pictures extracted, 0 failed
-
-IMAGES is a folder, a picture, a text file with a path a line (and behind a tab an id), or a JSON
-file of COCO or of Karpathy's splits. Whatever ends it, the same command goes on where it stopped.
-
-Map of the file
+Map of the file (* = read these first)
 
     1. Detectors             build_detector: "vg", "coco", "toy", and their weights
-    2. Visual Genome         Anderson's Faster R-CNN out of torchvision's parts
-    3. The toy detector      a small one, and its training on drawn scenes from scratch
-    4. Regions               which boxes of a picture are kept, and what is stored of them
+    2. Visual Genome         Anderson's Faster R-CNN, made of torchvision's parts
+    3. Toy detector          a small one, and its training on drawn scenes from scratch
+    4. Regions             * which boxes of a picture are kept, and what is stored of them
     5. Pictures and boxes    what to extract: files, lists, published splits, given boxes
-    6. Extraction            a store from pictures, by one process or several
-    7. A store of scenes     what `train.py` calls when there is no other data
-    8. Command line          extract, show
+    6. Extraction          * one loop fills a store, from pictures or from scenes
+    7. Command line          extract, show
+
+    $ python extract_features.py images/ -o data/features --weights pytorch_model.bin
+    data/features: 6 of 6 pictures to extract, at most 14.01 MB
+    data/features: 6 of 6 pictures extracted
+
+    $ python extract_features.py dataset_flickr30k.json -o data/features --weights ...
+    $ python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
+    $ python extract_features.py show data/features images/391895.jpg -o regions.png
+
+IMAGES is a folder, a picture, a text file with a path per line (and perhaps a tab and an id), or a
+JSON file of COCO or of Karpathy's splits. However an extraction ends, the same command goes on.
 
 Departures from the paper: A13 (which regions are the best 36), D1.
 
-DEVIATION D1: the toy world's detector is small and trained here; it keeps 8 regions, not 36, since
+DEVIATION D1: the toy world's detector is small and trained here. It keeps 8 regions, not 36, since
 a scene has 6 things at most.
 """
 
 import argparse
+import functools
 import hashlib
+import io
 import math
 import os
 import sys
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
+
+# Operators that Apple's GPUs lack run on the CPU. torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageFont, ImageOps
 from torch import nn
-from torchvision.models import resnet101
-from torchvision.models.detection import (FasterRCNN, FasterRCNN_ResNet50_FPN_V2_Weights,
-    fasterrcnn_resnet50_fpn_v2)
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.resnet import BasicBlock
+from torchvision.models import detection, resnet
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou, roi_pool
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from data import (HELD_OUT_SCENES, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    canonical_id, expecting, open_text, read_class_names, read_json, write_whole)
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput,
+    FeatureStore, Scene, canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text,
+    read_class_names, read_json, reading, run, save_png, start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
+#
+# Three networks with one set of parts: transform, backbone, rpn and roi_heads, as torchvision names
+# them. Section 4 uses these parts, so that it reads all three. The table DETECTORS ends section 3.
 
 
 def build_detector(name, weights=None, classes=None):
     """A torchvision detector that `regions` can read, in evaluation mode.
 
     name: "vg" (Visual Genome, ResNet-101 C4, C = 1601, F = 2048), "coco" (torchvision's published
-    ResNet-50 FPN, C = 91, F = 1024) or "toy" (C = 49, F = 128). weights: for "vg" Hugging Face's
-    unc-nlp/frcnn-vg-finetuned, its pytorch_model.bin; for the others a state dict by torch.save.
-    Without a file "coco" downloads its own, and the others have random weights. classes: a file
-    with the 1,600 names of "vg", one a line, which its weights do not hold. Raises BadInput.
+    ResNet-50 FPN, C = 91, F = 1024) or "toy" (C = 49, F = 128). weights: for "vg" the file
+    pytorch_model.bin of Hugging Face's unc-nlp/frcnn-vg-finetuned, for the others a state dict.
+    Without a file "coco" downloads its own; the others stay random. classes: a file with one name
+    per line, without background: the weights of "vg" come without names. Raises BadInput.
 
-    What a store says of the detector is its attribute `about`.
+    The attribute `about` holds what a store records of its detector.
     """
     if name not in DETECTORS:
-        raise BadInput(f"detector {name!r}: expected " + ", ".join(DETECTORS))
+        raise BadInput(f"detector {name!r}: expected {', '.join(DETECTORS)}")
     build, names, convert = DETECTORS[name]
-    model = build(published=True) if name == "coco" and weights is None else build()
+    model = build()
     if classes:
         names = ["background", *read_class_names(classes)]
         expected = model.roi_heads.box_predictor.cls_score.out_features
         if len(names) != expected:
             raise BadInput(f"{classes}: expected {expected - 1} names, found {len(names) - 1}")
-    if weights is not None:
+    if weights:
         load_strictly(model, weights, name, convert)
-    model.confidence = 0.2 if name == "toy" else None
+    elif name == "coco":
+        with reading(COCO_WEIGHTS.url, "a file that this machine can download; fetch it elsewhere "
+                "and pass it with --weights"):
+            model.load_state_dict(COCO_WEIGHTS.get_state_dict(check_hash=True))
     model.about = dict(detector=name, class_names=list(names),
-        weights=Path(weights).name if weights else str(COCO_WEIGHTS) if name == "coco" else None,
-        weights_sha256=sha256(weights) if weights else None)
+        weights=Path(weights or "").name, weights_sha256=sha256(weights))
+    model.confidence = 0.2 if name == "toy" else None
     return model.eval()
 
 
 def load_strictly(model, path, name, convert):
-    """Load a state dict of which nothing may be missing, and nothing left over."""
-    try:
-        found = convert(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever torch's reader makes of a file that is something else
-        raise BadInput(f"{path}: not the weights of the {name} detector "
-            f"({(str(error) or repr(error)).splitlines()[0]})") from error
-    expected = model.state_dict()
-    for problem, keys in (("lacks", expected.keys() - found), ("also has", found.keys() - expected),
-            ("has other shapes of", [k for k in expected.keys() & found.keys()
-                if found[k].shape != expected[k].shape])):
-        if keys:
-            raise BadInput(f"{path}: not the weights of the {name} detector: it {problem} "
-                + ", ".join(sorted(keys)[:3]) + f" ({len(keys)} in all)")
-    model.load_state_dict(found)
+    """Load a state dict with exactly the model's keys and shapes. Raises BadInput."""
+    with reading(path, f"the weights of the {name} detector"):
+        weights = convert(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:  # it names the keys, each on a line of its own
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def sha256(path):
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """Hexadecimal SHA-256 of a file, or None where there is no file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
-COCO_WEIGHTS = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
-
-
-def _coco_detector(published=False):
-    return fasterrcnn_resnet50_fpn_v2(weights=COCO_WEIGHTS if published else None,
-        weights_backbone=None, rpn_post_nms_top_n_test=300)
+COCO_WEIGHTS = detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+# 300 proposals, as many as Visual Genome's.
+coco_detector = functools.partial(detection.fasterrcnn_resnet50_fpn_v2, weights_backbone=None,
+    rpn_post_nms_top_n_test=300)
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------------
@@ -152,7 +149,7 @@ def _coco_detector(published=False):
 #
 #     picture (3, 600, 1000)  BGR 0..255 minus its mean
 #         conv1, layer1-3 --> map (1024, 38, 63)
-#                                 |-- RPN: 12 anchors a cell --> 300 proposals
+#                                 |-- RPN: 12 anchors per cell --> 300 proposals
 #                                 +-- RoIPool --> (300, 1024, 14, 14)
 #                                                     layer4 --> (300, 2048, 14, 14)
 #                                                     mean   --> features (300, 2048)
@@ -173,18 +170,14 @@ class VGTransform(nn.Module):
     min_size, max_size = 600, 1000
 
     def forward(self, images, targets=None):
-        """(ImageList, targets); several images must come out in one size."""
-        prepared = []
-        for image in images:
-            short = min(image.shape[1:])
-            size = [self.min_size / short * side if side > short else self.min_size
-                for side in image.shape[1:]]
-            shrink = min(1, self.max_size / max(size))
-            size = [max(1, int(side * shrink + 0.5)) for side in size]
-            image = 255 * image.flip(0) - image.new_tensor(self.mean)[:, None, None]
-            prepared.append(nn.functional.interpolate(
-                image[None], size, mode="bilinear", align_corners=False)[0])
-        return ImageList(torch.stack(prepared), [p.shape[1:] for p in prepared]), targets
+        """(ImageList, targets) of pictures of one size."""
+        batch = torch.stack(images)  # (B, 3, H, W)
+        sides = torch.tensor(batch.shape[2:], dtype=torch.float64)
+        sides = self.min_size / sides.min() * sides
+        sides = (sides * min(1, self.max_size / sides.max()) + 0.5).int().clamp(min=1)
+        batch = 255 * batch.flip(1) - batch.new_tensor(self.mean)[:, None, None]
+        batch = nn.functional.interpolate(batch, sides.tolist(), mode="bilinear")
+        return detection.image_list.ImageList(batch, [batch.shape[2:]] * len(batch)), targets
 
 
 class VGAnchors(nn.Module):
@@ -201,9 +194,8 @@ class VGAnchors(nn.Module):
     def forward(self, images, maps):
         """For each image (H W 12, 4), row by row of the map."""
         y, x = (16 * torch.arange(n, device=self.cells.device) for n in maps[0].shape[-2:])
-        y, x = torch.meshgrid(y, x, indexing="ij")  # (H, W)
-        shift = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)  # (H W, 1, 4)
-        anchors = (shift + self.cells).view(-1, 4)  # (H W 12, 4)
+        shift = torch.cartesian_prod(y, x).flip(1).repeat(1, 2)  # (H W, 4): x, y, x, y
+        anchors = (shift[:, None] + self.cells).view(-1, 4)  # (H W 12, 4)
         return [anchors] * len(images.tensors)
 
 
@@ -223,51 +215,35 @@ class Res5Head(nn.Module):
     In chunks of 32 proposals: what lies between the layers would take gigabytes for all 300.
     """
 
-    chunk = 32
-
     def __init__(self, layer4):
         super().__init__()
         self.layer4 = layer4
 
     def forward(self, pooled):
         """(P, 2048)"""
-        parts = [self.layer4(part).mean(dim=(2, 3)) for part in pooled.split(self.chunk)]
-        return torch.cat(parts)
+        return torch.cat([self.layer4(part).mean(dim=(2, 3)) for part in pooled.split(32)])
 
 
-class Predictor(nn.Module):
-    """Region feature (P, F) -> class logits (P, C) and a box correction for each class (P, 4 C)."""
-
-    def __init__(self, feature_size, num_classes):
-        super().__init__()
-        self.cls_score = nn.Linear(feature_size, num_classes)
-        self.bbox_pred = nn.Linear(feature_size, 4 * num_classes)
-
-    def forward(self, x):
-        """Both, as a tuple."""
-        return self.cls_score(x), self.bbox_pred(x)
-
-
-def _vg_detector():
+def vg_detector():
+    """Visual Genome's detector with random weights: a ResNet-101 as Caffe had it, cut in two."""
     # layer4 keeps its 14 x 14: stride 1, and dilation 2 in its place.
-    net = resnet101(norm_layer=FrozenBatchNorm2d,
+    net = resnet.resnet101(norm_layer=FrozenBatchNorm2d,
         replace_stride_with_dilation=[False, False, True])
     net.layer4[0].conv2.dilation = net.layer4[0].conv2.padding = (2, 2)  # torchvision: only 1 and 2
     net.maxpool = nn.MaxPool2d(3, stride=2, padding=0, ceil_mode=True)  # Caffe's
     for layer in (net.layer2, net.layer3):  # Caffe's blocks stride in their first convolution
-        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
-    backbone = nn.Sequential(OrderedDict((name, getattr(net, name)) for name in
-        ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")))
-    head = RPNHead(1024, num_anchors=12)
+        layer[0].conv1.stride = (2, 2)
+        layer[0].conv2.stride = (1, 1)
+    backbone = nn.Sequential(OrderedDict(list(net.named_children())[:7]))  # conv1 to layer3
+    head = detection.rpn.RPNHead(512, num_anchors=12)
     head.conv = nn.Sequential(nn.Conv2d(1024, 512, 3, padding=1), nn.ReLU())
-    head.cls_logits, head.bbox_pred = nn.Conv2d(512, 12, 1), nn.Conv2d(512, 48, 1)
-    # 6,000 best anchors -> NMS .7 -> 300 proposals. What only training uses is torchvision's.
-    rpn = RegionProposalNetwork(VGAnchors(), head, 0.7, 0.3, 256, 0.5,
-        pre_nms_top_n=dict(training=12000, testing=6000),
-        post_nms_top_n=dict(training=2000, testing=300), nms_thresh=0.7)
-    roi_heads = RoIHeads(C4RoIPool(), Res5Head(net.layer4), Predictor(2048, 1601), 0.5, 0.5, 512,
-        0.25, bbox_reg_weights=None, score_thresh=0.05, nms_thresh=0.5, detections_per_img=100)
-    return GeneralizedRCNN(backbone, rpn, roi_heads, VGTransform())
+    # 6,000 best anchors -> NMS .7 -> 300 proposals. What only training, or torchvision's own choice
+    # of boxes, would use is torchvision's.
+    rpn = detection.rpn.RegionProposalNetwork(VGAnchors(), head, 0.7, 0.3, 256, 0.5,
+        pre_nms_top_n=dict(testing=6000), post_nms_top_n=dict(testing=300), nms_thresh=0.7)
+    roi_heads = detection.roi_heads.RoIHeads(C4RoIPool(), Res5Head(net.layer4),
+        FastRCNNPredictor(2048, 1601), 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
+    return detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, VGTransform())
 
 
 # Hugging Face's names -> torchvision's, replaced one after the other.
@@ -304,48 +280,40 @@ def convert_vg_weights(published):
     return converted
 
 
-# --- 3. The toy detector --------------------------------------------------------------------------
+# --- 3. Toy detector ------------------------------------------------------------------------------
+#
+# A Faster R-CNN of 300,000 weights for pictures of 128 x 128, so that the toy world needs no
+# download: it is trained on drawn scenes in half a minute, and then used as any other detector.
+
+TOY_REGIONS = 8  # R: a scene has 6 things at most, and no detector is always right
 
 
-def _block(inputs, outputs, stride):
+def residual_block(inputs, outputs):
+    """A block of ResNet-18 at stride 2."""
     shortcut = nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return BasicBlock(inputs, outputs, stride, shortcut)
+        nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+    return resnet.BasicBlock(inputs, outputs, 2, shortcut)
 
 
-class MeanPoolHead(nn.Sequential):
-    """RoI map (P, c, 7, 7) -> the region feature (P, F): one more convolution, and its mean."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(outputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def _toy_detector(feature_size=128):
-    backbone = nn.Sequential(
-        OrderedDict(stem=nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False),
-            norm=nn.BatchNorm2d(32), relu=nn.ReLU(), layer1=_block(32, 32, stride=2),
-            layer2=_block(32, 64, stride=2))
-    )  # stride 8 in all
+def toy_network():
+    """The toy detector with random weights: stride 8, anchors of 20 and 36 pixels, F = 128."""
+    backbone = nn.Sequential(OrderedDict(
+        stem=nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), norm=nn.BatchNorm2d(32),
+        relu=nn.ReLU(), layer1=residual_block(32, 32), layer2=residual_block(32, 64)))
     backbone.out_channels = 64
-    return FasterRCNN(
-        backbone,
-        rpn_anchor_generator=AnchorGenerator(sizes=((20, 36),), aspect_ratios=((1.0,),)),
-        # sampling_ratio 1: one point a bin instead of four. At 16-pixel things it loses nothing,
-        # and the backward pass of RoIAlign, 38 % of a step at ratio 2, becomes small.
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=7, sampling_ratio=1),
-        box_head=MeanPoolHead(64, feature_size),
-        box_predictor=Predictor(feature_size, len(TOY_CLASSES)),
-        min_size=SCENE_PIXELS,
-        max_size=SCENE_PIXELS,
-        rpn_nms_thresh=0.5,
-        rpn_pre_nms_top_n_train=100,
-        rpn_post_nms_top_n_train=40,
-        rpn_pre_nms_top_n_test=100,
-        rpn_post_nms_top_n_test=16,
-        rpn_batch_size_per_image=64,
-        box_batch_size_per_image=16,
-    )
+    anchors = detection.anchor_utils.AnchorGenerator(sizes=((20, 36),), aspect_ratios=((1.0,),))
+    # sampling_ratio 1: one point per bin instead of four. At 16-pixel things it loses nothing, and
+    # the backward pass of RoIAlign, 38 % of a step at ratio 2, becomes small.
+    pool = MultiScaleRoIAlign(["0"], output_size=7, sampling_ratio=1)
+    # (P, 64, 7, 7) -> (P, 128): one more convolution, and its mean.
+    box_head = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return detection.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_roi_pool=pool,
+        box_head=box_head, box_predictor=FastRCNNPredictor(128, len(TOY_CLASSES)),
+        min_size=SCENE_PIXELS, max_size=SCENE_PIXELS, rpn_nms_thresh=0.5,
+        rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=40,
+        rpn_pre_nms_top_n_test=100, rpn_post_nms_top_n_test=16,
+        rpn_batch_size_per_image=64, box_batch_size_per_image=16)
 
 
 def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0):
@@ -358,12 +326,12 @@ def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0)
     # channels_last: the order in memory that CPU convolutions want, a fifth faster here.
     model = build_detector("toy").train().to(memory_format=torch.channels_last)
     targets = [toy_targets(scene) for scene in scenes]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=iterations, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(scenes))
-    order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])[: iterations * batch]
-    for chosen in tqdm(order.split(batch), desc="training the detector", leave=False, disable=None):
+    order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])
+    batches = order[: iterations * batch].split(batch)
+    for chosen in tqdm(batches, "training the detector", leave=False, disable=None):
         losses = model([images[i] / 255 for i in chosen], [targets[i] for i in chosen])
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -373,58 +341,102 @@ def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0)
 
 
 def toy_targets(scene):
-    """torchvision's form of what is in a scene: boxes (n, 4) in pixels and labels (n,)."""
-    labels = [TOY_CLASSES.index(f"{t['colour']} {t['shape']}") for t in scene.things]
-    return {"boxes": torch.tensor([t.box for t in scene.things], dtype=torch.float32),
-        "labels": torch.tensor(labels)}
+    """The things of a scene as torchvision wants them: boxes (n, 4) in pixels and labels (n,)."""
+    labels = [TOY_CLASSES.index(f"{t.colour} {t.shape}") for t in scene.things]
+    boxes = torch.tensor([t.box for t in scene.things], dtype=torch.float32)
+    return {"boxes": boxes, "labels": torch.tensor(labels)}
 
 
-# name: (the model, its class names where they are known, what makes its state dict of a file's)
+def draw_scenes(numbers):
+    """uint8 (N, 3, 128, 128)"""
+    return torch.stack([pil_to_tensor(Scene(n).draw()) for n in numbers])
+
+
+def toy_detector(weights, numbers):
+    """The toy detector in file `weights`; if there is none, it is trained on these scenes first.
+
+    weights: a Path. What was trained is judged on 200 held-out scenes, in a line that is printed.
+    """
+    if not weights.exists():
+        started = time.time()
+        model = train_toy_detector([Scene(n) for n in numbers], draw_scenes(numbers))
+        quality = detection_quality(model, range(HELD_OUT_SCENES, HELD_OUT_SCENES + 200))
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(weights, lambda file: torch.save(model.state_dict(), file), mode="wb")
+        print(f"detector: trained in {time.time() - started:.0f} s; things in 200 held-out scenes "
+            + ", ".join(f"{share:.3f} {what}" for what, share in quality.items()), flush=True)
+    return build_detector("toy", weights).to(memory_format=torch.channels_last)
+
+
+def detection_quality(model, numbers):
+    """How well regions cover the things of these scenes: a dict of three shares of all things."""
+    verdicts = []
+    for rows, images, _ in scene_batches(numbers, range(len(numbers))):
+        for row, (boxes, _, probs) in zip(rows, regions(model, images / 255, TOY_REGIONS)):
+            verdicts.append(judge_things(toy_targets(Scene(numbers[row])), boxes, probs))
+    shares = torch.cat(verdicts, dim=1).float().mean(dim=1)
+    return dict(zip(("found at IoU .5", "at .75", "named"), shares.tolist()))
+
+
+def judge_things(targets, boxes, probs):
+    """(3, things) bool: found by a region with IoU >= .5, with IoU >= .75, and named.
+
+    A thing is named if the best-ranked region with IoU >= .5 has its class.
+    """
+    iou = box_iou(targets["boxes"], boxes)  # (things, n)
+    best = iou.amax(dim=1)
+    first = (iou >= 0.5).float().argmax(dim=1)
+    named = probs[first, 1:].argmax(dim=1) + 1 == targets["labels"]
+    return torch.stack([best >= 0.5, best >= 0.75, (best >= 0.5) & named])
+
+
+# name: (builds the model, class names where they are known, makes its state dict of a file's)
 DETECTORS = {
-    "vg": (_vg_detector, (), convert_vg_weights),
-    "coco": (_coco_detector, ("background", *COCO_WEIGHTS.meta["categories"][1:]), dict),
-    "toy": (_toy_detector, TOY_CLASSES, dict)}
+    "vg": (vg_detector, (), convert_vg_weights),
+    "coco": (coco_detector, ("background", *COCO_WEIGHTS.meta["categories"][1:]), dict),
+    "toy": (toy_network, TOY_CLASSES, dict)}
 
 # --- 4. Regions -----------------------------------------------------------------------------------
+#
+# The detector's parts one after the other, by hand: its own output would be boxes corrected after
+# pooling, with scores, and without the features.
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
 def regions(model, images, num_regions, boxes=None, precision="fp32"):
-    """The best regions of some pictures: a list of (boxes (n, 4), features (n, F), probs (n, C)),
-    n <= R.
+    """The best regions of B pictures: B x (boxes (n, 4), features (n, F), probs (n, C)), n <= R.
 
-    images: float tensors (3, H, W) in [0, 1]. boxes: None, or for each picture the (n, 4) whose
-    features are wanted, all of them and in this order. Boxes are x1, y1, x2, y2 in the pictures'
-    own pixels, best first. A feature is that of the proposal: no box is corrected after pooling.
+    images: float tensors (3, H, W) in [0, 1], all of one size: a smaller one would be padded, and
+    its border of zeros would leak into the features beside it. boxes: None, or for each picture the
+    (n, 4) whose features are wanted, all of them and in this order. Boxes are x1, y1, x2, y2 in
+    pixels of the picture, best first. A feature is that of the proposal: no box is corrected.
 
     precision: of the convolutions. Of given boxes bf16 changes a feature by less than 1 % of the
-    largest one, fp16 by less than .2 %. Give one picture at a time if they differ in size: a batch
-    is padded, and a border of zeros leaks into the features beside it.
+    largest one, fp16 by less than .2 %.
     """
     weight = model.roi_heads.box_predictor.cls_score.weight
-    device = weight.device
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        prepared, _ = model.transform([image.to(device) for image in images])
+    images = torch.stack([image.to(weight.device) for image in images])  # (B, 3, H, W)
+    with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        prepared, _ = model.transform(list(images))
         maps = model.backbone(prepared.tensors)
         maps = {"0": maps} if torch.is_tensor(maps) else maps  # (B, c, H/s, W/s), one or several
-        scales = [torch.tensor([w / image.shape[2], h / image.shape[1]] * 2, device=device)
-            for image, (h, w) in zip(images, prepared.image_sizes)]
+        (h, w), (height, width) = prepared.image_sizes[0], images.shape[2:]
+        scale = torch.tensor([w / width, h / height] * 2, device=weight.device)
         if boxes is None:
             proposals, _ = model.rpn(prepared, maps)  # B x (P, 4)
         else:
-            proposals = [b.to(device) * scale for b, scale in zip(boxes, scales)]
+            boxes = [box.to(weight.device) for box in boxes]
+            proposals = [box * scale for box in boxes]
         pooled = model.roi_heads.box_roi_pool(maps, proposals, prepared.image_sizes)
         features = model.roi_heads.box_head(pooled).to(weight.dtype)  # (B P, F)
     probs = model.roi_heads.box_predictor(features)[0].softmax(dim=-1)  # (B P, C)
-    counts, found = [len(p) for p in proposals], []
-    for i, (p, f, q) in enumerate(zip(proposals, features.split(counts), probs.split(counts))):
-        if boxes is None:
-            kept = select_regions(p, q, num_regions, model.confidence)
-            found.append((p[kept] / scales[i], f[kept], q[kept]))
-        else:
-            found.append((boxes[i].to(device), f, q))
+    counts = [len(p) for p in proposals]
+    found = list(zip(boxes or proposals, features.split(counts), probs.split(counts)))
+    for i, (p, f, q) in enumerate([] if boxes else found):
+        kept = select_regions(p, q, num_regions, model.confidence)
+        found[i] = (p[kept] / scale, f[kept], q[kept])
     return found
 
 
@@ -436,8 +448,8 @@ def select_regions(boxes, probs, most, confidence=None, overlap=0.3):
     boxes around one red star only one ranks high, while a shirt and the man in it, two classes,
     both stay. confidence: keep only those that rank above it, one at least.
     """
-    rank = surviving_scores(boxes, probs[:, 1:], overlap).amax(dim=1)  # (P,)
-    rank, order = rank.sort(descending=True, stable=True)
+    scores = surviving_scores(boxes, probs[:, 1:], overlap)
+    rank, order = scores.amax(dim=1).sort(descending=True, stable=True)  # (P,)
     if confidence is not None:
         most = min(most, max(1, int((rank > confidence).sum())))
     return order[:most]
@@ -453,7 +465,7 @@ def surviving_scores(boxes, scores, overlap):
     """
     rivals = (box_iou(boxes, boxes) > overlap).fill_diagonal_(False)  # (P, P)
     alive = torch.ones_like(scores, dtype=torch.bool)
-    for best in scores.argsort(dim=0, descending=True, stable=True):  # (C,), one box a class
+    for best in scores.argsort(dim=0, descending=True, stable=True):  # (C,), one box per class
         alive &= ~(rivals[:, best] & alive.gather(0, best[None]))
     return scores * alive
 
@@ -466,109 +478,119 @@ def picture_regions(model, path, num_regions):
 
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
+#
+# What to extract: a list of (image id, path). The id ties a picture to its captions, so a folder in
+# which two pictures have one id is refused. A picture that cannot be used costs only itself.
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_picture(path):
-    """A PIL image in RGB, upright, whatever the file holds: grey, palette, CMYK, 16 bits. Raises
-    BadInput for what is no picture, or is cut off.
+    """A PIL image, RGB and upright, of a file in grey, palette, CMYK, 16 bits or with EXIF turns.
+
+    Raises BadInput for a file that is no picture, that is cut off, or that shows a mere strip.
     """
-    try:
-        image = Image.open(path)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel: `convert` would clip instead of scale
+    with reading(path, "a picture that can be read"):
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):  # 16 bits per pixel: `convert` would clip instead of scale
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise whatever they stumble over
-        raise BadInput(f"{path}: cannot be read as a picture ({error})") from error
     if max(image.size) > 30 * min(image.size):
-        raise BadInput(f"{path}: a strip of {image.width} x {image.height} pixels, of which a "
-            "detector would see nothing")
+        raise BadInput(f"{path}: a strip of {image.width} x {image.height} pixels, too thin for a "
+            "detector")
     return image
 
 
 def find_pictures(source, split=None):
     """[(image id, path)] of a folder (recursive), a picture, a list file or a published JSON file.
 
-    A list has a path a line, and behind a tab an id if it is not the file's name. A JSON file is
-    COCO's (captions, instances, image info) or Karpathy's, of which `split` may name one; its
-    pictures are looked for by name in its folder and below. Paths of pictures that are not there
-    are in the list as well: they are reported as failed.
+    A list has a path per line, and after a tab an id if it is not the file's name. A JSON file is
+    COCO's (captions, instances, image info) or Karpathy's, of which `split` may name one. Missing
+    files are listed too, and fail when they are opened. Raises BadInput.
     """
     source = Path(source)
-    if split and source.suffix.lower() != ".json":
+    suffix = source.suffix.lower()
+    if split and suffix != ".json":
         raise BadInput(f"{source}: --split {split}: only JSON files have splits")
     if source.is_dir():
-        files = _files_below(source)
-        pictures = [(canonical_id(p.name), p) for p in files if p.suffix.lower() in SUFFIXES]
-        if len(files) > len(pictures):
-            print(f"{source}: {len(files) - len(pictures)} files are no pictures by their names")
-    elif source.suffix.lower() == ".json":
-        pictures = _published_pictures(source, split)
-    elif source.suffix.lower() in SUFFIXES:
+        paths = [p for p in files_below(source) if p.suffix.lower() in SUFFIXES]
+        pictures = [(canonical_id(p.name), p) for p in paths]
+    elif suffix == ".json":
+        pictures = published_pictures(source, split)
+    elif suffix in SUFFIXES:
         pictures = [(canonical_id(source.name), source)]
     else:
-        with open_text(source) as file:
-            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-        strange = next((row for row in rows if len(row) > 2 or "" in row), None)
-        if strange:
-            raise BadInput(f"{source}: expected a path a line, and behind a tab an id, found "
-                f"{strange!r:.80}")
-        pictures = [(canonical_id(row[-1]), source.parent / row[0]) for row in rows]
+        pictures = listed_pictures(source)
     if not pictures:
-        raise BadInput(f"{source}: no pictures here; expected {', '.join(SUFFIXES)}")
-    (image_id, n), = Counter(i for i, _ in pictures).most_common(1)
-    if n > 1:
-        twice = " and ".join(str(p) for i, p in pictures if i == image_id)
-        raise BadInput(f"{source}: {twice} have the same id, {image_id}; give a list file with a "
-            "path and an id a line, a tab between them")
+        raise BadInput(f"{source}: no pictures here" + (f" of --split {split}" if split else
+            f"; expected {', '.join(SUFFIXES)}"))
+    seen = {}
+    for image_id, path in pictures:
+        if seen.setdefault(image_id, path) is not path:
+            raise BadInput(f"{source}: {seen[image_id]} and {path} have the same id, "
+                f"{image_id!r}; give a list file with a path, a tab and an id per line")
     return pictures
 
 
-def _files_below(folder):
-    # Through links to other folders as well, which Path.rglob does not follow.
-    return sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True)
-        for name in names)
+def files_below(folder, above=()):
+    """All files below a folder, in order. Links to other folders are followed; links upwards are
+    not, which would lead around in circles. above: the real folders on the way here.
+    """
+    here, files = folder.resolve(), []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            files.append(path)
+        elif path.resolve() not in (*above, here, *here.parents):
+            files += files_below(path, (*above, here))
+    return files
 
 
-def _published_pictures(source, split):
-    there, pictures, splits = defaultdict(list), [], set()
-    for path in _files_below(source.parent):
-        there[path.name].append(path)
-    images = read_json(source, dict).get("images")
-    for number, image in enumerate(images if isinstance(images, list) else []):
-        with expecting("file_name (COCO) or filename (Karpathy's splits)", source, "image", number):
-            name = image["file_name"] if "file_name" in image else image["filename"]
+def listed_pictures(source):
+    """[(image id, path)] of a text file; paths are relative to its folder."""
+    pictures = []
+    form = "a list with a path per line, and perhaps a tab and an id"
+    with reading(source, form) as at, open_text(source) as file:
+        for at.entry, line in enumerate(filter(str.strip, file), 1):
+            cells = line.rstrip("\r\n").split("\t")
+            if len(cells) > 2:
+                raise ValueError(f"found {cells}")
+            pictures.append((canonical_id(cells[-1]), source.parent / cells[0]))
+    return pictures
+
+
+def published_pictures(source, split):
+    """[(image id, path)] of COCO's or Karpathy's JSON, each looked for below the JSON's folder.
+
+    A file is found by its name, or by its folder's and its own; if two files fit, by neither.
+    """
+    below, pictures = {}, []
+    for path in files_below(source.parent):
+        for name in (path.name, f"{path.parent.name}/{path.name}"):
+            below[name] = None if name in below else path
+    content = read_json(source, dict)
+    with reading(source, "a list of images, as COCO's or Karpathy's") as at:
+        for at.entry, image in enumerate(content["images"]):
+            name = image.get("file_name") or image["filename"]
+            path = below.get(f"{image.get('filepath')}/{name}") or below.get(name)
             # Captions, questions and boxes go by COCO's ids, whatever its files are called.
             image_id = canonical_id(image.get("cocoid", image.get("id", name)))
             part = "train" if image.get("split") == "restval" else image.get("split")
-            direct = source.parent / image.get("filepath", "") / name
-        splits.add(part)
-        found = [direct] if direct.is_file() else there[direct.name]
-        found = [p for p in found if p.parts[-2] == image.get("filepath", p.parts[-2])] or found
-        if len(found) > 1:
-            raise BadInput(f"{source}: image {number}: {found[0]} or {found[1]}? give a list file "
-                "with a path and an id a line, a tab between them")
-        if split in (None, part):
-            pictures.append((image_id, found[0] if found else direct))
-    if splits and not pictures:
-        raise BadInput(f"{source}: --split {split}: found {', '.join(sorted(map(str, splits)))}")
+            if split in (None, part):
+                pictures.append((image_id, path or source.parent / name))
     return pictures
 
 
 def read_boxes(path):
-    """({image id: (n, 4) float32, x1 y1 x2 y2 in pixels}, whether they were detected) of a JSON
-    file.
+    """({image id: boxes (n, 4) float32 in pixels}, True if a detector found them) of a JSON file.
 
-    Three forms, told apart by what is in them: MAttNet's detections, a list with box [x, y, w, h],
-    image_id and score: the best first; annotations with bbox [x, y, w, h], as COCO's and RefCOCO's
-    instances.json; or one's own, {"391895": [[x1, y1, x2, y2], ...]}.
+    Its content tells three forms apart. MAttNet's detections: a list of {image_id, box [x, y, w,
+    h], score}, sorted here by score. COCO's and RefCOCO's instances.json: annotations with
+    {image_id, bbox [x, y, w, h]}. Yours: {"391895": [[x1, y1, x2, y2], ...]}. Raises BadInput.
     """
-    content, boxes = read_json(path), {}
+    content, boxes = read_json(path), defaultdict(list)
     detected = isinstance(content, list)
-    with expecting("detections with image_id, box and score, annotations with image_id and bbox, "
-            'or {"id": [[x1, y1, x2, y2]]}', path, "one of its", f"{len(content)} entries"):
+    with reading(path, "a file of boxes; expected detections with image_id, box and score, "
+            'annotations with image_id and bbox, or {"id": [[x1, y1, x2, y2]]}') as at:
         if detected:
             content = sorted(content, key=lambda d: -d["score"])  # stable: ties as in the file
             rows = [(d["image_id"], d["box"]) for d in content]
@@ -577,243 +599,188 @@ def read_boxes(path):
         else:
             rows = [(i, [x, y, x2 - x, y2 - y]) for i, each in content.items()
                 for x, y, x2, y2 in each]
-        for image_id, box in rows:
+        for at.entry, (image_id, box) in enumerate(rows):
             x, y, w, h = map(float, box)
-            if not math.isfinite(x + y + w + h):
+            if not math.isfinite(x + y + w + h):  # RoI pooling would index memory with it
                 raise ValueError(f"image {image_id}: {box}")
-            boxes.setdefault(canonical_id(image_id), []).append([x, y, x + w, y + h])
-    return {i: np.array(each, np.float32) for i, each in boxes.items()}, detected
-
-
-class PictureFiles(torch.utils.data.Dataset):
-    """The pictures of some rows, opened in loading processes: (row, uint8 (3, H, W) or a reason)"""
-
-    def __init__(self, rows, pictures):
-        self.rows, self.pictures = rows, pictures
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        try:
-            return row, pil_to_tensor(open_picture(self.pictures[row][1]))
-        except BadInput as error:
-            return row, str(error)
+            boxes[canonical_id(image_id)].append([x, y, x + w, y + h])
+    return {image_id: np.float32(each) for image_id, each in boxes.items()}, detected
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
+#
+# One loop fills a store from batches (rows, pictures, given boxes or None). Pictures come one at a
+# time, so that a feature depends on nothing but its picture. Scenes, all of one size, come 16 at a
+# time, always the same 16. So a store has the same bits however often its making was interrupted.
 
 
-def extract(args):
-    """A feature store of all these pictures, from the flags; goes on where it was stopped."""
-    available = torch.cuda.device_count()
-    if available and args.gpus > available:
-        raise BadInput(f"--gpus {args.gpus}: this machine has {available}")
-    pictures = find_pictures(args.images, args.split)
-    given, detected = read_boxes(args.boxes) if args.boxes else ({}, True)
-    if args.boxes:
-        without = len(pictures) - len(pictures := [p for p in pictures if p[0] in given])
-        if not pictures:
-            raise BadInput(f"{args.boxes}: boxes of image {next(iter(given), None)!r} and others, "
-                f"but none of the {without:,} pictures of {args.images}; do the ids agree?")
-        print(f"{args.boxes}: boxes for {len(pictures):,} pictures; {without:,} others left out")
-    if args.regions is None:  # the paper's 36, the toy world's 8; of true boxes none is left out
-        counts = [] if detected else [len(given[i]) for i, _ in pictures]
-        args.regions = max(counts, default=TOY_REGIONS if args.detector == "toy" else 36)
-    model = build_detector(args.detector, args.weights, args.classes)
-    if args.detector == "coco":
-        print("note: a detector trained on COCO has seen the pictures that RefCOCO+ tests on; its "
-            "features make referring results unfairly good")
-    writer = open_store(args, pictures, model)
-    rows = writer.pending()
-    size = sum(array.nbytes for array in writer.arrays.values()) * len(rows) / len(pictures)
-    print(f"{args.out}: {len(rows):,} of {len(pictures):,} pictures, {args.regions} regions of "
-        f"{writer.meta['feature_size']}: up to {size / 1e9:.2f} GB to write", flush=True)
-    work = (args, pictures, given, rows)
-    if args.gpus > 1:
-        torch.multiprocessing.spawn(extract_part, work, nprocs=args.gpus)
-    else:
-        extract_part(0, *work, model)
-    store = writer.finish()
-    failed = int((store.counts == 0).sum())
-    print(f"{args.out}: {len(store) - failed:,} pictures extracted, {failed:,} failed" + (
-        f": see {args.out / 'failed.txt'}; to try again, remove the store" if failed else ""))
-    if failed == len(store):
-        raise BadInput(f"{args.out}: not one picture could be extracted")
-    return store
-
-
-def open_store(args, pictures, model):
-    """The writer of the store that these flags and this detector mean."""
-    return FeatureStore.create(args.out, [i for i, _ in pictures], args.regions,
-        **about(model), precision=args.precision,
-        selection="given boxes" if args.boxes else "Anderson: NMS .3 in every class, best score",
-        boxes=sha256(args.boxes) if args.boxes else None)
-
-
-def about(model):
-    """What every store says of its detector, and the class head (data.py, section 3)."""
-    head = model.roi_heads.box_predictor.cls_score
-    low, high = model.transform.min_size, model.transform.max_size
-    return dict(model.about, feature_size=head.in_features,
-        class_head=[p.detach().cpu().numpy() for p in (head.weight, head.bias)],
-        box_format="x1 y1 x2 y2, pixels of the upright picture", dtype="float16",
-        input_size=[low[0] if isinstance(low, tuple) else low, high],
-        versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
-
-
-def extract_part(rank, args, pictures, given, rows, model=None):
-    """Extract every args.gpus-th of these rows, from the rank-th on.
-
-    One picture at a time, so that its features are the same whoever extracts it, and whenever.
+def open_batch(pictures, boxes, rows):
+    """([row], [picture uint8 (3, H, W)], [its given boxes (n, 4)] or None); loading processes run
+    it. Of a picture that cannot be used: ([row], the reason, None).
     """
-    cuda = torch.cuda.is_available()
-    if args.gpus > 1 and not cuda:
-        torch.set_num_threads(max(1, torch.get_num_threads() // args.gpus))
-    model = model or build_detector(args.detector, args.weights, args.classes)
-    model.to(torch.device("cuda", rank) if cuda else "cpu")
-    writer = open_store(args, pictures, model)
-    files = PictureFiles(rows[rank :: args.gpus], pictures)
-    loader = torch.utils.data.DataLoader(files, batch_size=None, num_workers=args.workers)
-    for row, image in tqdm(loader, desc="extracting", unit="picture", leave=False,
-            disable=None if rank == 0 else True):
-        try:
-            if isinstance(image, str):
-                raise BadInput(image)
-            extract_picture(model, writer, row, image, args, given.get(pictures[row][0]))
-        except BadInput as error:
-            writer.fail(row, str(error))
+    image_id, path = pictures[rows[0]]
+    try:
+        if printable(image_id) != image_id:
+            raise BadInput(f"{path}: {printable(image_id)} cannot be an image's id")
+        image = pil_to_tensor(open_picture(path))
+        return rows, [image], boxes and [torch.from_numpy(boxes[image_id])]
+    except BadInput as error:
+        return rows, str(error), None
 
 
-def extract_picture(model, writer, row, image, args, given):
-    """Write the regions of one picture, uint8 (3, H, W)."""
-    height, width = image.shape[1:]
-    if given is not None:
-        if (given[:, :2] >= [width, height]).any() or (given[:, 2:] < 0).any():
-            raise BadInput(f"a given box lies beside the picture of {width} x {height} pixels; is "
-                "it of another size?")
-        given = [torch.from_numpy(given[: args.regions].clip(0, [width, height] * 2)).float()]
-    image = image.to(next(model.parameters()).device) / 255  # a quarter of the bytes travel
-    boxes, features, _ = regions(model, [image], args.regions, given, args.precision)[0]
-    writer.write(row, features.cpu().numpy(), boxes.cpu().numpy(), (width, height))
+def printable(image_id):
+    """An id that a line of text can hold: 'caf\\udce9', of a name that is not UTF-8, in ASCII."""
+    return image_id if image_id.isprintable() and image_id else ascii(image_id)
 
 
-# --- 7. A store of scenes -------------------------------------------------------------------------
-
-TOY_REGIONS = 8  # R: a scene has 6 things at most, and a detector is never quite right
-
-
-def draw_scenes(numbers):
-    """uint8 (N, 3, 128, 128)"""
-    return torch.stack(
-        [pil_to_tensor(Scene(n).draw())
-            for n in tqdm(numbers, desc="drawing scenes", leave=False, disable=None)]
-    )
+def scene_batches(numbers, rows):
+    """The batches of 16 scenes that hold these rows: (rows, uint8 (B, 3, 128, 128), None)."""
+    for start in sorted({row - row % 16 for row in rows}):
+        batch = range(start, min(start + 16, len(numbers)))
+        yield batch, draw_scenes([numbers[row] for row in batch]), None
 
 
-def toy_detector(weights, numbers):
-    """The toy detector of file `weights`; if there is none, trained on these scenes and written
-    there.
+def extract_batches(model, writer, batches, precision="fp32"):
+    """The loop: detect the regions of every picture, and write them or the reason of a failure.
+
+    batches: of scene_batches, or of a DataLoader with open_batch.
     """
-    if not weights.exists():
-        started = time.time()
-        model = train_toy_detector([Scene(n) for n in numbers], draw_scenes(numbers))
-        held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + 200)
-        quality = detection_quality(model, held_out)
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(weights, lambda f: torch.save(model.state_dict(), f), mode="wb")
-        print(f"detector: trained in {time.time() - started:.0f} s; "
-            f"things in {len(held_out)} held-out "
-            "scenes " + ", ".join(f"{v:.3f} {k}" for k, v in quality.items()), flush=True)
-    return build_detector("toy", weights).to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    bar = None if os.environ.get("RANK", "0") == "0" else True  # None: on a terminal only
+    for rows, images, boxes in tqdm(batches, "extracting", leave=False, disable=bar):
+        if isinstance(images, str):
+            writer.fail(rows[0], images)
+            continue
+        images = [image.to(device) / 255 for image in images]  # a quarter of the bytes travel
+        found = regions(model, images, writer.meta["num_regions"], boxes, precision)
+        for row, image, (places, features, _) in zip(rows, images, found):
+            size = (image.shape[2], image.shape[1])
+            try:
+                writer.write(row, features.cpu().numpy(), places.cpu().numpy(), size)
+            except BadInput as error:
+                writer.fail(row, str(error))
 
 
-def detection_quality(model, numbers):
-    """How well regions cover the things of these scenes: a dict of three shares of all things.
-
-    A thing is found if a kept region overlaps it with IoU >= .5 (or .75), and named if the
-    best-ranked region that does so has its class.
-    """
-    found, found_well, named, total = 0, 0, 0, 0
-    for number, (boxes, _, probs) in zip(numbers, scene_regions(model, numbers)):
-        targets = toy_targets(Scene(number))
-        iou = box_iou(targets["boxes"], boxes)  # (things, n)
-        first = (iou >= 0.5).float().argmax(dim=1)
-        hit = iou.amax(dim=1) >= 0.5
-        named += (hit & (probs[first, 1:].argmax(dim=1) + 1 == targets["labels"])).sum().item()
-        found, found_well = (found + hit.sum().item(),
-            found_well + (iou.amax(dim=1) >= 0.75).sum().item())
-        total += len(hit)
-    return {"found at IoU .5": found / total, "at .75": found_well / total, "named": named / total}
-
-
-def scene_regions(model, numbers, batch=16):
-    """Yields the regions of each scene. All scenes have one size, so a batch changes no feature."""
-    for start in range(0, len(numbers), batch):
-        images = [pil_to_tensor(Scene(n).draw()) / 255 for n in numbers[start : start + batch]]
-        yield from regions(model, images, TOY_REGIONS)
-
-
-def extract_scenes(model, numbers, folder, batch=16):
-    """Write the regions of these scenes to a feature store, or what of it is still missing."""
+def extract_scenes(model, numbers, folder):
+    """A feature store of these scenes; one that was interrupted goes on."""
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **about(model))
-    pending = set(writer.pending())
-    # Whole batches, also where a part of one is there: the same pictures give the same bits.
-    starts = [s for s in range(0, len(numbers), batch) if pending & {*range(s, s + batch)}]
-    for start in tqdm(starts, desc="extracting regions", leave=False, disable=None):
-        rows = range(start, min(start + batch, len(numbers)))
-        for row, (boxes, features, _) in zip(
-                rows, scene_regions(model, [numbers[row] for row in rows], batch)):
-            if row in pending:
-                writer.write(
-                    row, features.numpy(), boxes.numpy(), (SCENE_PIXELS, SCENE_PIXELS))
+    extract_batches(model, writer, scene_batches(numbers, writer.pending()))
     return writer.finish()
 
 
-# --- 8. Command line ------------------------------------------------------------------------------
+def about(model):
+    """What every store records of its detector, and its last layer as the class head (data.py,
+    section 3): named arguments of FeatureStore.create.
+    """
+    head, size = model.roi_heads.box_predictor.cls_score, model.transform
+    return dict(model.about, feature_size=head.in_features,
+        class_head=[p.detach().cpu().numpy() for p in (head.weight, head.bias)],
+        box_format="x1 y1 x2 y2, pixels of the upright picture", dtype="float16",
+        input_size=[int(np.min(size.min_size)), size.max_size],
+        versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
+
+
+def prepare(args):
+    """(model, writer, pictures, boxes) of these flags: the same in each of several processes."""
+    pictures = find_pictures(args.images, args.split)
+    most, boxes = TOY_REGIONS if args.detector == "toy" else 36, None
+    if args.boxes:
+        boxes, detected = read_boxes(args.boxes)
+        pictures = [p for p in pictures if p[0] in boxes]
+        if not pictures:
+            raise BadInput(f"{args.boxes}: boxes of image {next(iter(boxes), None)!r} and others, "
+                f"but of no picture of {args.images}; do the ids agree?")
+        if not detected:  # of true boxes none is left out
+            most = max(len(boxes[i]) for i, _ in pictures)
+        boxes = {i: boxes[i][: args.regions or most] for i, _ in pictures}
+    model = build_detector(args.detector, args.weights, args.classes)
+    rule = "given boxes" if boxes else "Anderson: NMS .3 in every class, best score"
+    writer = FeatureStore.create(args.out, [printable(i) for i, _ in pictures],
+        args.regions or most, **about(model), precision=args.precision, selection=rule,
+        boxes=sha256(args.boxes))
+    return model, writer, pictures, boxes
+
+
+def extract_part(args, model, writer, pictures, boxes):
+    """Extract the pending pictures that fall to this process, one of WORLD_SIZE, on its device.
+
+    They are dealt out by row number. Their place among the pending rows would not do: a process
+    that starts late finds fewer of them.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rows = [row for row in writer.pending() if row % world == rank]
+    loader = torch.utils.data.DataLoader(rows, num_workers=args.workers,
+        collate_fn=functools.partial(open_batch, pictures, boxes))
+    extract_batches(model.to(device), writer, loader, args.precision)
+
+
+def extract(args):
+    """A feature store of all these pictures; goes on where it was interrupted. Raises BadInput."""
+    with only_run_in(args.out):
+        model, writer, pictures, boxes = prepare(args)
+        pending, total = len(writer.pending()), len(pictures)
+        size = sum(array.nbytes for array in writer.arrays.values()) * pending / total
+        print(f"{args.out}: {pending:,} of {total:,} pictures to extract, at most "
+            f"{size / 1e6:,.2f} MB", flush=True)
+        if args.gpus > 1:
+            start_processes(args.gpus)
+        else:
+            extract_part(args, model, writer, pictures, boxes)
+        store = writer.finish()
+    failed = int((store.counts == 0).sum())
+    result = f"{args.out}: {total - failed:,} of {total:,} pictures extracted"
+    if failed:
+        result += f", {failed:,} failed: see {args.out}/failed.txt; to try again, remove the store"
+    if failed == total:
+        raise BadInput(result)
+    print(result)
+    return store
+
+
+# --- 7. Command line ------------------------------------------------------------------------------
+#
+# `show` draws what a store holds of one image: the quickest way to see that boxes, names and
+# pictures belong together.
 
 
 def show(folder, which):
-    """A picture (PIL) of an image's regions: boxes with class names and scores. which: a picture
-    file whose name gives the id, or an id alone: its boxes are then drawn on grey.
+    """A PIL image of an image's regions: boxes with class names and probabilities.
+
+    which: a picture file whose name gives the id, or an id alone. Scenes are then drawn anew, and
+    other boxes are drawn on grey. Raises BadInput.
     """
     store, path = FeatureStore(folder), Path(which)
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
-    record, probs = store[row], store.class_probs(row)
     if path.is_file():
         image = open_picture(path)
-        if image.size != record["size"]:
-            raise BadInput(f"{path}: is {image.size[0]} x {image.size[1]} pixels, but the store's "
-                f"image is {record['size'][0]} x {record['size'][1]}")
     elif store.detector == "toy" and "selection" not in store.meta:  # of extract_scenes
-        image = Scene(int(store.ids[row])).draw()
+        image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     else:
-        image = Image.new("RGB", record["size"], "grey")
-    labels = [""] * len(record["boxes"])
-    if probs is not None:
-        best = probs[:, 1:].argmax(axis=1) + 1  # not the background
-        names = store.class_names or [f"class {i}" for i in range(store.num_region_classes)]
-        labels = [f"{names[c]} {p[c]:.2f}" for c, p in zip(best, probs)]
-    return draw_regions(image, record["boxes"], labels)
+        image = Image.new("RGB", store[row]["size"], "grey")
+    names, best = dict(enumerate(store.class_names)), store.best_classes(row)
+    labels = best and [f"{names.get(c, f'class {c}')} {p:.2f}" for c, p in zip(*best)]
+    return draw_regions(image, store[row]["boxes"], store[row]["size"], labels)
 
 
-def draw_regions(image, boxes, labels, side=1000):
-    """A copy of a picture, its longer side `side` pixels, with boxes (n, 4) and their labels."""
-    scale = side / max(image.size)
-    image = image.resize([max(1, round(s * scale)) for s in image.size])
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for i in reversed(range(len(boxes))):  # the best ones last, on top
-        x1, y1, x2, y2 = (float(c) * scale for c in boxes[i])
-        colour = f"hsl({137 * i % 360}, 90%, 45%)"  # 137 degrees: neighbours never look alike
-        draw.rectangle([x1, y1, x2, y2], outline=colour, width=2)
-        if labels[i]:
-            place = (max(0, x1), max(0, y1 - 17))
-            draw.rectangle(draw.textbbox(place, labels[i], font=font), fill=colour)
-            draw.text(place, labels[i], "white", font=font)
-    return image
+def draw_regions(image, boxes, size, labels=None, side=1000):
+    """A copy of a PIL image, its longer side `side` pixels, with boxes (n, 4) and their labels.
+
+    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy.
+    """
+    scale = side / max(size)
+    image = image.resize([max(1, round(s * scale)) for s in size])
+    boxes = (torch.tensor(boxes) * scale).round()
+    # 137 degrees around the circle of colours: neighbours never look alike.
+    colours = [f"hsl({137 * i % 360}, 90%, 65%)" for i in range(len(boxes))]
+    font = io.BytesIO(ImageFont.load_default(16).font_bytes)  # torchvision wants a TrueType file
+    drawn = draw_bounding_boxes(pil_to_tensor(image), boxes.flip(0), labels and labels[::-1],
+        colours[::-1], width=2, font=font, font_size=16, fill_labels=True)  # best ones on top
+    return to_pil_image(drawn)
 
 
 def parse_args(argv=None):
@@ -825,46 +792,39 @@ def parse_args(argv=None):
         p.add_argument("command")
         p.add_argument("store", type=Path, help="a feature store")
         p.add_argument("which", help="a picture file, or an image's id")
-        p.add_argument("-o", "--out", type=Path, default=Path("regions.png"))
+        p.add_argument("-o", "--out", type=file_to_write, default="regions.png",
+            help="the picture to write (default: regions.png)")
         return p.parse_args(argv)
     p.add_argument("images", help="folder, list file, or JSON file of COCO or Karpathy's splits")
-    p.add_argument("-o", "--out", type=Path, required=True, help="the store to write")
-    p.add_argument("--detector", choices=list(DETECTORS), default="vg")
-    p.add_argument("--weights", type=Path, help="the detector's; coco downloads its own without")
-    p.add_argument("--classes", help="vg: class names, one a line, without background")
-    p.add_argument("--boxes", type=Path, help="JSON file of the boxes whose features are wanted")
-    p.add_argument("--regions", type=int, help="most regions a picture; default: 36, toy 8, and "
-        "with true boxes as many as there are")
+    p.add_argument("-o", "--out", type=folder_to_write, required=True, help="the store to write")
+    p.add_argument("--detector", choices=DETECTORS, default="vg",
+        help="default: vg; coco was trained on pictures that RefCOCO+ tests on")
+    p.add_argument("--weights", help="file of the detector's weights; coco can download its own")
+    p.add_argument("--classes", help="vg: file of class names, one per line, without background")
+    p.add_argument("--boxes", help="JSON file of the boxes whose features are wanted")
+    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36, toy 8, and with true "
+        "boxes as many as there are)")
     p.add_argument("--split", help="of a JSON file with splits: train, val or test")
-    p.add_argument("--gpus", type=int, default=1, help="processes, one a GPU; without GPUs on CPU")
-    p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0,
-        help="processes that open pictures, for each GPU")
-    p.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    flag(p, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
+    flag(p, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
     args = p.parse_args(argv)
-    for flag, least in (("regions", 1), ("gpus", 1), ("workers", 0)):
-        if (value := getattr(args, flag)) is not None and value < least:
-            p.error(f"--{flag} {value}: expected {least} at least")
     if args.weights is None and args.detector != "coco":
         p.error(f"--detector {args.detector} needs --weights FILE")
     return args
 
 
 def main(argv=None):
-    """Run, and say in one sentence what is wrong with the input if something is."""
+    """Extract, look at a store, or do one process's part of an extraction."""
     args = parse_args(argv)
-    try:
-        if "which" in args:
-            image = show(args.store, args.which)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(args.out, lambda f: image.save(f, "PNG"), mode="wb")
-            print(args.out)
-        else:
-            extract(args)
-    except (BadInput, OSError) as error:  # OSError: rights, disks, the download of coco's weights
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    if "which" in args:
+        save_png(args.out, show(args.store, args.which))
+        print(args.out)
+    elif "RANK" in os.environ:  # one of the processes that `extract` has started
+        extract_part(args, *prepare(args))
+    else:
+        extract(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

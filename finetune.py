@@ -1,4 +1,4 @@
-"""finetune.py: from a pretrained checkpoint to answers, rankings and boxes
+r"""finetune.py: from a pretrained checkpoint to answers, rankings and boxes
 =========================================================================
 
 Where this stands
@@ -6,46 +6,46 @@ Where this stands
     train.py --> runs/pretrain/checkpoint.pt --+
                                                |   python finetune.py vqa | retrieval | refer
     feature store, questions, captions,        v
-    expressions ------------------>  SwitchBert --> pooled (B, P) --> answers (B, A)      VQA
-                                               |              \\-> score of the pair (B,)  retrieval
-                                               \\-> region_states (B, R, D) --> (B, R)    referring
+    expressions -------------------> SwitchBert --> pooled (B, P) --> answers (B, A)       VQA
+                                               |              \-> score of the pair (B,)  retrieval
+                                               \-> region_states (B, R, D) --> (B, R)     referring
                                                           |
-        runs/vqa/  checkpoint.pt  result.json  predictions.json  switches.png  examples.png
+        runs/vqa/  checkpoint.pt  metrics.jsonl  result.json  predictions.json  examples.png ...
 
-    B batch, R regions, D hidden, P pooled, A answers
+Letters: B batch, R regions, D hidden, P pooled, A answers.
 
-    python train.py                                    first: the checkpoint
-    python finetune.py vqa                             answers to questions about scenes
-    python finetune.py retrieval                       texts find images, images find texts
-    python finetune.py refer                           phrases find regions
-    python finetune.py ask picture.png "how many things are there ?"
-    python finetune.py match "a red star" a.png b.png
-    python finetune.py point picture.png "the red star"
+    $ python train.py                                    first: the checkpoint
+    $ python finetune.py vqa                             answers to questions about scenes
+    $ python finetune.py retrieval                       texts find images, images find texts
+    $ python finetune.py refer                           phrases find regions
+    $ python finetune.py ask picture.png "how many things are there ?"
+    $ python finetune.py match "a red star" a.png b.png
+    $ python finetune.py point picture.png "the red star"
 
 With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
 settings, without it the toy world. Every task is one class that says what its examples are, its
-model, its loss and its metric; the loop, the processes, stopping and resuming are train.py's. A run
-prints a line an evaluation, and at the end a table:
+model, its loss and its scores; the loop, the processes, stopping and resuming are train.fit. A run
+prints one line per evaluation, and at the end a table:
 
     step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
-    val, detected boxes                         hard          soft  from scratch (202 steps)
-      accuracy                                 0.990         0.990                     0.991
+    val, detected boxes                         hard            soft
+      accuracy                                 0.994           0.994
 
-Map of the file
+Map of the file (* = read these first)
 
-    1. Settings        flags, and what the toy run and the full run set them to
-    2. Answers         the official normalisation and accuracy of VQA
-    3. Tasks           what the three share; VQA, Retrieval, Refer
-    4. The run         training, hard and soft evaluation, the files of a result
-    5. Pictures        examples with answers, captions and boxes
-    6. Your picture    ask, match, point
+    1. Settings            flags, and what the toy run and the full run set them to
+    2. Answers             the official normalisation and accuracy of VQA
+    3. Tasks             * what the three share; VQA, Retrieval, Refer
+    4. The run           * training, hard and soft evaluation, the files of a result
+    5. Pictures            examples with answers, captions and boxes
+    6. Your own picture    ask, match, point
 
 Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the toy runs).
 """
 
 import argparse
 import copy
-import json
+import os
 import pickle
 import re
 import sys
@@ -54,69 +54,82 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+# Operators that Apple's GPU lacks then run on the CPU. torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from data import (HELD_OUT_SCENES, TRAIN_SCENES, BadInput, FeatureStore, Scene, WordPiece,
-    canonical_id, expecting, model_inputs, normalise_boxes, read_captions, read_json, region_inputs,
-    write_whole)
+from data import (HELD_OUT_SCENES, SCENE_PIXELS, TRAIN_SCENES, BadInput, FeatureStore, Scene,
+    WordPiece, canonical_id, file_to_write, model_inputs, normalise_boxes, read_captions, read_json,
+    reading, region_inputs, run, save_png, write_json, write_whole)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
-from train import (NUM_HELD_OUT, Parts, Run, add_run_flags, autocast_for, check_fits, complete,
-    device, first_process_first, launch, learning_rate, load_checkpoint, make_optimizer,
-    match_scores, num_switches, quiet, rank, recall_at, say, set_learning_rate, settle,
-    switch_shares, switch_sums, switches_picture, to_device, total, toy_world, train_step,
-    world_size)
+from train import (NUM_HELD_OUT, RECORD, SwitchShares, add_run_flags, check_fits,
+    device, first_process_first, fit, launch, load_checkpoint, match_scores, parse_settings, quiet,
+    rank, recall_at, say, share_of, stack, to_device, total, toy_world)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
+#
+# FULL is the paper's [supp. 2]; the batches are VOLTA's. The toy runs (DEVIATION D3) take the
+# pretraining's learning rate, and close their switches. A task that departs from these tables does
+# so in its class, as `full` and `toy`. anneal: share of the run at which the temperature reaches
+# its floor, .2; None is the paper's rate.
 
-# What the data decide unless a flag does. FULL is the paper's [supp. 2]; the batches are VOLTA's.
-# The toy runs (DEVIATION D3) take the pretraining's learning rate, and close their switches.
 FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
-FULL_OF = {"vqa": FULL, "retrieval": {**FULL, "batch": 64}, "refer": FULL}
-# Pointing is learned in 100 steps, so it is looked at often: what pretraining gives is a start.
-TOY_OF = {"vqa": TOY, "retrieval": {**TOY, "epochs": 1, "batch": 32},
-    "refer": {**TOY, "epochs": 1, "eval_every": 25}}
 
 
 def parse_args(argv=None):
-    """The settings of a run, or of one question about one picture."""
+    """(settings, checkpoint to resume from or None) of a task, or of a question about a picture.
+
+    A task's defaults depend on other flags, so train.parse_settings parses twice.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, and ask it.")
     commands = p.add_subparsers(dest="command", required=True)
     for name, task in TASKS.items():
-        c = commands.add_parser(name, help=task.__doc__,
+        c = commands.add_parser(name, help=task.__doc__.split("\n")[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        c.add_argument("--checkpoint", type=Path, default=Path("runs/pretrain/checkpoint.pt"),
+        folder = Path("data") / name
+        c.add_argument("--checkpoint", type=Path, default="runs/pretrain/checkpoint.pt",
             help="pretrained checkpoint to start from")
-        c.add_argument("--data", type=Path, help=f"folder with {task.files}; default: data/{name} "
-            "if there is one, otherwise the toy world")
-        c.add_argument("--scratch", action="store_true", help="start from random weights of the "
-            "checkpoint's sizes: what is pretraining worth?")
-        c.add_argument("--boxes", choices=["detected", "gt"], default="detected",
-            help="the store to use: features-detected/ or features-gt/ (true boxes)"
-            if name == "refer" else argparse.SUPPRESS)
-        toy, full = TOY_OF[name], FULL_OF[name]
-        add_run_flags(c, Path("runs") / name,
-            {k: f"toy world: {toy[k]}, data folder: {full[k]}" for k in toy})
-    for name, (words, help, _) in OWN.items():
-        c = commands.add_parser(name, help=help)
+        c.add_argument("--data", type=Path, default=folder if folder.is_dir() else None,
+            help=f"folder with {task.files}; None: the toy world")
+        c.add_argument("--scratch", action="store_true",
+            help="start from random weights of the checkpoint's sizes: what is pretraining worth?")
+        if task is Refer:
+            c.add_argument("--boxes", choices=["detected", "gt"], default="detected",
+                help="the store to use: features-detected/ or features-gt/ (true boxes)")
+        add_run_flags(c, Path("runs") / name)
+    for name, (words, text, _, task) in QUESTIONS.items():
+        c = commands.add_parser(name, help=text)
         for word in words.split():
             c.add_argument(word, nargs="+" if word == "images" else None)
-        c.add_argument("--checkpoint", type=Path, help="of the finetuned model",
-            default=Path("runs") / ASKS[name] / "checkpoint.pt")
+        c.add_argument("--checkpoint", type=Path, default=f"runs/{task}/checkpoint.pt",
+            help="the finetuned model")
         c.add_argument("--weights", type=Path, help="the detector's; default: the toy world's")
-        c.add_argument("--out", type=Path, default=Path(f"{name}.png"), help="picture to write")
-    return p.parse_args(argv)
+        c.add_argument("--out", type=file_to_write, default=f"{name}.png", help="picture to write")
+    if argv and argv[0] in TASKS:
+        return parse_settings(p, argv, task_defaults, argv[0], commands.choices[argv[0]])
+    return p.parse_args(argv), None
+
+
+def task_defaults(args):
+    """The defaults that --data and --scratch decide; two runs to compare need two folders."""
+    task, suffix = TASKS[args.command], "-scratch" if args.scratch else ""
+    return {**(task.full if args.data else task.toy), "out": Path(f"runs/{task.name}{suffix}")}
 
 
 # --- 2. Answers -----------------------------------------------------------------------------------
 #
 # The official evaluation of VQA v2 (visualqa.org), with its quirks, because numbers are only
-# comparable with them.
+# comparable with them. Ten people answered each question, and they often disagree. An answer that
+# four or more of them gave counts fully, a rarer one in part: accuracies lie between 0 and 1, and
+# higher is better. They are the targets of training, too.
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS = {word: str(n) for n, word in enumerate(
@@ -136,13 +149,21 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word
     for word in CONTRACTED for i, c in enumerate(word) if c == "'"} | {"somebody'd": "somebodyd"}
 
 
+def strip_answer(answer):
+    """What the official evaluation does to every answer before it compares any."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
 def normalise_answer(answer):
-    """An answer as the official evaluation compares it: 'The red-car!' -> 'red car', 'two' -> '2'.
+    """An answer as the official evaluation compares it where annotators disagree.
 
     A sign becomes a space, but nothing if it touches a space anywhere in the answer, or if the
     answer has a comma between digits. A full stop stays before a digit only.
+
+    >>> [normalise_answer(a) for a in ("The red-car!", "two", "1,000", "3.5", "dont")]
+    ['red car', '2', '1000', '3.5', "don't"]
     """
-    text = answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = answer = strip_answer(answer)
     thousands = re.search(r"\d,\d", answer)
     for sign in PUNCTUATION:
         apart = f"{sign} " in answer or f" {sign}" in answer
@@ -161,17 +182,23 @@ def accuracy_table(answers):
     answers: those of the annotators, ten as a rule. Officially each is left out once and a
     prediction scores min(1, matches among the others / 3); the mean over all. With n matches among
     N that is ((N - n) min(1, n/3) + n min(1, (n-1)/3)) / N, for N = 10: 0, .3, .6, .9, 1, 1, ...
+
+    >>> accuracy_table(["red"] * 3 + ["a pink"] * 7)[0] == {"red": 0.9, "pink": 1.0}
+    True
     """
+    answers = [strip_answer(answer) for answer in answers]
     exact, people = len(set(answers)) == 1, len(answers)
     counts = Counter(answers if exact else map(normalise_answer, answers))
-    return {a: ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
-        for a, n in counts.items()}, exact
+    table = {}
+    for answer, n in counts.items():
+        table[answer] = ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
+    return table, exact
 
 
 def answer_accuracy(prediction, answers):
     """Official accuracy of a prediction, 0 to 1."""
     table, exact = accuracy_table(answers)
-    return table.get(prediction if exact else normalise_answer(prediction), 0.0)
+    return table.get(strip_answer(prediction) if exact else normalise_answer(prediction), 0.0)
 
 
 def answer_vocabulary(questions, least=9):
@@ -183,167 +210,215 @@ def answer_vocabulary(questions, least=9):
 
 
 # --- 3. Tasks -------------------------------------------------------------------------------------
+#
+# A task is what train.fit takes: examples, model, collate, counts, sums, evaluate. It is made of
+# items: dicts with image_id, text, and what the task needs besides. `predict` chooses an answer or
+# a region for each of them, `score` turns choices into scores: shares, 0 to 1, higher is better.
+# The first score is the result of the task. Read Task, then one of the three.
 
 
 class Task(torch.utils.data.Dataset):
-    """Texts about images: the training examples, the held-out splits, and what is made of them.
+    """Texts about images: training examples, held-out splits, and what is made of them.
 
-    An item is a dict with image_id, text, and what the task needs. splits: {name: items}, with
-    "train" among them. Training items whose image has no features are left out; a held-out item
-    without features is answered from its text alone, so that a result covers every question.
+    splits: {name: items}, with "train" among them. Training items whose image has no features are
+    left out; a held-out item without features is answered from its text alone, so that a result
+    covers every question. Both are counted in `missing`. Raises BadInput if no training item is
+    left. labels: the answers that a checkpoint's head chooses from.
 
-    Each task says: name, unit, files, model, max_tokens [supp. 2]; from_folder and from_scenes ->
-    splits; collate; loss(logits, batch); judge_one and panel, of one item.
+    A subclass says: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
+    from_scenes -> splits; and of one item: targets, score_item, describe. Targets are shares, 0 to
+    1, and the loss is binary cross entropy; Retrieval, which ranks, replaces both.
     """
 
-    blind = False  # True: without pictures
+    full, toy = FULL, TOY
+    clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0  # A7, supp. 2
+    # Gates learn as fast as the rest: a pretrained gate that is right 9 times out of 10 makes one
+    # sample in three of a four-layer model noise, until it decides (A10 speaks of the time before).
+    gate_rate, evaluates_at_start = 1.0, True
+    loss_names, looked_at = ("loss",), 1000  # held-out items that are evaluated while training
+    needs_features = False  # True: held-out items without features are left out
 
-    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
-        self.store, self.tokenizer, self.seed, self.labels = store, tokenizer, seed, labels
-        self.splits = {k: v for k, v in splits.items() if k != "train" and v}
-        items = splits.get("train", [])
-        found = [i for i in items if store.row(i["image_id"]) is not None]
-        self.items = found[:limit]
-        if len(found) < len(items):
-            say(f"left out: {len(items) - len(found)} of {len(items)} training {self.unit}, whose "
-                f"image is not in {store.folder}")
+    def __init__(self, store, tokenizer, splits, args, labels=None):
+        self.store, self.tokenizer, self.labels = store, tokenizer, labels
+        self.seed, self.blind, self.examples = args.seed, args.blind, self
+        self.missing, self.held_out = {}, {}
+        for name, items in splits.items():
+            rows = store.rows([item["image_id"] for item in items])
+            found = [item for item, row in zip(items, rows) if row >= 0]
+            if len(found) < len(items):
+                self.missing[name] = len(items) - len(found)
+                say(f"{name}: {self.missing[name]} of {len(items)} {self.unit} have no features")
+            kept = found if name == "train" or self.needs_features else items
+            if kept:
+                self.held_out[name] = kept
+        self.items = self.held_out.pop("train", [])[: args.limit]
         if not self.items:
-            raise BadInput(
-                f"{store.folder}: none of {len(items)} training {self.unit} has its image here")
+            raise BadInput(f"{store.folder}: no training {self.unit} whose image has features here")
+        # Published test questions have no answers: an empty list. There is nothing to show of them.
+        known = [items for items in self.held_out.values() if items[0].get("answers") != []]
+        self.shown = [*known, self.items][0][: self.looked_at]
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, key):
-        epoch, index = key
-        return self.example(self.items[index])
+        return self.example(self.items[key[1]])  # (epoch, index)
 
     def example(self, item):
         """What the model reads of an item, and the item: numpy arrays."""
-        regions = region_inputs(self.store, item["image_id"], blank=self.blind)
+        row = None if self.blind else self.store.row(item["image_id"])
         ids = np.array(self.tokenizer.encode(item["text"], self.max_tokens))
-        return dict(regions, input_ids=ids, item=item)
+        return dict(region_inputs(self.store, row), input_ids=ids, item=item)
 
     @classmethod
     def new_model(cls, config, labels):
         """The task's model, new; labels: what it chooses from, None where that is no fixed list."""
-        return cls.model(config) if labels is None else cls.model(config, len(labels))
+        return cls.model_class(config) if labels is None else cls.model_class(config, len(labels))
 
-    def head(self, config, weights):
-        """The task's model: its encoder from these weights (None: new), its head new."""
+    def build_model(self, config, weights):
+        """The task's model: its encoder from pretrained weights (None: new), its head new."""
         model = self.new_model(config, self.labels)
-        if weights is not None:
-            bert = {k: v for k, v in weights.items() if k.startswith("bert.")}
-            model.load_state_dict(bert, strict=False)
+        bert = {k: v for k, v in (weights or {}).items() if k.startswith("bert.")}
+        model.load_state_dict(bert, strict=False)
         return model
 
-    def sums(self, model, batch, tau):
-        """(1,): the loss, added up over the examples of a batch."""
-        inputs = {k: v for k, v in batch.items() if k != "targets"}
-        logits, _ = model(**inputs, temperature=tau)
-        return self.loss(logits.float(), batch)[None]
+    def collate(self, examples):
+        """The encoder's inputs, and targets, 0 to 1, of answers (B, A) or regions (B, R)."""
+        inputs = model_inputs(examples)
+        targets = torch.zeros(len(examples), len(self.labels or inputs["region_boxes"][0]))
+        for row, example in zip(targets, examples):
+            for index, value in self.targets(example["item"]):
+                row[index] = value
+        return {**inputs, "targets": targets}
+
+    def loss(self, logits, batch):
+        """Binary cross entropy of every answer or region, added up."""
+        return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
 
     @staticmethod
     def counts(batch):
         """(1,): examples; every loss here is a mean over them."""
         return torch.tensor([float(len(batch["targets"]))])
 
+    def sums(self, model, batch, tau):
+        """(1,): the loss, added up over a batch; and the encoder's output."""
+        inputs = {k: v for k, v in batch.items() if k != "targets"}
+        logits, out = model(**inputs, temperature=tau)
+        return self.loss(logits.float(), batch)[None], out
+
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
-        """(N,) the best answer or region of every item, and what the switches chose. (Retrieval has
-        nothing to choose, one score an item: of its predictions only the switches are read.)
+        """(N,) the best answer or region for every item, and what the switches chose.
 
-        The processes share the batches, whole ones, so that what a batch is padded to, and with it
-        every rounding, is the same for any number of them.
+        Retrieval has one score per item and nothing to choose: only its switches are read.
         """
         model.eval()
-        found = torch.zeros(len(items), dtype=torch.long, device=device())
-        switches = torch.zeros(num_switches(model.config), device=device())
-        starts = range(rank() * batch_size, len(items), world_size() * batch_size)
-        for s in tqdm(starts, desc="evaluating", leave=False, disable=quiet()):
-            part = [self.example(item) for item in items[s : s + batch_size]]
-            logits, out = model(**to_device(model_inputs(part)), temperature=tau)
-            found[s : s + len(part)] = logits.argmax(dim=-1)
-            switches += switch_sums(out)
-        shares = switch_shares(total(switches).cpu() / max(1, len(items)), model.config)
-        return total(found).cpu(), shares
+        chosen = torch.zeros(len(items), dtype=torch.long, device=device())
+        switches = SwitchShares(model.config)
+        for part in tqdm(share_of(len(items), batch_size), leave=False, disable=quiet()):
+            inputs = model_inputs([self.example(items[i]) for i in part])
+            logits, out = model(**to_device(inputs), temperature=tau)
+            if not logits.isfinite().all():  # argmax of NaN gives an answer all the same
+                raise BadInput("the model's weights have diverged; lower --lr")
+            chosen[part.start : part.stop] = logits.argmax(dim=-1)
+            switches.add(out)
+        model.train()
+        return total(chosen), switches.shares()
 
-    def judge(self, items, choices):
-        """(scores, predictions) of choices (N,): means over the items that have such a score, the
-        task's result first; and what was chosen, a list of dicts for a file.
+    def score(self, items, choices):
+        """(scores, predictions) of choices (N,): each score is a mean over the items that have it,
+        by its place in the table and its name; predictions is a list of dicts for a file.
         """
-        groups, predictions = defaultdict(list), []
+        values, predictions = defaultdict(list), []
         for item, choice in zip(items, choices.tolist()):
-            prediction, scores = self.judge_one(item, choice)
+            prediction, scores = self.score_item(item, choice)
             predictions.append(prediction)
-            for name, score in scores.items():
-                groups[name].append(score)
-        return {name: float(np.mean(values)) for name, values in groups.items()}, predictions
+            for place_and_name, score in scores.items():
+                values[place_and_name].append(score)
+        rows = {name: float(np.mean(values[place, name])) for place, name in sorted(values)}
+        return rows, predictions
 
-    def evaluate(self, model, items, tau=None, keep=None):
-        """(scores, predictions) of held-out items; keep: Retrieval's."""
-        return self.judge(items, self.predict(model, items, tau)[0])
+    def evaluate_items(self, model, items, tau=None):
+        """(scores, predictions, switches) of some items; tau: None for hard switches."""
+        choices, switches = self.predict(model, items, tau)
+        return *self.score(items, choices), switches
 
-    def look(self, model, items):
-        """Hard scores of some items, and what the switches chose: between steps of training."""
-        choices, switches = self.predict(model, items)
-        return self.judge(items, choices)[0], switches
+    def evaluate(self, model):
+        """Hard scores of some held-out items, and what the switches chose: while training."""
+        scores, _, switches = self.evaluate_items(model, self.shown)
+        return scores, switches
+
+    @staticmethod
+    def headline(scores):
+        """The part of the printed line that says how good it is."""
+        return f"held-out {next(iter(scores.values())):.3f}"
+
+    def image_of(self, index):
+        """The image of an example, for messages."""
+        return str(self.items[index]["image_id"])
+
+    def about(self):
+        """What `ask` must know beside weights, vocabulary and regions."""
+        return {"labels": self.labels}
 
 
 class VQA(Task):
-    """questions about pictures, answered from a vocabulary of answers [VQA v2]"""
+    """questions about pictures, answered from a vocabulary of answers [VQA v2]
 
-    name, unit, max_tokens, model = "vqa", "questions", 23, SwitchBertForVQA
+    An item has also: question_id; answers, those of ten annotators ([]: unpublished); majority,
+    the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
+    """
+
+    name, unit, max_tokens, model_class = "vqa", "questions", 23, SwitchBertForVQA
     files = "features/ and VQA v2's questions and annotations (*.json)"
 
     @staticmethod
     def from_folder(folder):
-        """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them."""
-        files = {path: read_json(path, dict) for path in sorted(folder.glob("*.json"))}
-        annotations, splits = {}, defaultdict(list)
-        for path, content in files.items():
-            if not content.keys() & {"questions", "annotations"}:
-                raise BadInput(f"{path}: expected the key 'questions' or 'annotations', found "
-                    + ", ".join(map(repr, list(content)[:5])))
-            for number, a in enumerate(content.get("annotations", [])):
-                with expecting("question_id", path, "annotation", number):
-                    annotations[a["question_id"]] = a
-        expected = "image_id, question, question_id, and annotations with answers and types"
-        for path, content in files.items():
-            subset = str(content.get("data_subtype", path.stem))
-            split = next((s for s in ("train", "val", "test") if s in subset), subset)
-            for q in content.get("questions", []):
-                with expecting(expected, path, "question", q):
-                    item = dict(image_id=q["image_id"], text=q["question"],
-                        question_id=q["question_id"], answers=[])
-                    if a := annotations.get(q["question_id"]):
-                        item |= dict(answers=[given["answer"] for given in a["answers"]],
-                            majority=a["multiple_choice_answer"], answer_type=a["answer_type"],
-                            question_type=a["question_type"])
-                # test-dev2015 is a part of test2015: each has its own submission.
-                splits[split if item["answers"] else subset].append(item)
-        if not splits.get("train"):
-            raise BadInput(f"{folder}: no training questions with annotations here; expected "
-                "v2_OpenEnded_mscoco_train2014_questions.json and "
-                "v2_mscoco_train2014_annotations.json")
+        """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them.
+
+        The subset train2014 is the split train. Questions without annotations keep their subset's
+        name: test-dev2015 is a part of test2015, and each has its own submission. Raises BadInput,
+        also for an entry that is no text: then "" + entry is a TypeError.
+        """
+        asked, truths, splits = [], {}, defaultdict(list)
+        for path in sorted(folder.glob("*.json")):
+            content = read_json(path, dict)
+            kind = "annotations" if "annotations" in content else "questions"
+            with reading(path, f"{kind} of VQA v2") as at:
+                for at.entry, x in enumerate(content[kind]):
+                    if kind == "questions":
+                        question = dict(image_id=x["image_id"], text="" + x["question"],
+                            question_id=x["question_id"], answers=[])
+                        asked.append(("" + content["data_subtype"], question))
+                    else:
+                        truths[x["question_id"]] = dict(majority="" + x["multiple_choice_answer"],
+                            answers=["" + given["answer"] for given in x["answers"]],
+                            answer_type=x["answer_type"], question_type=x["question_type"])
+        for subset, item in asked:
+            truth = truths.get(item["question_id"])
+            splits[subset.rstrip("0123456789") if truth else subset].append(item | (truth or {}))
+        if not any(item["answers"] for item in splits["train"]):
+            raise BadInput(f"{folder}: no training questions with annotations here; expected VQA "
+                "v2's ..._train2014_questions.json and ..._train2014_annotations.json")
         return splits
 
     @staticmethod
     def from_scenes(training, held_out):
         """The toy world's questions, in the form of VQA v2's: ten annotators who agree."""
-        def items(numbers, n):
-            """n questions about each scene."""
-            for number in numbers:
-                for k, (text, answer, kind) in enumerate(Scene(number).questions(n)):
-                    sort = "yes/no" if answer in ("yes", "no") else "other"
-                    yield dict(image_id=number, text=text, question_id=1000 * number + k,
-                        majority=answer, answers=[answer] * 10,
-                        answer_type="number" if kind == "count" else sort, question_type=kind)
-        return {"train": list(items(training, 8)), "val": list(items(held_out, 5))}
+        types = {"count": "number", "yes": "yes/no", "no": "yes/no"}
 
-    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
+        def items(numbers, n):
+            return [dict(image_id=i, text=text, question_id=1000 * i + k, majority=answer,
+                answers=[answer] * 10, question_type=kind,
+                answer_type=types.get(kind) or types.get(answer, "other"))
+                for i in numbers for k, (text, answer, kind) in enumerate(Scene(i).questions(n))]
+        return {"train": items(training, 8), "val": items(held_out, 5)}
+
+    def __init__(self, store, tokenizer, splits, args, labels=None):
         labels = labels or answer_vocabulary(splits["train"])
-        super().__init__(store, tokenizer, splits, seed, limit, labels)
+        if not labels:
+            raise BadInput(f"{store.folder}: no answer of nine training questions to choose from")
+        super().__init__(store, tokenizer, splits, args, labels)
         self.index = {answer: i for i, answer in enumerate(labels)}
 
     def targets(self, item):
@@ -356,45 +431,40 @@ class VQA(Task):
         table, _ = accuracy_table(item["answers"])
         return [(self.index[a], score) for a, score in table.items() if a in self.index]
 
-    def collate(self, examples):
-        """The encoder's inputs, and targets (B, A)."""
-        targets = torch.zeros(len(examples), len(self.labels))
-        for row, example in zip(targets, examples):
-            for index, score in self.targets(example["item"]):
-                row[index] = score
-        return {**model_inputs(examples), "targets": targets}
-
-    def loss(self, logits, batch):
-        """Binary cross entropy, its mean over answers times their number: their sum."""
-        return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
-
-    def judge_one(self, item, choice):
-        """Official accuracy: overall, by type of answer and of question; and the best possible."""
-        told = {"question_id": item["question_id"], "answer": self.labels[choice]}
+    def score_item(self, item, choice):
+        """Official accuracy, overall and by type of answer and of question; and the ceiling, what
+        the best answer of the vocabulary would get.
+        """
+        prediction = {"question_id": item["question_id"], "answer": self.labels[choice]}
         if not item["answers"]:
-            return told, {}
-        right = answer_accuracy(told["answer"], item["answers"])
-        best = max((score for _, score in self.targets(item)), default=0.0)
-        return told, {"accuracy": right, item["answer_type"]: right, item["question_type"]: right,
-            "ceiling": best}
+            return prediction, {}
+        accuracy = answer_accuracy(prediction["answer"], item["answers"])
+        ceiling = max((score for _, score in self.targets(item)), default=0.0)
+        return prediction, {(0, "accuracy"): accuracy, (1, item["answer_type"]): accuracy,
+            (2, "ceiling"): ceiling, (3, item["question_type"]): accuracy}
 
-    def panel(self, item, told):
-        """(image to show, boxes, lines, right) of an example."""
-        right = answer_accuracy(told["answer"], item["answers"]) if item["answers"] else None
-        truth = Counter(item["answers"] or ["?"]).most_common(1)[0][0]
-        lines = [item["text"], f"answer: {told['answer']}", f"truth: {truth}"]
-        return item["image_id"], [], lines, right
+    def describe(self, item, prediction):
+        """(image to show, boxes, lines, share that is right) of an example."""
+        answer = prediction["answer"]
+        lines = [item["text"], f"answer: {answer}", f"truth: {item['majority']}"]
+        return item["image_id"], [], lines, answer_accuracy(answer, item["answers"])
 
 
 class Retrieval(Task):
-    """texts that find their image, and images that find their texts [Karpathy's splits]"""
+    """texts that find their image, and images that find their texts [Karpathy's splits]
 
-    name, unit, max_tokens, model = "retrieval", "captions", 30, SwitchBertForRetrieval
+    Trained as a choice of one right pair among four; evaluated on the full matrix of texts and
+    images, where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
+    """
+
+    name, unit, max_tokens, model_class = "retrieval", "captions", 30, SwitchBertForRetrieval
     files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
+    full, toy = {**FULL, "batch": 64}, {**TOY, "epochs": 1, "batch": 32}
+    looked_at, needs_features = 100, True  # a pair without an image cannot be ranked
 
     @staticmethod
     def from_folder(folder):
-        """The splits of the one caption file with splits in a folder."""
+        """The splits of the one caption file in a folder. Raises BadInput."""
         files = sorted(folder.glob("*.json"))
         if len(files) != 1:
             raise BadInput(
@@ -406,38 +476,32 @@ class Retrieval(Task):
     def from_scenes(training, held_out):
         """Captions of scenes: the first 100 held-out scenes are the test, the next 50 the val."""
         def items(numbers):
-            return [dict(image_id=i, text=t) for i in numbers for t in Scene(i).captions(2)]
+            return [dict(image_id=str(i), text=t) for i in numbers for t in Scene(i).captions(2)]
         return {"train": items(training), "val": items(held_out[100:150]),
             "test": items(held_out[:100])}
 
-    def __init__(self, store, tokenizer, splits, seed=0, limit=None, labels=None):
-        # Ids are compared below. Of a held-out image without features no pair can be scored.
-        splits = {name: [{**i, "image_id": canonical_id(i["image_id"])} for i in items
-            if name == "train" or store.row(i["image_id"]) is not None]
-            for name, items in splits.items()}
-        super().__init__(store, tokenizer, splits, seed, limit)
-        self.images = list(dict.fromkeys(i["image_id"] for i in self.items))
+    def __init__(self, store, tokenizer, splits, args, labels=None):
+        super().__init__(store, tokenizer, splits, args)
+        self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
-            raise BadInput(f"{store.folder}: captions of {len(self.images)} images; a caption is "
-                "trained against other images', so three are needed at least")
-        self.place = {image: k for k, image in enumerate(self.images)}
-        self.nearest = None
+            raise BadInput(f"{store.folder}: captions of {len(self.images)} images; at least three "
+                "are needed, since a caption is trained against other images'")
+        self.nearest = self.nearest_images()
 
-    def prepare(self):
-        """Find each image's nearest other one by its global feature: the hard negative."""
-        n = len(self.images)
-        means = torch.zeros(n, self.store.feature_size, device=device())
-        mine = range(rank(), n, world_size())
-        for k in tqdm(mine, desc="global features", leave=False, disable=quiet()):
-            features = region_inputs(self.store, self.images[k])["region_features"]
-            means[k] = torch.from_numpy(features.mean(axis=0, dtype=np.float32))
-        means = F.normalize(total(means))
-        nearest = torch.zeros(n, dtype=torch.long, device=device())
-        for rows in torch.arange(n).split(1000)[rank() :: world_size()]:
-            near = means[rows] @ means.T  # (1000, n) cosines
-            near[torch.arange(len(rows)), rows] = -2  # not itself
-            nearest[rows] = near.argmax(dim=1)
-        self.nearest = total(nearest).tolist()
+    def nearest_images(self):
+        """For each image its hard negative, the most similar other one: a list of places in images.
+
+        Similarity is the cosine of global features, the means over an image's regions. Nearly
+        anything tells a street from a beach; only the details of a caption tell it from a street.
+        """
+        rows = tqdm(self.store.rows(self.images), "features", leave=False, disable=quiet())
+        means = [self.store[row]["features"].mean(axis=0, dtype=np.float32) for row in rows]
+        means, nearest = F.normalize(torch.from_numpy(np.stack(means)).to(device())), []
+        for block in torch.arange(len(means)).split(1000):
+            cosines = means[block] @ means.T  # (1000, images)
+            cosines[torch.arange(len(block)), block] = -2  # not itself
+            nearest += cosines.argmax(dim=1).tolist()
+        return nearest
 
     def __getitem__(self, key):
         """The four candidates of a caption [ViLBERT]: its own image; its image with another image's
@@ -445,19 +509,19 @@ class Retrieval(Task):
         """
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
-        item = other = self.items[index]
-        own = self.place[item["image_id"]]
-        while other["image_id"] == item["image_id"]:
-            other = self.items[rng.integers(len(self))]
+        item, own, other = self.items[index], self.own[index], index
+        while self.own[other] == own:
+            other = rng.integers(len(self))
         image = self.images[(own + 1 + rng.integers(len(self.images) - 1)) % len(self.images)]
-        pairs = [item, {**item, "text": other["text"]}, {**item, "image_id": image},
-            {**item, "image_id": self.images[self.nearest[own]]}]
+        hard = self.images[self.nearest[own]]
+        pairs = (item, {**item, "text": self.items[other]["text"]},
+            {**item, "image_id": image}, {**item, "image_id": hard})
         return [self.example(pair) for pair in pairs]
 
-    def head(self, config, weights):
-        """The task's model, its head too from these weights (None: all of it new)."""
+    def build_model(self, config, weights):
+        """The task's model, its head too from pretrained weights (None: all of it new)."""
         if weights is None:
-            return super().head(config, None)
+            return SwitchBertForRetrieval(config)
         return SwitchBertForRetrieval.from_pretraining(config, weights)
 
     def collate(self, examples):
@@ -469,161 +533,158 @@ class Retrieval(Task):
         """Cross entropy over the four candidates."""
         return F.cross_entropy(scores.view(-1, 4), batch["targets"], reduction="sum")  # (B, 4)
 
-    def look(self, model, items):
-        """Recalls, and what the switches chose for texts and their own images."""
-        return self.evaluate(model, items)[0], self.predict(model, items)[1]
-
-    def evaluate(self, model, items, tau=None, keep=None):
-        """Recalls over the full matrix of some texts and all of their images.
-
-        keep: a file for the scores, or None. What is in it is not computed again.
-        """
-        images = list(dict.fromkeys(i["image_id"] for i in items))
-        place = {image: k for k, image in enumerate(images)}
-        own = torch.tensor([place[i["image_id"]] for i in items])
-        scores = self.matrix(model, [i["text"] for i in items], images, tau, keep)
-        found = recall_at(scores, own, ks=(1, 5, 10))
+    def evaluate_items(self, model, items, tau=None):
+        """Recalls over the full matrix of some texts and all of their images."""
+        images, own = images_of(items)
+        own, ks = torch.tensor(own), (1, 5, 10)
+        self.scores = self.score_matrix(model, [item["text"] for item in items], images, tau)
+        recalls = recall_at(self.scores, own, ks)
         if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
             folds = []
-            for k in range(0, 5000, 1000):
-                texts = (own >= k) & (own < k + 1000)
-                folds.append(recall_at(scores[texts, k : k + 1000], own[texts] - k, (1, 5, 10)))
-            found |= {f"1K {name}": float(np.mean([f[name] for f in folds])) for name in found}
-        best = scores.topk(min(10, len(images)), dim=1).indices.tolist()
-        return found, [dict(image_id=item["image_id"], text=item["text"],
-            found=[images[k] for k in ranked]) for item, ranked in zip(items, best)]
+            for first in range(0, 5000, 1000):
+                texts = own // 1000 == first // 1000
+                fold = self.scores[texts, first : first + 1000]
+                folds.append(recall_at(fold, own[texts] - first, ks))
+            for name in list(recalls):
+                recalls[f"1K {name}"] = float(np.mean([fold[name] for fold in folds]))
+        best = self.scores.topk(min(10, len(images)), dim=1).indices.tolist()
+        predictions = [{**item, "found": [images[k] for k in ranked]}
+            for item, ranked in zip(items, best)]
+        return recalls, predictions, self.predict(model, items, tau)[1]
 
-    def matrix(self, model, texts, images, tau, keep, block=100):
-        """(texts, images) scores, by blocks of images; says how much that is and how long."""
-        scores = torch.full((len(texts), len(images)), float("nan"))
-        if keep and keep.exists():
-            scores = torch.from_numpy(np.load(keep, allow_pickle=False))
-        if len(images) > block:
-            say(f"{len(texts)} texts x {len(images)} images = {scores.numel():,} pairs, of which "
-                f"{int(scores.isnan().sum()):,} are to be scored")
-        missing = [k for k in range(0, len(images), block)
-            if scores[:, k : k + block].isnan().any()]
-        start = time.time()
-        for k in missing:
-            part = images[k : k + block]
-            scores[:, k : k + block] = match_scores(
-                model, self.store, self.tokenizer, texts, part, self.max_tokens, tau)
-            if keep and rank() == 0:
-                write_whole(keep, lambda f: np.save(f, scores.numpy()), mode="wb")
-            if k == missing[0] and len(images) > block:
-                left = (time.time() - start) * (len(images) - k - len(part)) / len(part)
-                say(f"after {len(part)} images: about {left / 60:.1f} minutes to go")
-        return scores
+    def score_matrix(self, model, texts, images, tau, block=100):
+        """(texts, images) scores, by blocks of images: what one batch holds.
 
-    def panel(self, item, told):
+        No store has an image "": blind, it stands for every image.
+        """
+        images = [""] * len(images) if self.blind else images
+        columns = []
+        for k in tqdm(range(0, len(images), block), "scoring", leave=False, disable=quiet()):
+            columns.append(match_scores(model, self.store, self.tokenizer, texts,
+                images[k : k + block], self.max_tokens, tau))
+        return torch.cat(columns, dim=1)
+
+    def describe(self, item, prediction):
         """(image to show, boxes, lines, right) of an example: the image that was found."""
-        own, found = told["image_id"], told["found"]
+        own, found = item["image_id"], prediction["found"]
         names = ["right" if i == own else f"image {i}" for i in found[:3]]
-        return found[0], [], [item["text"], "found: " + ", ".join(names)], float(found[0] == own)
+        lines = [item["text"], "found: " + ", ".join(names)]
+        return found[0], [], lines, found[0] == own
 
 
 class Refer(Task):
-    """phrases that mean one thing in a picture, and which box it is [RefCOCO+]"""
+    """phrases that mean one thing in a picture, and which box it is [RefCOCO+]
 
-    name, unit, max_tokens, model = "refer", "expressions", 20, SwitchBertForReferring
+    An item has also: box, the one that is meant, corners x1, y1, x2, y2 in pixels; ref_id, sent_id;
+    kind, in the toy world attribute or relation; and there alike, how many things have its shape.
+    """
+
+    name, unit, max_tokens, model_class = "refer", "expressions", 20, SwitchBertForReferring
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
+    # Pointing is learned in 100 steps, so it is evaluated often: what pretraining gives is a start.
+    toy = {**TOY, "epochs": 1, "eval_every": 25}
 
     @staticmethod
     def from_folder(folder):
-        """The splits of RefCOCO+: train, val, testA (people), testB (all else)."""
-        path, instances = next(folder.glob("refs*.p"), None), folder / "instances.json"
-        if path is None:
-            raise BadInput(f"{folder}: no refs(unc).p here")
-        boxes, splits = {}, defaultdict(list)
-        for number, a in enumerate(read_json(instances, dict).get("annotations", [])):
-            with expecting("id and bbox, [x, y, width, height]", instances, "annotation", number):
-                x, y, w, h = a["bbox"]
+        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both).
+
+        The expressions are those of refs(unc).p, or of the only refs*.p. Raises BadInput.
+        """
+        boxes, splits, found = {}, defaultdict(list), list(folder.glob("refs*.p"))
+        path = found[0] if len(found) == 1 else folder / "refs(unc).p"
+        instances = folder / "instances.json"
+        with reading(instances, "RefCOCO's instances") as at:
+            for at.entry, a in enumerate(read_json(instances)["annotations"]):
+                x, y, w, h = map(float, a["bbox"])
                 boxes[a["id"]] = [x, y, x + w, y + h]
-        for number, ref in enumerate(read_plain_pickle(path)):
-            with expecting(f"ann_id (of {instances.name}), image_id, ref_id, split and sentences",
-                    path, "entry", number):
-                splits[ref["split"]] += [dict(image_id=ref["image_id"], text=s["sent"],
+        with reading(path, "a pickle of RefCOCO's plain lists, dicts and strings") as at:
+            with open(path, "rb") as file:
+                refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
+            for at.entry, ref in enumerate(refs):
+                splits[ref["split"]] += [dict(image_id=ref["image_id"], text="" + s["sent"],
                     box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"],
                     kind="expression") for s in ref["sentences"]]
+        if splits.keys() >= {"testA", "testB"}:
+            splits["test"] = splits["testA"] + splits["testB"]
         return splits
 
     @staticmethod
     def from_scenes(training, held_out):
-        """The toy world's expressions; kind: attribute or relation, alike: things of its words."""
+        """The toy world's expressions."""
         def items(numbers, n):
-            """n expressions about each scene."""
-            for number in numbers:
-                scene = Scene(number)
+            for scene in map(Scene, numbers):
                 for k, (text, index, kind) in enumerate(scene.expressions(n)):
-                    thing = scene.things[index]
-                    alike = len(scene.where(shape=thing["shape"])) if kind == "relation" else 1
-                    yield dict(image_id=number, text=text, box=list(map(float, thing.box)),
-                        ref_id=10 * number + k, sent_id=10 * number + k, kind=kind, alike=alike)
+                    thing, number = scene.things[index], 10 * scene.number + k
+                    yield dict(image_id=scene.number, text=text, box=thing.box, ref_id=number,
+                        sent_id=number, kind=kind, alike=len(scene.where(shape=thing.shape)))
         return {"train": list(items(training, 8)), "val": list(items(held_out, 6))}
 
-    def head(self, config, weights):
+    def build_model(self, config, weights):
         """As every task's, without the pooler: this head reads region states, so no gradient
         reaches the pooler, and DistributedDataParallel would wait for one.
         """
-        model = super().head(config, weights)
+        model = super().build_model(config, weights)
         model.bert.pooler.requires_grad_(False)
         return model
 
     def overlaps(self, item):
-        """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant."""
+        """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant.
+
+        An image without features has one region, of zeros: it overlaps nothing.
+        """
         row = self.store.row(item["image_id"])
-        boxes = np.zeros((0, 4), np.float32) if row is None else self.store[row]["boxes"]
+        boxes = np.zeros((1, 4), np.float32) if row is None else self.store[row]["boxes"]
         return boxes, box_iou(boxes, np.array(item["box"], np.float32))
 
-    def collate(self, examples):
-        """The encoder's inputs, and targets (B, R): IoU, 0 for padding."""
-        inputs = model_inputs(examples)
-        targets = torch.zeros(inputs["region_mask"].shape)
-        for row, example in zip(targets, examples):
-            _, iou = self.overlaps(example["item"])
-            row[: len(iou)] = torch.from_numpy(iou)
-        return {**inputs, "targets": targets}
+    def targets(self, item):
+        """[(region, its IoU with the box that is meant)]; none where the model sees no region."""
+        return [] if self.blind else enumerate(self.overlaps(item)[1].tolist())
 
     def loss(self, logits, batch):
-        """Binary cross entropy of every real region against its IoU with the box that is meant."""
+        """As every task's, of real regions only: the logits of padding are not the model's."""
         real = batch["region_mask"].bool()
-        return F.binary_cross_entropy_with_logits(
-            logits[real], batch["targets"][real], reduction="sum")
+        return super().loss(logits[real], {"targets": batch["targets"][real]})
 
-    def judge_one(self, item, choice):
+    def score_item(self, item, choice):
         """Has the chosen region IoU >= .5, and has any (the oracle)? In the toy world by kind."""
         boxes, iou = self.overlaps(item)
-        box, reached = (boxes[choice].tolist(), float(iou[choice])) if len(iou) else (None, 0.0)
-        told = {"ref_id": item["ref_id"], "sent_id": item["sent_id"], "box": box, "iou": reached}
-        right = float(reached >= 0.5)
-        scores = {"accuracy": right, "oracle": float((iou >= 0.5).any())}
+        right = iou >= 0.5
+        scores = {(0, "accuracy"): right[choice], (1, "oracle"): right.any()}
         if item["kind"] != "expression":
-            scores[item["kind"]] = right
-        if item["kind"] == "relation":  # whoever knows the words and not the places
-            scores["relation by attributes alone"] = 1 / item["alike"]
-        return told, scores
+            scores[2, item["kind"]] = right[choice]
+        if item["kind"] == "relation":  # the best guess from the words alone, without places
+            scores[3, "relation by attributes alone"] = 1 / item["alike"]
+        return dict(ref_id=item["ref_id"], sent_id=item["sent_id"], box=boxes[choice].tolist(),
+            iou=float(iou[choice])), scores
 
-    def panel(self, item, told):
-        """(image to show, boxes, lines, right) of an example: meant white, chosen magenta."""
-        boxes = [(item["box"], "white")] + ([(told["box"], "magenta")] if told["box"] else [])
-        lines = [item["text"], f"IoU {told['iou']:.2f}"]
-        return item["image_id"], boxes, lines, float(told["iou"] >= 0.5)
+    def describe(self, item, prediction):
+        """(image to show, boxes, lines, IoU) of an example: meant white, chosen magenta."""
+        boxes, iou = [(item["box"], "white"), (prediction["box"], "magenta")], prediction["iou"]
+        return item["image_id"], boxes, [item["text"], f"IoU {iou:.2f}"], iou
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
 
 
+def images_of(items):
+    """The images of some items, each once, and for each item the place of its image: two lists."""
+    places = {}
+    own = [places.setdefault(item["image_id"], len(places)) for item in items]
+    return list(places), own
+
+
 def box_iou(boxes, box):
-    """(n, 4), (4,) corners -> (n,) intersection over union."""
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    both = np.clip(high - low, 0, None).prod(axis=1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
-    return both / np.maximum(area - both, 1e-9)
+    """(n, 4), (4,) corners -> (n,) intersection over union, 0 to 1."""
+    common = np.hstack([np.maximum(boxes, box)[:, :2], np.minimum(boxes, box)[:, 2:]])
+    both, each, one = (np.clip(b[..., 2:] - b[..., :2], 0, None).prod(axis=-1)
+        for b in (common, boxes, box))  # areas; 0 where boxes do not meet: high < low
+    return both / np.maximum(each + one - both, 1e-9)
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers. A pickle can name any class or function and call it
-    while it is read; here there is none to be had.
+    """Reads lists, dicts, strings and numbers only.
+
+    A pickle can name any class or function and call it while it is read; this one admits none.
     """
 
     def find_class(self, module, name):
@@ -631,354 +692,268 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_plain_pickle(path):
-    """A pickle of plain values, of Python 2 or 3; Python 2's strings are read as Latin-1."""
-    try:
-        with open(path, "rb") as file:
-            return PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # whatever a broken pickle makes of its bytes
-        raise BadInput(
-            f"{path}: not a pickle of plain lists, dicts and strings ({error})") from error
-
-
 # --- 4. The run -----------------------------------------------------------------------------------
+#
+# Everything is evaluated twice. Hard switches take the best mode and depth of each layer; soft ones
+# mix all of them at temperature .2, the floor of training. If the two scores agree, the switches
+# have closed, and a model without the unused branches would score the same.
 
 
-def load_task(kind, folder, boxes):
-    """(store, splits) of a task's folder, or of the toy world where it is None."""
-    if folder is not None:
-        features = f"features-{boxes}" if kind is Refer else "features"
-        return FeatureStore(folder / features), kind.from_folder(folder)
-    if boxes != "detected":
+def finetune(args, checkpoint=None):
+    """A task's run in the order in which it happens. Its results, or None if it was stopped.
+
+    results: {split: {"hard": scores, "soft": scores}}, scores {name: number}, empty for a split
+    without answers.
+    """
+    started, kind = time.time(), TASKS[args.command]
+
+    # 1. Where it starts: its own checkpoint, or the pretrained one.
+    source = checkpoint or load_checkpoint(args.checkpoint, "pretraining")
+    start = "random weights" if args.scratch else args.checkpoint
+    say(f"{kind.name} on {args.data or 'the toy world'}, starting from {start}")
+
+    # 2. The task, and its model. The vocabularies of words and answers are the checkpoint's.
+    store, splits = load_task(kind, args)
+    check_fits(source, store)
+    task = kind(store, WordPiece(source["vocab"]), splits, args, source.get("labels"))
+    torch.manual_seed(args.seed)
+    weights = None if args.scratch or checkpoint else source["model"]
+    task.model = task.build_model(SwitchBertConfig(**source["config"]), weights)
+
+    # 3. Training, in the same loop as pretraining.
+    if fit(args, task, checkpoint) is None:
+        return None
+
+    # 4. Every split, with hard and with soft switches; and what questions alone would give.
+    results, predictions = {}, {}
+    for split, items in task.held_out.items():
+        hard, predictions[split], _ = task.evaluate_items(task.model, items)
+        if kind is Retrieval and rank() == 0:
+            write_whole(args.out / f"scores-{split}.npy",
+                lambda file: np.save(file, task.scores.numpy()), "wb")
+        soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
+        results[split] = {"hard": hard, "soft": soft}
+    if kind is VQA and args.data is None and not args.blind:
+        results["val"]["question only"] = question_only(args, task)
+    if rank() == 0:
+        write_results(args, task, results, predictions)
+    say(f"done in {time.time() - started:.0f} s")
+    return results
+
+
+def load_task(kind, args):
+    """(store, splits) of a task's folder, or of the toy world."""
+    if args.data is not None:
+        features = f"features-{args.boxes}" if kind is Refer else "features"
+        store = FeatureStore(args.data / features)
+        if kind is Refer and store.detector == "coco":
+            say("note: the detector of these features has seen the pictures that RefCOCO+ tests on")
+        return store, kind.from_folder(args.data)
+    if kind is Refer and args.boxes == "gt":
         raise BadInput("--boxes gt: the toy world has detected boxes only")
     with first_process_first():
-        store = toy_world()[0]
+        store = toy_world().store
     return store, kind.from_scenes(range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT),
         range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT))
 
 
-def load_checkpoint_of(task, path, user="this"):
-    """The checkpoint of a file, or BadInput if it is of another task than its user needs."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint["task"] != task:
-        raise BadInput(
-            f"{path}: a checkpoint of {checkpoint['task']}, but {user} needs one of {task}")
-    return checkpoint
+def question_only(args, task, steps=150):
+    """Scores of a model of the same size that sees no picture: what the words give away.
 
-
-class Finetuning(Run):
-    """A task trained from a pretrained checkpoint with train.py's loop. [supp. 2]"""
-
-    clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0
-    # Gates learn as fast as the rest: a pretrained gate that is right 9 times out of 10 makes one
-    # sample in three of a four-layer model noise, until it decides (A10 speaks of the time before).
-    gate_rate = 1.0
-    loss_names, line = ("loss",), "{loss:.3f} | held-out {held_out:.3f}"
-    kept = ("seed", "limit", "scratch", "boxes")  # settings that a resumed run takes over
-
-    def __init__(self, args):
-        self.started, kind = time.time(), TASKS[args.command]
-        self.name, self.unit = kind.name, kind.unit
-        default = Path("data") / kind.name
-        self.folder = args.data or (default if default.is_dir() else None)  # None: the toy world
-        path = args.out / "checkpoint.pt" if args.resume else args.checkpoint
-        source = load_checkpoint_of(kind.name if args.resume else "pretraining", path)
-        resumed = source if args.resume else None
-        settle(args, (FULL_OF if self.folder else TOY_OF)[kind.name], resumed, self.kept)
-        say(f"{kind.name} on {self.folder or 'the toy world'}, "
-            + (f"{args.boxes} boxes, " if kind is Refer else "")
-            + ("from random weights" if args.scratch else f"starting from {path}"))
-        store, splits = load_task(kind, self.folder, args.boxes)
-        tokenizer = WordPiece.of_pieces(source["vocab"])
-        check_fits(source, store, tokenizer)
-        if kind is Refer and store.detector == "coco":
-            say("note: the detector of these features has seen the pictures that RefCOCO+ tests on")
-        task = kind(store, tokenizer, splits, args.seed, args.limit, source.get("labels"))
-        if kind is Retrieval:
-            task.prepare()
-        torch.manual_seed(args.seed)
-        weights = None if args.scratch or args.resume else source["model"]
-        model = task.head(SwitchBertConfig(**source["config"]), weights)
-        super().__init__(args, model, store, task, resumed)
-        self.collate, self.counts, self.sums = task.collate, task.counts, task.sums
-        self.before = source.get("before")
-        # While training, a part of the first held-out split is looked at.
-        most = 100 if kind is Retrieval else 1000
-        self.quick = next(iter(task.splits.values()), task.items)[:most]
-
-    def facts(self):
-        """What a resumed run, `ask` and a reader must know."""
-        return {"task": self.name, "vocab": self.training.tokenizer.pieces,
-            "labels": self.training.labels, "before": self.before,
-            "num_regions": self.store.num_regions,
-            "settings": {k: getattr(self.args, k) for k in (*TOY, *self.kept)}}
-
-    def image_ids(self, indices):
-        """The images of these examples."""
-        return [str(self.training.items[i]["image_id"]) for i in indices]
-
-    def begin(self):
-        """As every run, after a look at the switches before anything is learned."""
-        super().begin()
-        if rank() == 0 and not self.args.resume:
-            for path in self.args.out.glob("scores-*.npy"):  # of another model: never to be reused
-                path.unlink()
-        if self.before is None:
-            self.before = self.training.predict(self.model, self.quick)[1]
-        if self.parts.steps == 0:  # zero-shot: --resume finds what was scored, `match` the model
-            self.save()
-
-    def measure(self, tau):
-        """Held-out scores with hard switches, and what the switches chose."""
-        scores, switches = self.training.look(self.model, self.quick)
-        return {"held_out": next(iter(scores.values()), float("nan")), **scores}, switches
-
-    def draw(self, path):
-        """switches.png: before and after."""
-        title = f"{self.name}: what every layer chose"
-        save_picture(path, stack([switches_picture(self.before, f"{title} before finetuning"),
-            switches_picture(self.switches, f"{title} after {self.step} steps")]))
-
-    def finish(self):
-        """Evaluate every split with hard and soft switches; write and print what came out."""
-        task, results, predictions = self.training, {}, {}
-        for split, items in task.splits.items():
-            keep = self.args.out / f"scores-{split}.npy"
-            hard, predictions[split] = task.evaluate(self.model, items, keep=keep)
-            soft = task.evaluate(self.model, items, 0.2)[0] if hard else {}
-            results[split] = {"hard": hard, "soft": soft}
-        if self.folder is None and self.name == "vqa":
-            results["val"]["question only"] = question_only(self)
-        if rank() == 0:
-            self.write(results, predictions)
-        say(f"done in {time.time() - self.started:.0f} s")
-        return results
-
-    def write(self, results, predictions):
-        """The files of a result, and its table."""
-        out, task = self.args.out, self.training
-        for split, told in predictions.items():
-            path = out / f"submission-{split}.json"
-            if not results[split]["hard"]:
-                write_json(path, told)
-                say(f"{split}: no answers to compare with; all {len(told)} of this model's are in "
-                    f"{path}")
-        record = {"task": self.name, "data": str(self.folder or "toy world"),
-            "boxes": self.args.boxes if self.name == "refer" else None, "steps": self.step,
-            "scratch": self.args.scratch, "results": results}
-        write_json(out / "result.json", record)
-        write_json(out / "predictions.json", predictions)
-        say_results(record, out)
-        if task.splits:
-            split, items = next(iter(task.splits.items()))
-            draw_examples(out / "examples.png", task, items, predictions[split], self.folder)
-        if self.folder is None:
-            for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
-                save_picture(out / f"scene-{number}.png", Scene(number).draw())
-        say(f"{out}: checkpoint.pt, result.json, predictions.json, switches.png, examples.png")
-
-
-def question_only(run, steps=150):
-    """Scores of a model of the same size that sees the questions and no picture: what their words
-    give away. It learns in few steps all that there is to learn.
+    It learns in few steps all that there is to learn. A score that is not clearly above this one
+    shows no use of the picture.
     """
-    args, task = run.args, copy.copy(run.training)
-    task.blind, task.clip = True, run.clip
+    blind = copy.copy(task)
+    blind.blind, blind.examples, blind.items = True, blind, task.items[: steps * args.batch]
     torch.manual_seed(args.seed)
-    model = task.head(run.model.config, None).to(device())
-    optimizer = make_optimizer(model, args.lr)
-    parts = Parts(len(task), args.batch, args.epochs, args.seed, args.accum)
-    for step in range(min(steps, parts.steps)):
-        set_learning_rate(optimizer, learning_rate(step, steps, args.lr))
-        batches = [task.collate([task[k] for k in part]) for part in parts.keys(step)]
-        train_step(task, model.train(), optimizer, batches, parts.numbers(), args.seed, step, 1.0,
-            autocast_for(args))
-    return task.evaluate(model, task.splits["val"])[0]
+    blind.model = blind.build_model(task.model.config, None)
+    settings = dict(vars(args), blind=True, resume=False, epochs=min(1, args.epochs),
+        eval_every=10**9, out=args.out / "blind")
+    fit(argparse.Namespace(**settings), blind)
+    return blind.evaluate_items(blind.model, task.held_out["val"])[0]
 
 
-def say_results(record, out):
-    """Print the scores of every split as a table; beside them, where it has been run, those of the
-    same task from scratch, or of the pretrained one.
+def write_results(args, task, results, predictions):
+    """The files of a result, and its table. A split without answers becomes a submission.
+
+    result.json holds scores and settings, predictions.json every answer, a submission the answers
+    in the form that the evaluation server takes. examples.png shows the first split with answers.
     """
-    boxes = f", {record['boxes']} boxes" if record["boxes"] else ""
-    other, what = out.with_name(f"{out.name}-scratch"), "from scratch"
-    if record["scratch"]:
-        other, what = out.with_name(out.name.removesuffix("-scratch")), "pretrained"
-    path = other / "result.json"
-    beside = read_json(path) if other != out and path.exists() else {"results": {}}
-    for split, columns in record["results"].items():
-        if not columns["hard"]:
-            continue
-        if split in beside["results"]:
-            column = f"{what} ({beside['steps']} steps)"
-            columns = {**columns, column: beside["results"][split]["hard"]}
-        widths = {name: max(14, len(name) + 2) for name in columns}
-        say(f"{split + boxes:34s}" + "".join(f"{c:>{n}s}" for c, n in widths.items()))
-        for row in columns["hard"]:
-            cells = [format(c[row], ".3f") if row in c else "" for c in columns.values()]
-            say(f"  {row:32s}" + "".join(f"{c:>{n}s}" for c, n in zip(cells, widths.values())))
-
-
-def write_json(path, content):
-    """A JSON file, whole."""
-    write_whole(path, lambda f: json.dump(content, f, indent=1))
+    out, boxes = args.out, getattr(args, "boxes", None)
+    write_json(out / "predictions.json", predictions)
+    write_json(out / "result.json", dict(task=task.name, data=str(args.data or "toy world"),
+        boxes=boxes, steps=args.epochs * (len(task) // args.batch), scratch=args.scratch,
+        without_features=task.missing, results=results))
+    for split, columns in results.items():
+        if columns["hard"]:
+            title = f"{split}, {boxes} boxes" if boxes else split
+            say(f"{title:32s}" + "".join(f"{name:>16s}" for name in columns))
+            for row in columns["hard"]:
+                cells = [f"{scores[row]:16.3f}" for scores in columns.values()]
+                say(f"  {row:30s}" + "".join(cells))
+        else:
+            path = out / f"submission-{split}.json"
+            write_json(path, predictions[split])
+            say(f"{split}: no answers to compare with; all {len(predictions[split])} of this "
+                f"model's are in {path}")
+    answered = [split for split in results if results[split]["hard"]]
+    for split in answered[:1]:
+        items = task.held_out[split]
+        draw_examples(out / "examples.png", task, items, predictions[split], args.data)
+    if args.data is None:
+        for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
+            save_png(out / f"scene-{number}.png", Scene(number).draw())
+    say(f"{out}: {', '.join(RECORD)}, result.json, predictions.json, examples.png")
 
 
 # --- 5. Pictures ----------------------------------------------------------------------------------
+#
+# A score says how often a model is right; its answers show where it is wrong. examples.png has four
+# that are right and four that are wrong, if there are so many. ask, match and point draw with the
+# same panel.
 
-GREEN, RED, PANEL = (40, 150, 60), (200, 50, 50), 250
+GREEN, RED, PANEL = (40, 150, 60), (200, 50, 50), 250  # frames of right and wrong; pixels
 
 
 def picture_of(image_id, store, files):
-    """The picture of an image: of files {id: path}, or its boxes on grey; None: a drawn scene."""
-    if files is None:
-        return Scene(int(image_id)).draw()
-    if canonical_id(image_id) in files:
-        return Image.open(files[canonical_id(image_id)]).convert("RGB")
-    row = store.row(image_id)
-    record = store[row] if row is not None else dict(size=(100, 100), boxes=[])
-    image = Image.new("RGB", record["size"], "grey")
-    for box in record["boxes"]:
-        ImageDraw.Draw(image).rectangle(list(map(float, box)), outline="silver")
-    return image
-
-
-def panel(image, boxes, lines, right=None):
-    """One picture with boxes and lines of text below, framed green if right, red if wrong.
-
-    boxes: [(x1, y1, x2, y2), colour] in the picture's pixels. right: share, or None: no frame.
+    """(picture, its pixels per pixel of the image): of files {id: path}, or grey where there is
+    none; files None: a drawn scene, larger than the detector sees it.
     """
-    lines = [part for line in lines for part in textwrap.wrap(line, 40)]
+    if files is None:
+        return Scene(int(image_id)).draw(scale=4), 4
+    if canonical_id(image_id) in files:
+        return Image.open(files[canonical_id(image_id)]).convert("RGB"), 1
+    row = store.row(image_id)
+    return Image.new("RGB", (100, 100) if row is None else store[row]["size"], "grey"), 1
+
+
+def panel(image, boxes, lines, frame="white", zoom=1):
+    """One picture in a frame, with boxes, and lines of text below.
+
+    boxes: [((x1, y1, x2, y2), colour)] in pixels of the image that the model saw. The picture has
+    `zoom` pixels for each of those.
+    """
+    text = "\n".join(textwrap.fill(line, 40) for line in lines)
     scale = (PANEL - 20) / max(image.size)
     image = image.resize([max(1, round(s * scale)) for s in image.size])
     for box, colour in boxes:
-        ImageDraw.Draw(image).rectangle([c * scale for c in box], outline=colour, width=3)
-    whole = Image.new("RGB", (PANEL, PANEL + 18 * len(lines)), "white")
-    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(11)
-    frame = "white" if right is None else GREEN if right >= 0.5 else RED
-    draw.rectangle([4, 4, PANEL - 5, PANEL - 5], outline=frame, width=4)
-    whole.paste(image, ((PANEL - image.width) // 2, (PANEL - image.height) // 2))
-    for i, line in enumerate(lines):
-        draw.text((10, PANEL + 18 * i), line, "black", font)
+        # Three pixels outside of the box: a small circle whose rim is covered looks like a square.
+        corners = [c * zoom * scale + side for c, side in zip(box, (-3, -3, 3, 3))]
+        ImageDraw.Draw(image).rectangle(corners, outline=colour, width=2)
+    whole = Image.new("RGB", (PANEL, PANEL + 18 * (text.count("\n") + 1)), "white")
+    whole.paste(ImageOps.expand(image, 5, frame), (5, (PANEL - image.height) // 2 - 5))
+    font = ImageFont.load_default(11)
+    ImageDraw.Draw(whole).multiline_text((10, PANEL), text, "black", font, spacing=5)
     return whole
-
-
-def stack(images, columns=1):
-    """Some pictures as one, in rows of so many."""
-    width, height = max(i.width for i in images), max(i.height for i in images)
-    rows = -(-len(images) // columns)
-    whole = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
-    for k, image in enumerate(images):
-        whole.paste(image, (k % columns * width, k // columns * height))
-    return whole
-
-
-def save_picture(path, image):
-    """A PNG, whole."""
-    write_whole(path, lambda f: image.save(f, "PNG"), mode="wb")
 
 
 def draw_examples(path, task, items, predictions, folder, most=4):
-    """The first examples that were right and the first that were wrong; pictures from the data
-    folder's images/, or of the toy world where it is None.
+    """The first examples that were right and the first that were wrong, one per image; pictures
+    from the data folder's images/, or of the toy world where it is None.
     """
     files = None if folder is None else {
         canonical_id(p.name): p for p in sorted((folder / "images").rglob("*.*"))}
-    found = {True: [], False: []}
+    panels, shown = {True: [], False: []}, set()
     for item, prediction in zip(items, predictions):
-        image_id, *rest, right = task.panel(item, prediction)
-        some = found[right is None or right >= 0.5]
-        if len(some) < most:
-            some.append(panel(picture_of(image_id, task.store, files), *rest, right))
-    save_picture(path, stack(found[True] + found[False], columns=most))
+        image_id, boxes, lines, right = task.describe(item, prediction)
+        row = panels[right >= 0.5]
+        if len(row) < most and image_id not in shown:
+            shown.add(image_id)
+            image, zoom = picture_of(image_id, task.store, files)
+            row.append(panel(image, boxes, lines, GREEN if right >= 0.5 else RED, zoom))
+    save_png(path, stack(panels[True] + panels[False], columns=most))
 
 
-# --- 6. Your picture ------------------------------------------------------------------------------
+# --- 6. Your own picture --------------------------------------------------------------------------
+#
+# A model knows the regions of one detector. Features of another one can have the same size and mean
+# something else: every answer would then be wrong, without an error. So a checkpoint records its
+# detector, and that one finds the regions of your picture.
 
 
-class Own:
-    """A finetuned model and the detector that it was trained with, for pictures of one's own."""
+class Finetuned:
+    """A finetuned model and the detector that it was trained with, for your own pictures."""
 
     def __init__(self, args):
-        from extract_features import build_detector  # only here: training needs no torchvision
+        from extract_features import build_detector  # training needs no torchvision
 
-        self.kind = TASKS[ASKS[args.command]]
-        checkpoint = load_checkpoint_of(self.kind.name, args.checkpoint, args.command)
-        name = checkpoint["store"]["detector"]
-        weights = args.weights or (Path("runs/world/detector.pt") if name == "toy" else None)
-        if name == "vg" and weights is None:
+        self.task = TASKS[QUESTIONS[args.command][-1]]
+        saved = load_checkpoint(args.checkpoint, self.task.name)
+        self.store, self.labels, weights = saved["store"], saved["labels"], args.weights
+        self.toy = self.store["detector"] == "toy"
+        if self.toy and weights is None:
+            weights = Path("runs/world/detector.pt")
+        if self.store["detector"] == "vg" and weights is None:
             raise BadInput(f"{args.checkpoint}: was trained with the vg detector; give its weights "
                 "with --weights pytorch_model.bin")
-        self.detector, self.most = build_detector(name, weights), checkpoint["num_regions"]
-        self.tokenizer = WordPiece.of_pieces(checkpoint["vocab"])
-        self.labels = checkpoint["labels"]
-        model = self.kind.new_model(SwitchBertConfig(**checkpoint["config"]), self.labels)
-        model.load_state_dict(checkpoint["model"])
-        self.model = model.eval()
+        self.detector = build_detector(self.store["detector"], weights)
+        self.tokenizer = WordPiece(saved["vocab"])
+        self.model = self.task.new_model(SwitchBertConfig(**saved["config"]), self.labels).eval()
+        self.model.load_state_dict(saved["model"])
 
     @torch.no_grad()
     def __call__(self, path, text):
         """(picture, its boxes (R, 4) in pixels, the head's output for it)"""
         from extract_features import picture_regions
 
-        image, boxes, features, _ = picture_regions(self.detector, path, self.most)
-        inputs = dict(input_ids=np.array(self.tokenizer.encode(text, self.kind.max_tokens)),
-            region_features=features, region_boxes=normalise_boxes(boxes, image.size))
+        image, boxes, features, _ = picture_regions(self.detector, path, self.store["num_regions"])
+        if self.toy and image.size != (SCENE_PIXELS, SCENE_PIXELS):
+            print(f"note: {path} is no drawn scene of {SCENE_PIXELS} pixels, and this model has "
+                "seen nothing else; what it says means little")
+        ids = np.array(self.tokenizer.encode(text, self.task.max_tokens))
+        places = normalise_boxes(boxes, image.size)
+        inputs = dict(input_ids=ids, region_features=features, region_boxes=places)
         return image, boxes, self.model(**model_inputs([inputs]))[0][0]
 
 
-def ask(own, args):
-    """The five best answers."""
-    image, _, logits = own(args.image, args.question)
+def ask(model, args):
+    """The five best answers, each with the accuracy that the model expects of it, 0 to 1.
+
+    Several answers to a question can be right, so these numbers need not add up to 1.
+    """
+    image, _, logits = model(args.image, args.question)
     best = logits.sigmoid().topk(min(5, len(logits)))
-    lines = [f"{p:.2f}  {own.labels[i]}" for p, i in zip(best.values, best.indices)]
+    lines = [f"{p:.2f}  {model.labels[i]}" for p, i in zip(best.values, best.indices)]
     return lines, panel(image, [], [args.question, *lines])
 
 
-def match(own, args):
-    """The pictures, best first, each with its score."""
-    found = [(*own(path, args.sentence), path) for path in args.images]
-    found.sort(key=lambda f: -f[2])
+def match(model, args):
+    """The pictures, best first, each with its score; higher is better.
+
+    Training compares scores of candidates only, so their differences count and their zero does not.
+    """
+    found = [(*model(path, args.sentence), path) for path in args.images]
+    found.sort(key=lambda entry: -entry[2])
     lines = [f"{score:+.2f}  {path}" for _, _, score, path in found]
-    return lines, stack([panel(f[0], [], [line]) for f, line in zip(found, lines)], columns=4)
+    panels = [panel(image, [], [line]) for (image, *_), line in zip(found, lines)]
+    return lines, stack(panels, columns=4)
 
 
-def point(own, args):
-    """The box that the phrase means."""
-    image, boxes, logits = own(args.image, args.phrase)
+def point(model, args):
+    """The box that the phrase means: the IoU that the model expects, and its corners in pixels."""
+    image, boxes, logits = model(args.image, args.phrase)
     best = int(logits.argmax())
     box = boxes[best].tolist()
     line = f"{logits[best].sigmoid():.2f}  box " + " ".join(f"{c:.0f}" for c in box)
     return [line], panel(image, [(box, "magenta")], [args.phrase, line])
 
 
-# The words that each takes, what it is for, and who answers; and the task of its model.
-OWN = {"ask": ("image question", "ask a question about a picture", ask),
-    "match": ("sentence images", "rank pictures by how well a sentence fits them", match),
-    "point": ("image phrase", "find what a phrase means in a picture", point)}
-ASKS = {"ask": "vqa", "match": "retrieval", "point": "refer"}
-
-
-def finetune(args):
-    """A task's run, from its flags."""
-    return complete(Finetuning(args))
+# Command: its words, what it is for, who answers, and the task of its model.
+QUESTIONS = {"ask": ("image question", "ask a question about a picture", ask, "vqa"),
+    "match": ("sentence images", "rank pictures by how well a sentence fits", match, "retrieval"),
+    "point": ("image phrase", "find what a phrase means in a picture", point, "refer")}
 
 
 def main(argv=None):
-    """Run, and say in one sentence what is wrong with the input if something is."""
-    args = parse_args(argv)
-    try:
-        if args.command in TASKS:
-            if args.scratch and args.out == Path("runs") / args.command:
-                args.out = Path("runs") / f"{args.command}-scratch"
-            launch(finetune, args)
-        else:
-            lines, picture = OWN[args.command][-1](Own(args), args)
-            save_picture(args.out, picture)
-            print(*lines, args.out, sep="\n")
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+    """Finetune, or answer."""
+    args, checkpoint = parse_args(argv)
+    if args.command in TASKS:
+        return launch(args, lambda: finetune(args, checkpoint))
+    answer = QUESTIONS[args.command][2]
+    lines, picture = answer(Finetuned(args), args)
+    save_png(args.out, picture)
+    print(*lines, args.out, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

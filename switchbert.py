@@ -1,57 +1,52 @@
-"""switchbert.py: a BERT whose layers learn how text and vision look at each other
+r"""switchbert.py: a BERT whose layers learn how text and vision attend to each other
 =================================================================================
 
-Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. UNITER lets every layer attend over words
+Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over words
 and image regions together; ViLBERT alternates layers that look inside one modality with layers that
-look across; LXMERT looks inside first and across later. Each fixes a path by hand. Switch-BERT lets
-every layer choose, for text and for vision apart, and lets it choose as well from which earlier
-layer it reads.
+look across; LXMERT looks inside first and across later. Each fixes a path by hand. In Switch-BERT
+every layer chooses, for text and for vision apart, and chooses as well which earlier layer to read.
 
-    input_ids (B, T)                     region_features (B, R, F), region_boxes (B, R, 5)
-        | word + position + type              | mean of the regions = global region, put in front
-        v                                     v linear(F) + linear(5)
-    text (B, T, D)                        vision (B, 1+R, D)                             depth 0
-        |                                     |
-        |   +-------------------- a switch --------------------+
-        |   | masked mean of text, masked mean of vision (2D)  |
-        |   |   -> linear -> logits -> Gumbel-softmax(tau)     |
-        |   +--------------------------------------------------+
-        v                                     v
-    +---------------------------------------------------------------+
-    | Switch-Input Block   g_0 depth_0 + ... + g_l depth_l          |  which depth to read (l > 0)
-    |                                                               |
-    | Switch-Attention     g_intra A(own tokens)                    |  whom to attend to
-    |                    + g_inter A(other modality's tokens)       |
-    |                    + g_joint A(all tokens)                    |
-    | + residual, LayerNorm, feed-forward, residual, LayerNorm      |
-    +---------------------------------------------------------------+ depth l+1
-        |                                     |
+    input_ids (B, T)                        region_features (B, R, F), region_boxes (B, R, 5)
+        | word + position + type                | the mean region in front: the global region
+        v                                       v linear(F) + linear(5)
+    text (B, T, D)                          vision (B, 1+R, D)                           depth 0
+        |                                       |
+        v                                       v
+    +-----------------------------------------------------------------+
+    | Switch-Input       s_0 depth_0 + ... + s_l depth_l              |<-- s: which depth to read
+    |                                                                 |
+    | Switch-Attention   g_intra A(own modality)                      |<-- g: what to attend to
+    |                  + g_inter A(the other one)                     |
+    |                  + g_joint A(all tokens)                        |
+    | + residual, LayerNorm, feed-forward, residual, LayerNorm        |
+    +-----------------------------------------------------------------+                  depth l+1
+        |                   |                   |
     text_states (B, T, D)   global (B, D)   region_states (B, R, D)
-        |        \\              |                 |
-       MLM     pool([CLS])  *  pool(global)      MRC
+        |          \         /                  |
+       MLM     pool([CLS]) * pool(global)      MRC
                         | pooled (B, P)
-                       ITM, VQA, retrieval
+                       ITM, VQA, retrieval                          referring reads region_states
 
-    The one switch drawn stands for many: each layer has its own for depth and for attention, and
-    each gives one set of probabilities for text and one for vision, for every sample of the batch
-    anew.
+    Every s and every g comes from a gate of its own, one for text and one for vision per layer:
 
-Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both kinds, H heads, d = D / H
-head size, D hidden, P pooled, F region feature, C region classes. Masks are 1 = real, 0 = padding,
-everywhere.
+        mean text state, mean vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> g
 
-Map of the file
+Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads, D
+hidden, d = D / H head size, P pooled, F region feature, C region classes, V vocabulary. Masks are
+1 = real, 0 = padding, everywhere.
+
+Map of the file (* = read these first)
 
     1. Configuration      sizes, and which switches are learned or frozen
-    2. Switches           Gumbel-softmax, its temperature, and the gate that feeds it
-    3. Switch-Attention   three ways of attending from one score matrix
-    4. Layers             Switch-Input Block, BERT layer
+    2. Switches         * Gumbel-softmax, its temperature, and the gate that feeds it
+    3. Switch-Attention * three ways of attending for the price of one
+    4. Layers           * Switch-Input Block, BERT layer
     5. Embeddings         words, regions and the global region
-    6. The encoder        SwitchBert
-    7. Heads              pretraining (MLM, MRC, ITM), VQA, retrieval, referring expressions
+    6. The encoder      * SwitchBert
+    7. Heads and losses * pretraining (MLM, MRC, ITM), VQA, retrieval, referring expressions
     8. BERT weights       a Hugging Face folder, read into the encoder
 
-    config = SwitchBertConfig.base()                       # 12 layers x 768
+    config = SwitchBertConfig.base()                               # 12 layers x 768
     model = SwitchBertForPretraining(config)
     out = model(**batch, temperature=temperature(pairs_seen))      # batch: see data.collate
     out.loss.backward()
@@ -71,27 +66,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TEXT, VISION = 0, 1  # index of the modality in `modes` and `depths`
-INTRA, INTER, JOINT = 0, 1, 2  # index of the attention mode in `modes`
-MISMATCH, MATCH = 0, 1  # class of the image-text matching head, and itm_labels
-IGNORE = -100  # label of a word piece that is not predicted
+# One home for the names of what is switched and of what is predicted: code, metrics and pictures.
+MODALITIES = ("text", "vision")
+TEXT, VISION = 0, 1
+MODES = ("intra", "inter", "joint")  # own modality, the other one, both
+INTRA, INTER, JOINT = 0, 1, 2
+MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
+IGNORE = -100  # label of a place where no word is predicted: cross_entropy skips it
 
 # --- 1. Configuration -----------------------------------------------------------------------------
+#
+# Field names are BERT's, so that Hugging Face's config.json reads the same.
 
-# What a frozen layer does, for both modalities: l is its number from 0, n the number of layers.
+# The mode of a frozen layer, for both modalities: l is its number from 0, n the number of layers.
 FROZEN = {
     "intra": lambda l, n: INTRA,  # two encoders that never meet
     "single": lambda l, n: JOINT,  # UNITER, VisualBERT: one stream
-    "dual": lambda l, n: INTRA if l % 2 == 0 else INTER,  # like ViLBERT: in turn
-    "late": lambda l, n: INTRA if l < n // 2 else JOINT,  # like LXMERT: apart, then together
+    "dual": lambda l, n: INTRA if l % 2 == 0 else INTER,  # ViLBERT: inside and across in turn
+    # LXMERT: apart in the first half, then across and inside in turn
+    "late": lambda l, n: INTER if l >= n // 2 and (l - n // 2) % 2 == 0 else INTRA,
 }
+LEARNED = ("learned", "attention", "input")  # both switches, modes alone, depths alone
 
 
 @dataclass
 class SwitchBertConfig:
-    """Sizes under BERT's names. The defaults are the paper's model: BERT-base and Visual Genome
-    regions.
-    """
+    """Sizes under BERT's names. The defaults are the paper's model: BERT-base, VG regions."""
 
     vocab_size: int = 30522
     hidden_size: int = 768  # D
@@ -107,12 +107,12 @@ class SwitchBertConfig:
     region_feature_size: int = 2048  # F
     num_region_classes: int = 1601  # C, with background as class 0; 0: no MRC head
     pooler_size: int = 1024  # P, as in VOLTA (A7)
-    switches: str = "learned"  # or frozen: "intra", "single", "dual", "late"
+    switches: str = "learned"  # or "attention", "input"; frozen: "intra", "single", "dual", "late"
 
     def __post_init__(self):
-        if self.switches != "learned" and self.switches not in FROZEN:
-            raise ValueError(
-                f"switches={self.switches!r}: expected 'learned' or one of {sorted(FROZEN)}")
+        if self.switches not in (*LEARNED, *FROZEN):
+            raise ValueError(f"switches={self.switches!r}: expected one of "
+                f"{', '.join((*LEARNED, *FROZEN))}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}")
@@ -132,19 +132,21 @@ class SwitchBertConfig:
 
 
 # --- 2. Switches ----------------------------------------------------------------------------------
+#
+# A switch turns the logits of a gate into weights that sum to 1. While training they are soft and
+# noisy, so that every option gets gradient; as the temperature falls they close to one option.
 
 
 def temperature(pairs_seen, initial=5.0, final=0.2, rate=1e-6):
-    """Temperature of the Gumbel-softmax after so many training pairs: max(final, initial e^(-rate
-    n)).
+    """Temperature of the Gumbel-softmax after so many pairs: max(final, initial e^(-rate n)).
 
         pairs_seen   0      100,000   1,000,000   3,000,000   3,218,876 and later
         temperature  5.000  4.524     1.839       0.249       0.200
 
     ASSUMPTION A5: the paper's anneal_rate 1e-6 [supp. 2] counts training pairs, not optimiser
     steps. Then the floor is reached at n = ln(initial / final) / rate = 3.22 million, one epoch of
-    Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*: counted so,
-    training would end at 4.4, with every switch still an even mixture.
+    Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*: counted in
+    steps, training would end at 4.4, with every switch still an even mixture.
     """
     return max(final, initial * math.exp(-rate * pairs_seen))
 
@@ -154,12 +156,18 @@ def switch(logits, temperature, training):
 
     Training: Gumbel-softmax [Jang et al. 2017]. If G_k are independent Gumbel(0, 1), then
         P(argmax_k (logits_k + G_k) = k) = softmax(logits)_k,
-    so taking the arg max would be an exact sample of the switch, but has no gradient. Softmax
-    instead of arg max, at temperature tau, does: at tau = 5 it is close to an even mixture, in
-    which every mode gets gradient; towards tau = 0 it becomes the one-hot sample. Annealing goes
-    from the one to the other. Evaluation: no noise. The most probable mode, one-hot; or, if a
-    temperature is given, the mixture softmax(logits / tau). (F.gumbel_softmax(hard=True) would
-    sample noise here too.)
+    so the arg max would be an exact sample of the switch, but it has no gradient. Softmax instead,
+    at a temperature, does. Evaluation: no noise. Without a temperature the best option, one-hot;
+    with one, the mixture softmax(logits / temperature). (F.gumbel_softmax(hard=True) would sample
+    noise here too.) What the temperature does to logits (2, 1, 0), without noise:
+
+    >>> for tau in (5.0, 1.0, 0.2):
+    ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
+    5.0 tensor([0.4018, 0.3289, 0.2693])
+    1.0 tensor([0.6652, 0.2447, 0.0900])
+    0.2 tensor([9.9326e-01, 6.6925e-03, 4.5094e-05])
+    >>> switch(torch.tensor([2.0, 1.0, 0.0]), None, training=False)
+    tensor([1., 0., 0.])
     """
     logits = logits.float()  # gates are tiny and steer everything: never in bf16
     if training:
@@ -171,13 +179,30 @@ def switch(logits, temperature, training):
     return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
 
 
+def modality_of(length, num_text, device):
+    """(L,) which modality each token of the sequence [text | vision] is: 0 = TEXT, 1 = VISION.
+
+    It is the index that gives every token what was decided for its modality: weights[:, kind].
+
+    >>> modality_of(7, 3, "cpu")
+    tensor([0, 0, 0, 1, 1, 1, 1])
+    """
+    return (torch.arange(length, device=device) >= num_text).long()
+
+
+def masked_mean(states, mask):
+    """The mean of the real states: (B, n, D), (B, n) -> (B, D); zeros where nothing is real."""
+    weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, n)
+    return (weights.to(states.dtype)[:, None] @ states).squeeze(1)  # (B, D)
+
+
 class Gate(nn.Module):
     """What a switch decides from: one linear layer on the means of both modalities.
 
-    ASSUMPTION A3.
+    ASSUMPTION A3: it sees text and vision, and decides per sample, for text and for vision.
 
-    forward(summary (B, 2D), temperature) -> (B, 2, M): weights over M options, for text and for
-    vision.
+    forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
+    options; row TEXT is the choice of text, row VISION that of vision.
     """
 
     def __init__(self, hidden_size, num_options, last_option_bias=0.0):
@@ -189,79 +214,69 @@ class Gate(nn.Module):
         with torch.no_grad():
             self.linear.bias.view(2, self.num_options)[:, -1] = self.last_option_bias
 
-    def forward(self, summary, temperature):
+    def forward(self, states, mask, num_text, temperature):
+        text = masked_mean(states[:, :num_text], mask[:, :num_text])
+        vision = masked_mean(states[:, num_text:], mask[:, num_text:])
+        summary = torch.cat([text, vision], dim=-1)  # (B, 2D)
         with torch.autocast(summary.device.type, enabled=False):
             logits = self.linear(summary.float()).view(-1, 2, self.num_options)  # (B, 2, M)
         return switch(logits, temperature, self.training)
 
 
-def averaging_matrix(mask, num_text):
-    """mask (B, L) -> (B, 2, L): times the states (B, L, D) it is the mean text state and the mean
-    vision state, padding left out; zeros for a modality without a real token.
-    """
-    sizes = (num_text, mask.shape[1] - num_text)
-    own = of_tokens(torch.eye(2, device=mask.device)[None], sizes).transpose(1, 2)  # (1, 2, L)
-    weights = own * mask.float()[:, None]  # (B, 2, L)
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def of_tokens(weights, sizes):
-    """(B, 2, M) weights of each modality -> (B, L, M), for every token those of its modality."""
-    repeats = torch.tensor(sizes, device=weights.device)
-    return weights.repeat_interleave(repeats, dim=1, output_size=sum(sizes))  # (B, L, M)
-
-
 # --- 3. Switch-Attention --------------------------------------------------------------------------
+#
+# Attention gives a query a distribution over keys. ASSUMPTION A1: there are three for a layer to
+# choose from, and text and vision choose apart:
+#
+#     intra   the query's own modality          inter   the other one          joint   all tokens
+#
+# A switch g = (g_intra, g_inter, g_joint) mixes them. A softmax over a set of keys is e = exp(s)
+# over the sum of e in that set, so all three share one exponential. Let Z_text and Z_vision be the
+# sums of e over the text and the vision keys; then a key's weight in the mixture is e times
+#
+#                    text key                            vision key
+#     text query     g_intra / Z_text  + g_joint / Z     g_inter / Z_vision + g_joint / Z
+#     vision query   g_inter / Z_text  + g_joint / Z     g_intra / Z_vision + g_joint / Z
+#
+# where Z = Z_text + Z_vision. ASSUMPTION A2: the modes share queries, keys and values, so this is
+# one score matrix, one exponential, two sums and one product with the values, whatever the mixture.
 
 
 def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
-    """Attention of every token, each modality in its own mixture of modes. [abstract]
+    """Attention of every token, each modality in its own mixture of modes: (B, H, L, d). [abstract]
 
-    ASSUMPTION A1: the modes. ASSUMPTION A2: how they share one attention.
+    query, key, value: (B, H, L, d); the first num_text tokens are text, the others vision.
+    mask: (B, L), 1 = real. modes: (B, 2, 3), rows TEXT and VISION, columns INTRA, INTER, JOINT.
+    dropout: a module for the attention weights, or None.
 
-    query, key, value: (B, H, L, d), the first num_text tokens are text, the others vision.
-    mask: (B, L), 1 = real. modes: (B, 2, 3), row TEXT or VISION, columns INTRA, INTER, JOINT.
-    dropout: a module for the attention probabilities, or None. Returns (B, H, L, d).
-
-    One score matrix serves all three modes. Split a query's scores s into the block of its own
-    modality o and the other's x, and let lse be the log of the sum of the exponentials of a block.
-    Joint attention normalises over both blocks, and its weights on the own block are
-
-        e^s / (e^lse_o + e^lse_x) = e^s / e^lse_o * e^lse_o / (e^lse_o + e^lse_x) = softmax_o(s) a
-
-    with a = sigmoid(lse_o - lse_x), the share of the own block; on the other one, softmax_x(s) * (1
-    - a). Hence for any weights g of the modes the own block counts g_intra + a g_joint and the
-    other one g_inter + (1 - a) g_joint: exact, and no mode is computed twice.
+    To a modality without a real token nothing is attended: its share of the output is zero. So it
+    is where all scores of one modality lie more than 41 below the best score of the other: there
+    the sum has vanished in float32.
     """
+    length = query.shape[2]
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-    scores = scores.float()  # in half precision the log-sum-exp would lose what a is made of
     real = mask[:, None, None, :].bool()  # (B, 1, 1, L)
-    scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
-    sizes = (num_text, scores.shape[-1] - num_text)
+    scores = scores.float().masked_fill(~real, torch.finfo(torch.float32).min)
+    # A constant per query cancels in e / Z; its gradient would leak roundings across modalities.
+    best = scores.detach().amax(dim=-1, keepdim=True)  # (B, H, L, 1)
+    e = (scores - best).exp() * real  # (B, H, L, L), at most 1
+    e_text, e_vision = e.split([num_text, length - num_text], dim=-1)  # by key
+    sums = [part.sum(dim=-1, keepdim=True) for part in (e_text, e_vision)]  # (B, H, L, 1) each
+    # 1e-18 = exp(-41): below it the gradient, which divides by Z twice, would leave float32.
+    z_text, z_vision, z = (total.clamp(min=1e-18) for total in (*sums, sums[0] + sums[1]))
 
-    attended, lse = [], []
-    for block, values in zip(
-        scores.split(sizes, dim=-1), value.split(sizes, dim=2)):  # text keys, vision keys
-        probs = block.softmax(dim=-1)  # (B, H, L, T or L-T)
-        probs = probs if dropout is None else dropout(probs)
-        attended.append(probs.to(value.dtype) @ values)  # (B, H, L, d)
-        lse.append(block.logsumexp(dim=-1, keepdim=True))  # (B, H, L, 1)
-
-    text_share = torch.sigmoid(lse[0] - lse[1])  # (B, H, L, 1), a for text
-    intra, inter, joint = of_tokens(modes, sizes)[:, None, :, :, None].unbind(
-        dim=3)  # (B, 1, L, 1) each
-    is_text = (torch.arange(sum(sizes), device=scores.device) < num_text).view(1, 1, -1, 1)
-    # A block without any real token spread its attention over padding: attending to nothing is
-    # zero.
-    exists = [
-        part.any(dim=-1, keepdim=True) for part in real.split(sizes, dim=-1)]  # (B, 1, 1, 1) each
-    on_text = (torch.where(is_text, intra, inter) + text_share * joint) * exists[0]  # (B, H, L, 1)
-    on_vision = (torch.where(is_text, inter, intra) + (1 - text_share) * joint) * exists[1]
-    return on_text.to(value.dtype) * attended[0] + on_vision.to(value.dtype) * attended[1]
+    kind = modality_of(length, num_text, mask.device)  # (L,)
+    intra, inter, joint = modes[:, None, kind, :, None].unbind(dim=3)  # (B, 1, L, 1) each
+    is_text = (kind == TEXT).view(1, 1, length, 1)  # (1, 1, L, 1), of the query
+    on_text = torch.where(is_text, intra, inter) / z_text + joint / z  # (B, H, L, 1)
+    on_vision = torch.where(is_text, inter, intra) / z_vision + joint / z
+    weights = torch.cat([e_text * on_text, e_vision * on_vision], dim=-1)  # (B, H, L, L)
+    weights = weights if dropout is None else dropout(weights)
+    return weights.to(value.dtype) @ value  # (B, H, L, L) x (B, H, L, d) -> (B, H, L, d)
 
 
 class SwitchAttention(nn.Module):
-    """Multi-head switch-attention; both modalities share its weights. ASSUMPTION A6."""
+    """Multi-head switch-attention. ASSUMPTION A6: both modalities share its weights, as in BERT."""
 
     def __init__(self, config):
         super().__init__()
@@ -277,19 +292,21 @@ class SwitchAttention(nn.Module):
         b, n, _ = states.shape
         q, k, v = (
             project(states).view(b, n, self.num_heads, -1).transpose(1, 2)  # (B, H, L, d)
-            for project in (self.query, self.key, self.value)
-        )
+            for project in (self.query, self.key, self.value))
         context = switch_attention(q, k, v, mask, num_text, modes, self.dropout)
         return self.dense(context.transpose(1, 2).reshape(b, n, -1))  # (B, L, D)
 
 
 # --- 4. Layers ------------------------------------------------------------------------------------
+#
+# A layer first decides which depths to read (Switch-Input), then how to attend (Switch-Attention).
+# The gate for depths reads the newest states; the gate for modes reads what Switch-Input has mixed.
 
 
 class SwitchInput(nn.Module):
     """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1]
 
-    ASSUMPTION A4.
+    ASSUMPTION A4: the picked input is a mixture of the outputs of all depths, by a gate of its own.
     """
 
     def __init__(self, config, layer):
@@ -300,29 +317,30 @@ class SwitchInput(nn.Module):
         # on the toy world.
         self.gate = Gate(config.hidden_size, layer + 1, last_option_bias=3.0)
 
-    def forward(self, depths, summary, num_text, temperature):
-        """depths: l+1 states (B, L, D). Returns the mixed states (B, L, D) and the weights (B, 2,
-        l+1).
-        """
-        weights = self.gate(summary, temperature)
-        sizes = (num_text, depths[0].shape[1] - num_text)
-        per_token = of_tokens(weights, sizes).to(depths[0].dtype)  # (B, L, l+1)
+    def forward(self, depths, mask, num_text, temperature):
+        """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
+        weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
+        kind = modality_of(mask.shape[1], num_text, mask.device)
+        per_token = weights[:, kind].to(depths[0].dtype)  # (B, L, l+1)
         mixed = sum(per_token[:, :, i, None] * depth for i, depth in enumerate(depths))
-        return mixed, weights  # (B, L, D)
+        return mixed, weights
 
 
 class SwitchBertLayer(nn.Module):
-    """A post-LayerNorm BERT layer with Switch-Attention; Switch-Input in front of it if it is
-    learned.
+    """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
+
+    A switch that is not learned is constant: depths read the newest one, modes follow FROZEN (or
+    are joint where only the depths are learned).
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        learned = config.switches == "learned"
-        self.switch_input = SwitchInput(config, layer) if learned and layer > 0 else None
-        self.mode_gate = Gate(config.hidden_size, 3) if learned else None
-        self.frozen_mode = (
-            None if learned else FROZEN[config.switches](layer, config.num_hidden_layers))
+        learns_depths = config.switches in ("learned", "input") and layer > 0
+        learns_modes = config.switches in ("learned", "attention")
+        self.switch_input = SwitchInput(config, layer) if learns_depths else None
+        self.mode_gate = Gate(config.hidden_size, 3) if learns_modes else None
+        plan = FROZEN.get(config.switches, FROZEN["single"])
+        self.frozen_mode = plan(layer, config.num_hidden_layers)
         self.attention = SwitchAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -330,30 +348,38 @@ class SwitchBertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, depths, mask, means, num_text, temperature):
-        """depths: the states (B, L, D) of depths 0..l, the newest last. means: see
-        averaging_matrix.
+    def forward(self, depths, mask, num_text, temperature):
+        """depths: the states (B, L, D) of depths 0..l, the newest last; mask (B, L).
 
-        Returns the states of depth l+1, the modes (B, 2, 3), and the depth weights (B, 2, l+1).
+        Returns the states (B, L, D) of depth l+1, the modes (B, 2, 3) and the depth weights
+        (B, 2, l+1) that were used.
         """
-        states, batch = depths[-1], len(mask)
-        depth_weights = states.new_zeros(batch, 2, len(depths), dtype=torch.float32)
-        depth_weights[..., -1] = 1
-        if self.switch_input is not None:
-            summary = (means @ states).flatten(1)  # (B, 2D)
-            states, depth_weights = self.switch_input(depths, summary, num_text, temperature)
-        if self.mode_gate is not None:
-            modes = self.mode_gate((means @ states).flatten(1), temperature)
+        if self.switch_input:
+            states, depth_weights = self.switch_input(depths, mask, num_text, temperature)
         else:
-            modes = torch.zeros(batch, 2, 3, device=states.device)
-            modes[..., self.frozen_mode] = 1
+            states = depths[-1]
+            depth_weights = constant_choice(len(depths) - 1, len(depths), mask)
+        if self.mode_gate:
+            modes = self.mode_gate(states, mask, num_text, temperature)
+        else:
+            modes = constant_choice(self.frozen_mode, len(MODES), mask)
         attended = self.attention(states, mask, num_text, modes)
         states = self.attention_norm(states + self.dropout(attended))
-        forward = self.output(F.gelu(self.intermediate(states)))
-        return self.output_norm(states + self.dropout(forward)), modes, depth_weights
+        processed = self.output(F.gelu(self.intermediate(states)))
+        return self.output_norm(states + self.dropout(processed)), modes, depth_weights
+
+
+def constant_choice(option, num_options, mask):
+    """What a frozen switch gives: one option for every sample and modality, (B, 2, M)."""
+    weights = torch.zeros(len(mask), 2, num_options, device=mask.device)
+    weights[..., option] = 1
+    return weights
 
 
 # --- 5. Embeddings --------------------------------------------------------------------------------
+#
+# Depth 0. A word enters by what it is and where it stands in the sentence, a region by what the
+# detector saw in it and where it lies in the picture.
 
 
 class TextEmbeddings(nn.Module):
@@ -380,7 +406,8 @@ class RegionEmbeddings(nn.Module):
     as 2 b - 1. A layer of 5 inputs that starts like one of 2,048 gives a fifteenth of the other's
     length, most of it the same for every box: on the toy world nothing about places was learned.
 
-    region_features (B, R, F), region_boxes (B, R, 5) in [0, 1], region_mask (B, R) -> (B, 1+R, D)
+    region_features (B, R, F); region_boxes (B, R, 5) in [0, 1]; region_mask (B, R), 1 = real;
+    region_hidden (B, R) bool, True = masked, or None. Returns (B, 1+R, D).
     """
 
     def __init__(self, config):
@@ -392,24 +419,23 @@ class RegionEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, region_features, region_boxes, region_mask):
-        region_features = region_features.to(region_boxes.dtype)  # stores have float16
-        # Masked regions arrive as zeros. They are left out of the mean, in its divisor too: the
-        # global region shows what is visible, at the scale it always has.
-        visible = region_mask.bool() & (region_features != 0).any(dim=-1)  # (B, R)
-        share = visible / visible.sum(dim=1, keepdim=True).clamp(min=1)  # (B, R)
-        mean = share[:, None].to(region_features.dtype) @ region_features  # (B, 1, F)
-        features = torch.cat([mean, region_features], dim=1)  # (B, 1+R, F)
+    def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
+        features = region_features.to(region_boxes.dtype)  # stores have float16
+        visible = region_mask  # (B, R)
+        if region_hidden is not None:
+            features = features.masked_fill(region_hidden[..., None], 0)
+            visible = region_mask * ~region_hidden
+        # The global region [A7: VOLTA's] is the mean of what is visible, so it does not give a
+        # masked region away; its box is the whole picture, with area 1.
+        mean = masked_mean(features, visible)[:, None]  # (B, 1, F)
         whole = region_boxes.new_tensor([0, 0, 1, 1, 1]).expand(len(mean), 1, 5)
-        boxes = torch.cat([whole, region_boxes], dim=1)  # (B, 1+R, 5)
-        content = self.feature_norm(self.feature(features))
-        return self.dropout(self.norm(content + self.box_norm(self.box(2 * boxes - 1))))
+        content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
+        place = self.box_norm(self.box(2 * torch.cat([whole, region_boxes], dim=1) - 1))
+        return self.dropout(self.norm(content + place))  # (B, 1+R, D)
 
 
 class Pooler(nn.Module):
-    """pool([CLS]) * pool(global region) -> (B, P), each a linear layer with ReLU (A7: VOLTA's
-    fusion).
-    """
+    """pool([CLS]) * pool(global region) -> (B, P): a linear layer with ReLU each (A7: VOLTA's)."""
 
     def __init__(self, config):
         super().__init__()
@@ -421,6 +447,9 @@ class Pooler(nn.Module):
 
 
 # --- 6. The encoder -------------------------------------------------------------------------------
+#
+# Text and vision become one sequence [text | global region | regions] of L tokens, and every layer
+# appends its states to the list of depths that the layers above may read.
 
 
 @dataclass
@@ -443,12 +472,12 @@ class SwitchBert(nn.Module):
     """The Switch-BERT encoder. [supp. 1, Fig. 1]
 
     forward(input_ids (B, T), text_mask (B, T), region_features (B, R, F), region_boxes (B, R, 5),
-    region_mask (B, R), temperature=None) -> SwitchBertOutput
+    region_mask (B, R), temperature=None, region_hidden=None) -> SwitchBertOutput
 
-    Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. A masked region is a
-    row of zeros. temperature: in training that of the Gumbel-softmax (None: 1.0, where finetuning
-    starts); in evaluation None takes the best mode of each switch, a number takes the soft mixture
-    at it.
+    Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. region_hidden (B, R)
+    bool: True = masked, its feature is not seen. temperature: in training that of the
+    Gumbel-softmax (None: 1.0, where finetuning starts); in evaluation None takes the best option of
+    each switch, a number takes the soft mixture at it.
     """
 
     def __init__(self, config):
@@ -457,36 +486,34 @@ class SwitchBert(nn.Module):
         self.text_embeddings = TextEmbeddings(config)
         self.region_embeddings = RegionEmbeddings(config)
         self.layers = nn.ModuleList(
-            SwitchBertLayer(config, i) for i in range(config.num_hidden_layers))
+            SwitchBertLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.pooler = Pooler(config)
         init_weights(self, config.initializer_range)
 
-    def forward(
-        self, input_ids, text_mask, region_features, region_boxes, region_mask, temperature=None
-    ):
+    def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask,
+            temperature=None, region_hidden=None):
         if self.training and temperature is None:
             temperature = 1.0
         text = self.text_embeddings(input_ids)  # (B, T, D)
-        vision = self.region_embeddings(region_features, region_boxes, region_mask)  # (B, 1+R, D)
+        vision = self.region_embeddings(
+            region_features, region_boxes, region_mask, region_hidden)  # (B, 1+R, D)
         depths = [torch.cat([text, vision], dim=1)]  # (B, L, D)
-        mask = torch.cat(
-            [text_mask, torch.ones_like(region_mask[:, :1]), region_mask], dim=1)  # (B, L)
+        global_mask = torch.ones_like(region_mask[:, :1])
+        mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text, modes, depth_weights = text.shape[1], [], []
-        means = averaging_matrix(mask, num_text).to(text.dtype)  # (B, 2, L)
         for layer in self.layers:
-            states, mode, weights = layer(depths, mask, means, num_text, temperature)
+            states, mode, weights = layer(depths, mask, num_text, temperature)
             depths.append(states)
             modes.append(mode)
             depth_weights.append(weights)
         text, vision = states[:, :num_text], states[:, num_text:]
-        return SwitchBertOutput(text, vision[:, 1:], self.pooler(text[:, 0], vision[:, 0]),
-            torch.stack(modes, dim=1), depth_weights)
+        pooled = self.pooler(text[:, 0], vision[:, 0])
+        modes = torch.stack(modes, dim=1)  # (B, layers, 2, 3)
+        return SwitchBertOutput(text, vision[:, 1:], pooled, modes, depth_weights)
 
 
 def init_weights(module, std):
-    """BERT's start: normal(0, std) matrices, zero biases; LayerNorms and gate biases have their
-    own.
-    """
+    """BERT's start: normal(0, std) matrices, zero biases; LayerNorms and gates have their own."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=std)
@@ -497,7 +524,17 @@ def init_weights(module, std):
             part.reset_bias()
 
 
-# --- 7. Heads -------------------------------------------------------------------------------------
+# --- 7. Heads and losses --------------------------------------------------------------------------
+#
+# Pretraining adds three means [supp. 1], each with weight 1 (ASSUMPTION A7, as is the rest):
+#
+#     MLM   mean over masked words w            -log p(w)                     p from text_states
+#     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
+#     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
+#
+# c is the detector's distribution over C classes, p the model's; the sum is KL(c || p), over
+# classes, as in VOLTA (UNITER's mean over classes too would be 1,601 times smaller). A mismatched
+# pair has no masked place that is predicted: data.py gives it no label.
 
 
 class Transform(nn.Sequential):
@@ -508,13 +545,35 @@ class Transform(nn.Sequential):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
 
 
+def word_loss(logits, labels):
+    """Sum of -log p(label) over K places: logits (K, V), labels (K,). MLM, and ITM with V = 2.
+
+    A pair that matches, with logits (0, 2) for (MISMATCH, MATCH): -log(e^2 / (1 + e^2)) = 0.127.
+
+    >>> round(word_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([MATCH])).item(), 3)
+    0.127
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="sum")  # over no place: 0, not NaN
+
+
+def region_loss(logits, targets):
+    """Sum of KL(target || prediction) over K regions: logits (K, C), targets (K, C).
+
+    Target (.7 .2 .1), prediction (.5 .3 .2): .7 ln 1.4 + .2 ln .67 + .1 ln .5 = 0.085.
+
+    >>> p, target = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.7, 0.2, 0.1]])
+    >>> round(region_loss(p.log(), target).item(), 3)
+    0.085
+    """
+    return F.kl_div(logits.float().log_softmax(dim=-1), targets.float(), reduction="sum")
+
+
 @dataclass
 class PretrainingOutput:
-    """The three losses of a batch, as sums and counts, so that several batches can be joined
-    exactly.
+    """The three losses of a batch as sums and counts, so that several batches join exactly.
 
-    sums, counts: (3,) float32, for MLM (masked pieces), MRC (masked regions), ITM (pairs).
-    correct: (2,): masked pieces and pairs that were predicted right. match_probability: (B,).
+    sums, counts: (3,) float32, for MLM (predicted pieces), MRC (predicted regions), ITM (pairs).
+    correct: (2,): pieces and pairs that were predicted right. match_probability: (B,).
     """
 
     sums: torch.Tensor
@@ -530,17 +589,17 @@ class PretrainingOutput:
 
     @property
     def loss(self):
-        """The sum of the three means, each with weight 1. ASSUMPTION A7."""
+        """The sum of the three means."""
         return self.losses.sum()
 
 
 class SwitchBertForPretraining(nn.Module):
-    """Masked language modeling, masked region classification and image-text matching. [supp. 1]
+    """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
-    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. mlm_labels (B, T),
-    IGNORE where nothing is predicted; mrc_mask (B, R) bool, True = masked; mrc_targets (K, C), the
-    distribution of each True of mrc_mask in row order, or None (no MRC); itm_labels (B,), MATCH or
-    MISMATCH.
+    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. The encoder's inputs
+    and: mlm_labels (B, T), IGNORE where nothing is predicted; mrc_mask (B, R) bool, True = predict
+    this region; mrc_targets (K, C), a distribution for each True in row order, or None (no MRC);
+    itm_labels (B,), MATCH or MISMATCH.
     """
 
     def __init__(self, config):
@@ -563,90 +622,75 @@ class SwitchBertForPretraining(nn.Module):
 
     def mlm_logits(self, states):
         """(K, D) text states -> (K, V) word scores."""
-        return F.linear(self.mlm_transform(states),
-            self.bert.text_embeddings.word_embeddings.weight, self.mlm_bias)
+        embeddings = self.bert.text_embeddings.word_embeddings.weight  # (V, D)
+        return F.linear(self.mlm_transform(states), embeddings, self.mlm_bias)
 
     def itm_logits(self, pooled):
         """(B, P) -> (B, 2): scores of MISMATCH and MATCH."""
-        return self.itm_classifier(self.itm_dropout(pooled))
+        return self.itm_classifier(self.itm_dropout(pooled)).float()
 
     def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask, mlm_labels,
-            mrc_mask, mrc_targets, itm_labels, temperature=None):
-        out = self.bert(
-            input_ids, text_mask, region_features, region_boxes, region_mask, temperature)
-        match = itm_labels == MATCH
-        mlm_sum, mlm_count, mlm_correct = self._mlm(out.text_states, mlm_labels, match)
-        mrc_sum, mrc_count = self._mrc(out.region_states, mrc_mask, mrc_targets, match)
-        itm = self.itm_logits(out.pooled).float()
-        itm_sum = F.cross_entropy(itm, itm_labels, reduction="sum")
-        itm_correct = (itm.argmax(dim=-1) == itm_labels).sum()
-        return PretrainingOutput(sums=torch.stack([mlm_sum, mrc_sum, itm_sum]),
-            counts=torch.stack([mlm_count, mrc_count, itm_sum.new_tensor(len(itm))]).float(),
-            correct=torch.stack([mlm_correct, itm_correct]).float(),
-            match_probability=itm.softmax(dim=-1)[:, MATCH], encoder=out)
-
-    # On a mismatched pair the words say nothing of the picture, so neither loss is taken there
-    # (A7). The big output layers see only the places that count: 15% of half of the batch.
-
-    def _mlm(self, states, labels, match):
-        chosen = (labels != IGNORE) & match[:, None]  # (B, T)
-        logits, target = self.mlm_logits(states[chosen]).float(), labels[chosen]  # (K, V), (K,)
-        total = F.cross_entropy(
-            logits, target, reduction="sum")  # the sum over no place is 0, not NaN
-        return total, chosen.sum(), (logits.argmax(dim=-1) == target).sum()
-
-    def _mrc(self, states, mask, targets, match):
-        chosen = mask & match[:, None]  # (B, R)
-        if targets is None:
-            return states.new_zeros((), dtype=torch.float32), chosen.sum() * 0
-        targets = targets[match[mask.nonzero()[:, 0]]].float()  # (K, C)
-        scores = self.mrc_classifier(self.mrc_transform(states[chosen]))  # (K, C)
-        # KL(target || prediction), summed over classes: VOLTA's. UNITER's mean over classes too is
-        # 1,601 times smaller. float16 targets sum to 1 within a thousandth.
-        total = F.kl_div(scores.float().log_softmax(dim=-1), targets, reduction="sum")
-        return total, chosen.sum()
+            mrc_mask, mrc_targets, itm_labels, temperature=None, region_hidden=None):
+        out = self.bert(input_ids, text_mask, region_features, region_boxes, region_mask,
+            temperature, region_hidden)
+        # The big output layers see only the places that are predicted: 15 % of half of the batch.
+        predicted = mlm_labels != IGNORE  # (B, T)
+        words, labels = self.mlm_logits(out.text_states[predicted]), mlm_labels[predicted]
+        mlm_sum = word_loss(words, labels)
+        mrc_sum = mlm_sum.new_zeros(())
+        if mrc_targets is not None:
+            states = self.mrc_transform(out.region_states[mrc_mask])  # (K, D)
+            mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
+        itm = self.itm_logits(out.pooled)  # (B, 2)
+        sums = torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)])
+        counts = sums.new_tensor([len(labels), 0, len(itm)])
+        counts[1] = mrc_mask.sum()
+        correct = [(words.argmax(dim=-1) == labels).sum(), (itm.argmax(dim=-1) == itm_labels).sum()]
+        return PretrainingOutput(sums, counts, torch.stack(correct).float(),
+            itm.softmax(dim=-1)[:, MATCH], out)
 
 
-class SwitchBertForVQA(nn.Module):
-    """Visual question answering as classification: pooled -> (B, num_answers) logits.
+class TaskModel(nn.Module):
+    """The encoder with one head on top: what the three tasks share. ASSUMPTION A8: the heads.
 
-    ASSUMPTION A8, as for the two heads below.
-
-    forward(the encoder's inputs) -> logits, SwitchBertOutput. Train with binary cross entropy.
+    forward(**the encoder's inputs) -> the head's output, SwitchBertOutput.
     """
 
-    def __init__(self, config, num_answers):
+    def __init__(self, config, *head):
         super().__init__()
         self.config = config
         self.bert = SwitchBert(config)
-        self.classifier = nn.Sequential(nn.Dropout(config.hidden_dropout_prob),
-            nn.Linear(config.pooler_size, 2 * config.hidden_size), nn.GELU(),
-            nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps),
-            nn.Linear(2 * config.hidden_size, num_answers))
+        self.classifier = nn.Sequential(nn.Dropout(config.hidden_dropout_prob), *head)
         init_weights(self.classifier, config.initializer_range)
+
+    def forward(self, **inputs):
+        out = self.bert(**inputs)
+        return self.classifier(out.pooled), out
+
+
+class SwitchBertForVQA(TaskModel):
+    """Visual question answering as classification: pooled -> (B, num_answers) logits.
+
+    Train with binary cross entropy against soft targets.
+    """
+
+    def __init__(self, config, num_answers):
+        wide = 2 * config.hidden_size
+        super().__init__(config, nn.Linear(config.pooler_size, wide), nn.GELU(),
+            nn.LayerNorm(wide, eps=config.layer_norm_eps), nn.Linear(wide, num_answers))
         # Every answer starts at probability 1/A, not 1/2: sigmoid(-log(A - 1)) = 1/A. From 1/2 the
         # first hundreds of steps only push answers down [focal loss, Lin et al. 2017, 4.1].
         nn.init.constant_(self.classifier[-1].bias, -math.log(max(1, num_answers - 1)))
 
-    def forward(self, *inputs, **named):
-        out = self.bert(*inputs, **named)
-        return self.classifier(out.pooled), out
 
+class SwitchBertForRetrieval(TaskModel):
+    """Image-text retrieval: pooled -> (B,) scores of pairs, higher = better match.
 
-class SwitchBertForRetrieval(nn.Module):
-    """Image-text retrieval: pooled -> (B,) score of the pair, higher = better match (A8).
-
-    forward(the encoder's inputs) -> scores, SwitchBertOutput. Train with cross entropy over
-    candidates.
+    Train with cross entropy over candidates.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.bert = SwitchBert(config)
-        self.classifier = nn.Sequential(
-            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.pooler_size, 1))
-        init_weights(self.classifier, config.initializer_range)
+        super().__init__(config, nn.Linear(config.pooler_size, 1))
 
     @classmethod
     def from_pretraining(cls, config, weights):
@@ -664,33 +708,23 @@ class SwitchBertForRetrieval(nn.Module):
         model.load_state_dict({k: weights[k] for k in model.state_dict()})
         return model
 
-    def forward(self, *inputs, **named):
-        out = self.bert(*inputs, **named)
-        return self.classifier(out.pooled).squeeze(-1), out
+    def forward(self, **inputs):
+        scores, out = super().forward(**inputs)
+        return scores.squeeze(-1), out  # (B, 1) -> (B,)
 
 
-class SwitchBertForReferring(nn.Module):
-    """Referring expressions: each region's state -> (B, R) logit of being the one that is meant
-    (A8).
+class SwitchBertForReferring(TaskModel):
+    """Referring expressions: region_states -> (B, R) logits of being the region that is meant.
 
-    forward(the encoder's inputs) -> logits, SwitchBertOutput; padding regions have the lowest
-    number, so that arg max never picks them. Train with binary cross entropy against IoU, on real
-    regions only.
+    Padding has the lowest number, so arg max never picks it. Train with binary cross entropy
+    against IoU, on real regions only.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.bert = SwitchBert(config)
-        self.classifier = nn.Sequential(
-            nn.Dropout(config.hidden_dropout_prob), nn.Linear(config.hidden_size, 1))
-        init_weights(self.classifier, config.initializer_range)
+        super().__init__(config, nn.Linear(config.hidden_size, 1))
 
-    def forward(
-        self, input_ids, text_mask, region_features, region_boxes, region_mask, temperature=None
-    ):
-        out = self.bert(
-            input_ids, text_mask, region_features, region_boxes, region_mask, temperature)
+    def forward(self, region_mask, **inputs):
+        out = self.bert(region_mask=region_mask, **inputs)
         logits = self.classifier(out.region_states).squeeze(-1).float()  # (B, R)
         return logits.masked_fill(region_mask == 0, torch.finfo(logits.dtype).min), out
 
@@ -701,22 +735,26 @@ class SwitchBertForReferring(nn.Module):
 # as BERT's. Old files say gamma and beta for a LayerNorm's weight and bias.
 
 BERT_NAMES = {
-    r"embeddings\.(word|position|token_type)_embeddings\.": r"bert.text_embeddings.\1_embeddings.",
-    r"embeddings\.LayerNorm\.": "bert.text_embeddings.norm.",
-    r"encoder\.layer\.(\d+)\.attention\.self\.": r"bert.layers.\1.attention.",
-    r"encoder\.layer\.(\d+)\.attention\.output\.dense\.": r"bert.layers.\1.attention.dense.",
-    r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.": (
-        r"bert.layers.\1.attention_norm."),
-    r"encoder\.layer\.(\d+)\.intermediate\.dense\.": r"bert.layers.\1.intermediate.",
-    r"encoder\.layer\.(\d+)\.output\.dense\.": r"bert.layers.\1.output.",
-    r"encoder\.layer\.(\d+)\.output\.LayerNorm\.": r"bert.layers.\1.output_norm.",
-    r"cls\.predictions\.transform\.dense\.": "mlm_transform.0.",
-    r"cls\.predictions\.transform\.LayerNorm\.": "mlm_transform.2.",
-    r"cls\.predictions\.bias$": "mlm_bias",
+    r"^bert\.": "",
+    r"LayerNorm\.gamma$": "LayerNorm.weight",
+    r"LayerNorm\.beta$": "LayerNorm.bias",
+    r"^embeddings\.(word|position|token_type)_": r"bert.text_embeddings.\1_",
+    r"^embeddings\.LayerNorm\.": "bert.text_embeddings.norm.",
+    r"^encoder\.layer\.": "bert.layers.",
+    r"\.attention\.self\.": ".attention.",
+    r"\.attention\.output\.dense\.": ".attention.dense.",
+    r"\.attention\.output\.LayerNorm\.": ".attention_norm.",
+    r"\.intermediate\.dense\.": ".intermediate.",
+    r"\.output\.dense\.": ".output.",
+    r"\.output\.LayerNorm\.": ".output_norm.",
+    r"^cls\.predictions\.transform\.dense\.": "mlm_transform.0.",
+    r"^cls\.predictions\.transform\.LayerNorm\.": "mlm_transform.2.",
+    r"^cls\.predictions\.bias$": "mlm_bias",
 }
 # The sizes of config.json that must be the model's. Positions may be more in the file: cut off.
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "intermediate_size")
+BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # of other entries
 
 
 def load_bert(model, folder):
@@ -726,70 +764,44 @@ def load_bert(model, folder):
     folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
     missing: what the model has and the file does not (regions, gates, poolers, other heads).
     unexpected: what the file has and the model does not use (its pooler, next-sentence head).
-    Raises ValueError, before anything is changed, if a size does not fit or a file is not whole.
+    Raises ValueError, before anything is changed, if a size does not fit, and whatever a damaged
+    file leads to.
     """
     folder = Path(folder)
-    inside = isinstance(model, SwitchBert)
-    check_bert_config(folder, model.config)
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    expected = {size: getattr(model.config, size) for size in BERT_SIZES} | {"hidden_act": "gelu"}
+    for name, value in expected.items():
+        if theirs.get(name, "gelu") != value:
+            raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
     own, found, unexpected = model.state_dict(), {}, []
-    weights = _read_bert_weights(folder)
-    for name, tensor in weights.items():
-        here = _name_here(name)
-        here = here.removeprefix("bert.") if here and inside else here
-        if here and here.endswith("position_embeddings.weight"):
+    prefix = "bert." if isinstance(model, SwitchBert) else ""
+    for name, tensor in read_bert_weights(folder).items():
+        here = name
+        for pattern, replacement in BERT_NAMES.items():
+            here = re.sub(pattern, replacement, here)
+        here = here.removeprefix(prefix)
+        if here.endswith("position_embeddings.weight"):
             tensor = tensor[: model.config.max_position_embeddings]
-        if here not in own:
-            if not name.endswith(("position_ids", "predictions.decoder.weight", "decoder.bias")):
-                unexpected.append(name)
-        elif own[here].shape != tensor.shape:
-            raise ValueError(f"{folder}: {name} has the shape {tuple(tensor.shape)}, but "
-                f"this model needs {tuple(own[here].shape)}")
-        else:
+        if here in own:
             found[here] = tensor
-    if not found:
-        raise ValueError(f"{folder}: none of its {len(weights)} weights has a name of BERT's")
+        elif not name.endswith(BERT_COPIES):
+            unexpected.append(name)
+    wrong = [name for name, tensor in found.items() if tensor.shape != own[name].shape]
+    if wrong or not found:
+        raise ValueError(f"{wrong[0]} has the shape {tuple(found[wrong[0]].shape)}, not "
+            f"{tuple(own[wrong[0]].shape)}" if wrong else "no weight has a name of BERT's")
     model.load_state_dict(found, strict=False)
     return [name for name in own if name not in found], unexpected
 
 
-def check_bert_config(folder, config):
-    """Raise ValueError unless the BERT of this folder has the sizes of a SwitchBertConfig."""
-    path = Path(folder) / "config.json"
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a Hugging Face BERT's config ({error})") from error
-    for size in BERT_SIZES:
-        if theirs.get(size) != getattr(config, size):
-            raise ValueError(f"{path}: {size} is {theirs.get(size)}, but this model has "
-                f"{getattr(config, size)}; choose a BERT of the model's size")
-    if theirs.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{path}: hidden_act is {theirs['hidden_act']!r}, this model has 'gelu'")
-
-
-def _name_here(name):
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
-    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-    for theirs, ours in BERT_NAMES.items():
-        if re.match(theirs, name):
-            return re.sub(f"^{theirs}", ours, name)
-    return None
-
-
-def _read_bert_weights(folder):
+def read_bert_weights(folder):
+    """{name: tensor} of a Hugging Face folder."""
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")
-    path = folder / "pytorch_model.bin"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin here") from None
-    except Exception as error:  # torch.load raises whatever its zip reader or unpickler meets
-        raise ValueError(f"{path}: not a whole PyTorch file ({str(error)[:80]})") from error
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
-SAFETENSORS_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
     "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -797,25 +809,15 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
 
-    Everything that the header claims is checked against the file before it is used. Raises
-    ValueError.
+    The bytes of each tensor must be exactly those that its shape needs. Raises ValueError.
     """
     data = bytearray(path.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError(f"{path}: cut off, or no safetensors file (header of {length} bytes in a "
-            f"file of {len(data)})")
-    try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        return {name: _safetensor(data, 8 + length, **entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def _safetensor(data, base, dtype, shape, data_offsets):
-    kind, (start, end) = SAFETENSORS_TYPES[dtype], data_offsets
-    count = math.prod(shape)
-    if not 0 <= start <= end <= len(data) - base or end - start != count * kind.itemsize:
-        raise ValueError(f"bytes {start} to {end} do not hold {shape} of {dtype}")
-    return torch.frombuffer(data, dtype=kind, count=count, offset=base + start).view(shape)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:start]), memoryview(data)[start:]
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            kind = SAFETENSORS_TYPES[entry["dtype"]]
+            tensors[name] = torch.frombuffer(body[begin:end], dtype=kind).view(entry["shape"])
+    return tensors

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, a fixed seed, a tiny model, a tiny world."""
+"""Shared by all tests: one thread, a fixed seed, a tiny model, a tiny store."""
 
 import numpy as np
 import pytest
@@ -41,11 +41,9 @@ def random_inputs(generator, b=3, t=5, r=4, feature_size=12, vocab_size=60):
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    words = ["a small red star", "a large blue circle", "left of the ring"]
-    path.write_text("".join(p + "\n" for p in build_vocab(words * 2)), encoding="utf-8")
-    return WordPiece(path)
+def tokenizer():
+    captions = ["a small red star", "a large blue circle", "left of the ring"]
+    return WordPiece(build_vocab(captions * 2))
 
 
 @pytest.fixture(scope="session")
@@ -59,5 +57,5 @@ def store(tmp_path_factory):
         corner = rng.random((n, 2)) * 50
         probs = rng.random((n, 7))
         writer.write(row, rng.normal(size=(n, 12)), np.hstack([corner, corner + 20]), (100, 80),
-            probs / probs.sum(axis=1, keepdims=True))
+            class_probs=probs / probs.sum(axis=1, keepdims=True))
     return writer.finish()

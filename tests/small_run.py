@@ -1,31 +1,41 @@
-"""train.py on a store of ten made-up images, as a program: small_run.py STORE VOCAB [flags of
-train.py].
+"""train.py or finetune.py on a store of ten made-up images, as a program:
 
-The tests start it, kill it, and start it with several processes. What is replaced is where the
-data come from; spawned processes import this file again, so the replacement stands outside of
-main.
+    small_run.py STORE VOCAB train [flags of train.py]
+    small_run.py STORE VOCAB finetune vqa | retrieval | refer [flags of finetune.py]
+
+The tests start it, kill it, and start it in several processes. What is replaced is where the data
+come from; --gpus starts this same command again, so the replacement holds in every process.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import finetune  # noqa: E402
 import train  # noqa: E402
-from data import FeatureStore, WordPiece  # noqa: E402
+from data import FeatureStore, WordPiece, run  # noqa: E402
 
 CAPTIONS = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
 
 
 def load_data(*_):
-    store, vocab = FeatureStore(os.environ["STORE"]), WordPiece(os.environ["VOCAB"])
-    return train.Data(store, CAPTIONS, CAPTIONS, vocab, True)
+    """The captions above, in the place of the toy world's."""
+    store = FeatureStore(sys.argv[1])
+    return train.Data(store, CAPTIONS, CAPTIONS, WordPiece(sys.argv[2]))
 
 
-train.load_data = load_data
-train.text_only_accuracy = lambda *_: 0.0  # no concern of these tests
+def load_task(kind, args):
+    """The captions as expressions, questions or captions of the same images."""
+    store = FeatureStore(sys.argv[1])
+    items = [dict(image_id=i, text=text, box=store[store.row(i)]["boxes"][0].tolist(), ref_id=k,
+        sent_id=k, kind="attribute", question_id=k, answers=[text.split()[1]] * 10,
+        majority=text.split()[1], answer_type="other", question_type="what")
+        for k, (i, text) in enumerate(CAPTIONS)]
+    return store, {"train": items, "val": items}
+
 
 if __name__ == "__main__":
-    os.environ.update(STORE=sys.argv.pop(1), VOCAB=sys.argv.pop(1))
-    train.main()
+    train.load_data, finetune.load_task = load_data, load_task
+    script = {"train": train, "finetune": finetune}[sys.argv[3]]
+    run(lambda: script.main(sys.argv[4:]))

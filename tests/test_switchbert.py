@@ -1,6 +1,8 @@
-"""What switchbert.py promises, each against an independent computation."""
+"""What switchbert.py promises, each claim against an independent computation."""
 
+import json
 import math
+import struct
 
 import pytest
 import torch
@@ -9,90 +11,126 @@ from conftest import random_inputs
 from torch import nn
 
 from switchbert import (IGNORE, INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
-    SwitchBert, SwitchBertConfig, SwitchBertForPretraining, SwitchBertForReferring,
-    SwitchBertForRetrieval, SwitchBertForVQA, averaging_matrix, switch, switch_attention,
-    temperature)
+    SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
+    SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, load_bert,
+    switch, switch_attention, temperature)
 
 B, H, T, V, SIZE = 2, 3, 4, 5, 6  # V vision tokens
+MIXED = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
+close = torch.testing.assert_close
 
 
-def tensors(dtype=torch.float64, requires_grad=False):
+def tensors(dtype=torch.float64, padded=slice(0)):
     generator = torch.Generator().manual_seed(3)
-    qkv = [torch.randn(B, H, T + V, SIZE, generator=generator, dtype=torch.float64) .to(dtype)
-        .requires_grad_(requires_grad) for _ in range(3)]
+    qkv = [torch.randn(B, H, T + V, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+        .requires_grad_() for _ in range(3)]
     mask = torch.ones(B, T + V).long()
-    mask[0, 2:4] = 0
-    mask[1, 7:] = 0
-    return qkv, mask
-
-
-def one_mode(q, k, v, mask, mode):
-    """Plain masked softmax attention, query by query: the definition."""
-    out = torch.zeros_like(v)
-    for b in range(B):
-        for i in range(T + V):
-            own = torch.arange(T + V).lt(T) == (i < T)
-            seen = {INTRA: own, INTER: ~own, JOINT: own | ~own}[mode] & mask[b].bool()
-            if seen.any():
-                scores = (k[b, :, seen] @ q[b, :, i, :, None]).squeeze(-1) / math.sqrt(SIZE)
-                out[b, :, i] = (scores.softmax(-1).unsqueeze(-1) * v[b, :, seen]).sum(1)
-    return out
-
-
-def gates(*rows):
-    return torch.tensor(rows, dtype=torch.float64).expand(B, 2, 3)
-
-
-@pytest.mark.parametrize("mode", [INTRA, INTER, JOINT])
-def test_with_the_gate_at_mode_k_attention_is_plain_attention_of_mode_k(mode):
-    (q, k, v), mask = tensors()
-    forced = F.one_hot(torch.tensor([mode, mode]), 3).double().expand(B, 2, 3)
-    found = switch_attention(q, k, v, mask, T, forced)
-    # The scores are computed in float32, whatever comes in.
-    torch.testing.assert_close(found, one_mode(q, k, v, mask, mode), rtol=1e-5, atol=1e-6)
+    mask[0, 2:4] = mask[1, 7:] = mask[1, padded] = 0
+    modes = torch.tensor(MIXED, dtype=torch.float64).repeat(B, 1, 1)
+    return qkv, mask, modes.to(dtype).requires_grad_()
 
 
 def mixture(q, k, v, mask, modes):
-    """The three modes computed separately, then mixed with each query's weights."""
-    weight = torch.cat([modes[:, :1].expand(B, T, 3), modes[:, 1:].expand(B, V, 3)], 1)
-    return sum(weight[:, None, :, m, None] * one_mode(q, k, v, mask, m) for m in range(3))
+    """The definition: three softmaxes over the keys of each mode, mixed for each query."""
+    kind, out = torch.arange(T + V).ge(T).long(), 0
+    own = kind[:, None] == kind
+    for mode, keys in {INTRA: own, INTER: ~own, JOINT: own | ~own}.items():
+        seen = keys & mask[:, None, None].bool()
+        scores = (q @ k.transpose(2, 3) / math.sqrt(SIZE)).masked_fill(~seen, -1e9)
+        attended = (scores.softmax(-1) * seen) @ v  # zero for a query that sees no key
+        out = out + modes[:, kind, mode][:, None, :, None] * attended
+    return out
 
 
-def test_any_mixture_equals_the_three_modes_mixed_forward_and_gradient():
-    (q, k, v), mask = tensors(requires_grad=True)
-    modes = gates([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]).clone().requires_grad_()
+@pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None), slice(None)],
+    ids=["none", "text", "vision", "all"])
+@pytest.mark.parametrize("mode", [INTRA, INTER, JOINT, None])
+def test_attention_is_three_plain_attentions_mixed_and_zero_for_a_block_of_padding(mode, padded):
+    """Output and gradients: with the switch at one mode, and with a mixture (mode None)."""
+    (q, k, v), mask, modes = tensors(padded=padded)
+    if mode is not None:
+        modes = F.one_hot(torch.full((B, 2), mode), 3).double().requires_grad_()
     wanted = torch.randn(B, H, T + V, SIZE, dtype=torch.float64)
-    found, expected = (
-        f(q, k, v, mask, *a) for f, a in ((switch_attention, (T, modes)), (mixture, (modes,))))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found, expected = switch_attention(q, k, v, mask, T, modes), mixture(q, k, v, mask, modes)
+    # The scores are computed in float32, whatever comes in.
+    close(found, expected, rtol=1e-5, atol=1e-6)
     for x, y in zip(torch.autograd.grad((found * wanted).sum(), [q, k, v, modes]),
             torch.autograd.grad((expected * wanted).sum(), [q, k, v, modes])):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        close(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [slice(0, T), slice(T, None), slice(None)])
-def test_a_fully_padded_block_gives_nothing_and_stays_finite(padded):
-    (q, k, v), mask = tensors(requires_grad=True)
-    mask[:, padded] = 0
-    modes = gates([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])
-    found = switch_attention(q, k, v, mask, T, modes)
-    torch.testing.assert_close(found, mixture(q, k, v, mask, modes), rtol=1e-5, atol=1e-6)
-    for gradient in torch.autograd.grad(found.square().sum(), [q, k, v]):
-        assert gradient.isfinite().all()
+@pytest.mark.parametrize("apart, share", [(0, 1), (30, 1), (39, 1), (50, 2e-4), (80, 0), (1e4, 0)])
+@pytest.mark.parametrize("best", [TEXT, VISION])
+def test_a_modality_whose_scores_lie_far_below_fades_away_with_finite_gradients(
+        best, apart, share):
+    """One key per modality, values 1: what a query gets from the other one is that key's share."""
+    q, v = (torch.ones(1, 1, 2, 1, requires_grad=True) for _ in range(2))
+    k = torch.tensor([0.0, -apart] if best == TEXT else [-apart, 0.0]).view(1, 1, 2, 1)
+    k.requires_grad_()
+    inter = torch.tensor([[[0.0, 1, 0], [0, 1, 0]]], requires_grad=True)
+    out = switch_attention(q, k, v, torch.ones(1, 2), 1, inter)
+    assert out[0, 0, best].item() == pytest.approx(share, rel=0.1, abs=1e-6)
+    assert out[0, 0, 1 - best].item() == 1
+    for gradient in torch.autograd.grad(out.sum(), [q, k, v, inter]):
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e3
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)])
-def test_half_precision_stays_within_its_rounding(dtype, tolerance):
-    (q, k, v), mask = tensors(dtype)
-    mask[1, T:] = 0
-    modes = gates([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])
-    found = switch_attention(q, k, v, mask, T, modes.to(dtype))
+def test_attention_in_half_precision_stays_within_its_rounding(dtype, tolerance):
+    (q, k, v), mask, modes = tensors(dtype, padded=slice(T, None))
+    found = switch_attention(q, k, v, mask, T, modes)
+    expected = mixture(q.double(), k.double(), v.double(), mask, modes.double())
     assert found.dtype == dtype
-    expected = mixture(q.double(), k.double(), v.double(), mask, modes)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=2 * tolerance)
+    close(found.double(), expected, rtol=tolerance, atol=2 * tolerance)
 
 
-# --- frozen settings ---
+def test_dropout_reaches_attention_weights_and_both_residual_branches():
+    """At rate 1 nothing is left of what is dropped."""
+    states, mask, modes = torch.randn(2, 6, 16), torch.ones(2, 6).long(), torch.ones(2, 2, 3) / 3
+    attention = SwitchAttention(SwitchBertConfig.tiny(attention_probs_dropout_prob=1.0)).train()
+    close(attention(states, mask, 3, modes), attention.dense.bias.expand(2, 6, 16))
+    layer = SwitchBertLayer(SwitchBertConfig.tiny(hidden_dropout_prob=1.0), 0).train()
+    close(layer([states], mask, 3, 1.0)[0], layer.output_norm(layer.attention_norm(states)))
+
+
+# --- switches ---
+
+
+def test_low_temperatures_give_one_hot_switches_that_still_have_gradients():
+    logits = torch.randn(1000, 3, requires_grad=True)
+    weights = switch(logits, 0.2, training=True)
+    assert (weights.amax(-1) > 0.9).float().mean() > 0.6
+    assert (switch(logits, 0.01, training=True).amax(-1) > 0.99).float().mean() > 0.95
+    gradient = torch.autograd.grad(weights[:, 0].sum(), logits)[0]
+    assert gradient.isfinite().all() and (gradient[:, 0] > 1e-3).float().mean() > 0.3
+
+
+def test_noisy_choices_come_as_often_as_softmax_says():
+    logits = torch.tensor([1.0, 0.0, -1.5, 2.0])
+    n = 40_000
+    chosen = switch(logits.expand(n, 4), 0.2, training=True).argmax(-1)
+    found, expected = torch.bincount(chosen, minlength=4) / n, logits.softmax(-1)
+    # four standard deviations of a share that is counted n times
+    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_the_temperature_falls_as_its_table_says():
+    table = {0: 5.0, 100_000: 4.524, 1_000_000: 1.839, 3_000_000: 0.249, 3_218_876: 0.2, 10**9: 0.2}
+    assert {n: temperature(n) for n in table} == pytest.approx(table, abs=5e-4)
+
+
+def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_float32():
+    """By hand: in the first sample text has the mean 2, vision 15; the second has no vision."""
+    gate = Gate(1, 3).eval()
+    states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])[..., None]
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+    logits = gate.linear(torch.tensor([[2.0, 15.0], [5.0, 0.0]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gate(states, mask, 3, 0.7)
+    close(found, (logits / 0.7).view(2, 2, 3).softmax(-1))
+
+
+# --- settings ---
 
 
 def plain_bert(model, states, mask):
@@ -109,58 +147,69 @@ def plain_bert(model, states, mask):
     return states
 
 
-def frozen(switches, **changes):
-    changes = {"num_hidden_layers": 4, **changes}
-    return SwitchBert(SwitchBertConfig.tiny(switches=switches, **changes)).eval()
+def setting(switches, layers=4, **changes):
+    config = SwitchBertConfig.tiny(switches=switches, num_hidden_layers=layers, **changes)
+    return SwitchBert(config).eval()
 
 
-def test_frozen_single_is_a_bert_over_the_concatenated_sequence(inputs):
-    model = frozen("single")
+def test_frozen_single_is_a_bert_over_text_and_vision_in_one_sequence(inputs):
+    model = setting("single")
     text = model.text_embeddings(inputs["input_ids"])
     vision = model.region_embeddings(
         *(inputs[k] for k in ("region_features", "region_boxes", "region_mask")))
     mask = torch.cat([inputs["text_mask"], torch.ones(3, 1).long(), inputs["region_mask"]], 1)
     expected = plain_bert(model, torch.cat([text, vision], 1), mask)
-    out, real = model(**inputs), inputs["text_mask"].bool()
-    torch.testing.assert_close(out.text_states[real], expected[:, :5][real], rtol=1e-4, atol=1e-5)
-    real = inputs["region_mask"].bool()
-    torch.testing.assert_close(out.region_states[real], expected[:, 6:][real], rtol=1e-4, atol=1e-5)
-
-
-def test_frozen_intra_text_is_a_text_only_bert(inputs):
-    model = frozen("intra")
-    expected = plain_bert(model, model.text_embeddings(inputs["input_ids"]), inputs["text_mask"])
-    real = inputs["text_mask"].bool()
-    torch.testing.assert_close(
-        model(**inputs).text_states[real], expected[real], rtol=1e-4, atol=1e-5)
+    out = model(**inputs)
+    for found, wanted, real in ((out.text_states, expected[:, :5], inputs["text_mask"].bool()),
+            (out.region_states, expected[:, 6:], inputs["region_mask"].bool())):
+        close(found[real], wanted[real], rtol=1e-4, atol=1e-5)
+    pooled = F.relu(model.pooler.text(expected[:, 0])) * F.relu(model.pooler.vision(expected[:, 5]))
+    close(out.pooled, pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_intra_has_exactly_no_gradient_across_modalities(inputs):
-    model = frozen("intra")
-    inputs["region_features"].requires_grad_()
-    out = model(**inputs)
-    assert (
-        torch.autograd.grad(
-            out.text_states.sum(), inputs["region_features"], allow_unused=True, retain_graph=True
-        )[0].count_nonzero()
-        == 0
-    )
-    word = torch.autograd.grad(
-        out.region_states.sum(), model.text_embeddings.word_embeddings.weight)[0]
-    assert word.count_nonzero() == 0
+    model = setting("intra")
+    features = inputs["region_features"].requires_grad_()
+    out, words = model(**inputs), model.text_embeddings.word_embeddings.weight
+    across = (torch.autograd.grad(out.text_states.sum(), features, retain_graph=True)[0],
+        torch.autograd.grad(out.region_states.sum(), words)[0])
+    assert [gradient.count_nonzero().item() for gradient in across] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    "switches, expected",
-    [("intra", [INTRA] * 4), ("single", [JOINT] * 4), ("dual", [INTRA, INTER] * 2),
-        ("late", [INTRA] * 2 + [JOINT] * 2)],
-)
-def test_frozen_settings_follow_their_plan_without_gates(switches, expected, inputs):
-    model = frozen(switches)
+@pytest.mark.parametrize("switches, layers, expected", [
+    ("intra", 4, [INTRA] * 4), ("single", 4, [JOINT] * 4), ("dual", 4, [INTRA, INTER] * 2),
+    ("late", 4, [INTRA, INTRA, INTER, INTRA]),
+    ("late", 8, [INTRA] * 4 + [INTER, INTRA] * 2)])
+def test_frozen_settings_follow_their_plan_without_gates(switches, layers, expected, inputs):
+    model = setting(switches, layers)
     out = model(**inputs)
     assert out.modes.argmax(-1).tolist() == [[[m, m] for m in expected]] * 3
+    assert out.modes.sum() == 6 * layers
     assert all(d[..., -1].eq(1).all() and d.sum() == 6 for d in out.depths)
     assert not [name for name, _ in model.named_parameters() if "gate" in name]
+
+
+def test_attention_learns_modes_alone_and_input_learns_depths_alone(inputs):
+    soft = {}
+    for switches in ("learned", "attention", "input"):
+        out = setting(switches)(**inputs, temperature=1.0)
+        soft[switches] = (((out.modes > 0) & (out.modes < 1)).all().item(),
+            all(((d > 0) & (d < 1)).all() for d in out.depths[1:]))
+        if switches == "attention":  # each layer reads the one before
+            assert all(d[..., -1].eq(1).all() and d.sum() == 6 for d in out.depths)
+        if switches == "input":
+            assert out.modes[..., JOINT].eq(1).all() and out.modes.sum() == 24
+    assert soft == {"learned": (True, True), "attention": (True, False), "input": (False, True)}
+
+
+def test_base_has_the_parameters_of_bert_plus_what_switching_adds():
+    d, layers = 768, range(12)
+    bert = 109_482_240 - (d * d + d)  # bert-base-uncased without its own pooler
+    regions, pool = (2048 * d + d) + (5 * d + d) + 3 * 2 * d, 2 * (d * 1024 + 1024)
+    gates = sum((2 * d + 1) * 2 * options for l in layers for options in (3, l + 1 if l else 0))
+    with torch.device("meta"):
+        model = SwitchBert(SwitchBertConfig.base())
+    assert sum(p.numel() for p in model.parameters()) == bert + regions + pool + gates
 
 
 # --- the encoder ---
@@ -177,50 +226,75 @@ def test_padding_never_changes_a_real_token(config, inputs):
         for name, mask in (("text_states", inputs["text_mask"]),
                 ("region_states", inputs["region_mask"])):
             x, y = getattr(before, name), getattr(after, name)[:, : mask.shape[1]]
-            torch.testing.assert_close(x[mask.bool()], y[mask.bool()], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(before.pooled, after.pooled, rtol=1e-4, atol=1e-5)
+            close(x[mask.bool()], y[mask.bool()], rtol=1e-4, atol=1e-5)
+        close(before.pooled, after.pooled, rtol=1e-4, atol=1e-5)
         assert before.modes.equal(after.modes)
 
 
-def test_permuting_regions_permutes_their_states_and_nothing_else(config, inputs):
-    model = SwitchBert(config).eval()
-    order = torch.tensor([2, 0, 3, 1])
-    permuted = {k: v[:, order] if k.startswith("region") else v for k, v in inputs.items()}
-    one, two = model(**inputs), model(**permuted)
-    torch.testing.assert_close(one.region_states[:, order], two.region_states, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one.text_states, two.text_states, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one.pooled, two.pooled, rtol=1e-4, atol=1e-5)
+def test_the_feature_of_a_hidden_region_is_not_seen(config, inputs):
+    model, hidden = SwitchBert(config).eval(), torch.zeros(3, 4, dtype=torch.bool)
+    hidden[0, 1] = hidden[1, 0] = True
+    one, shown = model(**inputs, region_hidden=hidden), model(**inputs)
+    inputs["region_features"][hidden] = torch.randn(2, 12) * 50
+    two = model(**inputs, region_hidden=hidden)
+    assert two.region_states.equal(one.region_states) and two.pooled.equal(one.pooled)
+    assert not shown.region_states[:2].equal(one.region_states[:2])
 
 
-def test_evaluation_is_deterministic_and_hard(config, inputs):
+def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(config, inputs):
+    """Both parts are normalised before they are added, and boxes enter as 2 b - 1."""
+    embed = SwitchBert(config).eval().region_embeddings
+    features, boxes, mask = (inputs[k] for k in ("region_features", "region_boxes", "region_mask"))
+    hidden = torch.zeros(3, 4, dtype=torch.bool)
+    hidden[0, 1] = True
+    nn.init.normal_(embed.feature.bias)  # without it, LayerNorm would make up for a wrong mean
+    found = embed(features.half(), boxes, mask, hidden)
+    features = features.half().float()
+    means = torch.stack([features[0, [0, 2, 3]].mean(0), features[1, :2].mean(0),
+        features[2].mean(0)])
+    features[0, 1] = 0
+
+    def norm(x):  # with weight 1 and bias 0, as all three begin
+        return F.layer_norm(x, (16,), eps=1e-12)
+
+    whole = torch.tensor([0.0, 0, 1, 1, 1])  # the box of the global region is the whole picture
+    for x, content, box in ((found[:, 0], means, whole), (found[:, 1:], features, boxes)):
+        expected = norm(norm(embed.feature(content)) + norm(embed.box(2 * box - 1)))
+        close(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_is_deterministic_and_hard_or_at_a_temperature_soft(config, inputs):
     model = SwitchBert(config).eval()
     one, two = model(**inputs), model(**inputs)
     assert one.text_states.equal(two.text_states) and one.pooled.equal(two.pooled)
     for weights in (one.modes, *one.depths):
         assert weights.eq(0).logical_or(weights.eq(1)).all() and weights.sum(-1).eq(1).all()
+    soft = model(**inputs, temperature=2.0).modes
+    assert ((soft > 0) & (soft < 1)).all()
+    close(soft.sum(-1), torch.ones(3, 2, 2))
 
 
-def test_evaluation_with_a_temperature_is_the_soft_mixture(config, inputs):
-    out = SwitchBert(config).eval()(**inputs, temperature=2.0)
-    assert ((out.modes > 0) & (out.modes < 1)).all()
-    torch.testing.assert_close(out.modes.sum(-1), torch.ones(3, 2, 2))
-
-
-def test_training_samples_each_switch_anew(config, inputs):
+def test_training_draws_each_switch_anew_at_temperature_1_unless_another_is_given(config, inputs):
     model = SwitchBert(config).train()
-    one, two = model(**inputs, temperature=1.0), model(**inputs, temperature=1.0)
-    assert not one.modes.equal(two.modes)
-    assert one.modes.shape == (3, 2, 2, 3) and [d.shape for d in one.depths] == [(3, 2, 1),
-        (3, 2, 2)]
+    one, two = model(**inputs), model(**inputs)
+    assert not one.modes.equal(two.modes) and not one.depths[1].equal(two.depths[1])
+    assert one.modes.shape == (3, 2, 2, 3)
+    assert [d.shape for d in one.depths] == [(3, 2, 1), (3, 2, 2)]
+    torch.manual_seed(5)
+    default = model(**inputs).modes
+    torch.manual_seed(5)
+    assert model(**inputs, temperature=1.0).modes.equal(default)
+    assert (model(**inputs, temperature=100.0).modes - 1 / 3).abs().max() < 0.1
 
 
-def test_a_depth_weight_of_one_reads_exactly_that_depth(config, inputs):
+def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
     """Text reads depth 0, the embeddings, and vision depth 1, the first layer's output."""
-    model = SwitchBert(config).eval()
-    gate, seen = model.layers[1].switch_input.gate.linear, {}
+    model, seen = SwitchBert(config).eval(), {}
     with torch.no_grad():
-        gate.weight.zero_()
-        gate.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 9.0]))  # (text, vision) x (depth 0, depth 1)
+        for gate, bias in ((model.layers[1].switch_input.gate, [9.0, 0, 0, 9]),
+                *((layer.mode_gate, [0, 5.0, 0, 0, 0, 5]) for layer in model.layers)):
+            gate.linear.weight.zero_()
+            gate.linear.bias.copy_(torch.tensor(bias))
     model.layers[0].register_forward_hook(
         lambda m, args, out: seen.update(depth0=args[0][0], depth1=out[0]))
     model.layers[1].attention.register_forward_hook(lambda m, args, out: seen.update(read=args[0]))
@@ -228,192 +302,103 @@ def test_a_depth_weight_of_one_reads_exactly_that_depth(config, inputs):
     assert seen["read"][:, :5].equal(seen["depth0"][:, :5])
     assert seen["read"][:, 5:].equal(seen["depth1"][:, 5:])
     assert out.depths[1].tolist() == [[[1.0, 0.0], [0.0, 1.0]]] * 3
-
-
-def test_text_and_vision_switch_apart(config, inputs):
-    model = SwitchBert(config).eval()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.mode_gate.linear.weight.zero_()
-            layer.mode_gate.linear.bias.copy_(torch.tensor([0, 5.0, 0, 0, 0, 5.0]))
-    modes = model(**inputs).modes.argmax(-1)
+    modes = out.modes.argmax(-1)
     assert modes[..., TEXT].eq(INTER).all() and modes[..., VISION].eq(JOINT).all()
 
 
-def test_the_global_region_is_the_mean_of_the_visible_ones(config, inputs):
-    embed = SwitchBert(config).eval().region_embeddings
-    features, boxes, mask = (inputs[k] for k in ("region_features", "region_boxes", "region_mask"))
-    features[0, 1] = 0  # a masked region
-    found = embed(features, boxes, mask)[:, 0]
-    means = torch.stack(
-        [features[0, [0, 2, 3]].mean(0), features[1, :2].mean(0), features[2].mean(0)])
-    box = embed.box(torch.tensor([-1.0, -1, 1, 1, 1]))  # the whole picture, [0, 0, 1, 1, 1]
+def test_mode_gates_start_neutral_and_depth_gates_start_at_the_newest_depth(config, inputs):
+    """With bias 3 for one of l+1 depths its weight is e^3 / (e^3 + l)."""
+    model = setting("learned", initializer_range=0.0)
+    out = model(**inputs, temperature=1.0)
+    close(out.modes, torch.full((3, 4, 2, 3), 1 / 3))
+    for l, weights in enumerate(out.depths):
+        assert weights[..., -1].flatten().tolist() == pytest.approx(
+            [math.e**3 / (math.e**3 + l)] * 6)
 
 
-    def norm(x):  # with weight 1 and bias 0, as all three begin
-        return (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
-
-    expected = norm(norm(embed.feature(means)) + norm(box))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_gates_read_the_means_of_real_tokens_by_hand():
-    """Two words and two regions, the last of each padding in the first sample; no region in the
-    second.
-    """
-    states = torch.tensor([[[1.0], [50.0], [7.0], [60.0]], [[1.0], [3.0], [8.0], [9.0]]])
-    mask = torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]])
-    assert (averaging_matrix(mask, 2) @ states).tolist() == [[[1.0], [7.0]], [[2.0], [0.0]]]
-
-
-def test_base_has_the_parameters_of_bert_plus_what_switching_adds():
-    d, f, layers = 768, 2048, 12
-    bert = ((30522 + 512 + 2) * d + 2 * d
-        + layers * (4 * (d * d + d) + (d * 3072 + 3072) + (3072 * d + d) + 4 * d))
-    regions = (f * d + d) + (5 * d + d) + 3 * 2 * d
-    pool = 2 * (d * 1024 + 1024)
-    mode_gates = layers * (2 * d * 6 + 6)
-    depth_gates = sum(2 * d * 2 * (l + 1) + 2 * (l + 1) for l in range(1, layers))
-    with torch.device("meta"):
-        model = SwitchBert(SwitchBertConfig.base())
-    assert (sum(p.numel() for p in model.parameters())
-        == bert + regions + pool + mode_gates + depth_gates)
-    assert bert == 109_482_240 - (d * d + d)  # bert-base-uncased without its own pooler
-
-
-# --- switches ---
-
-
-def test_low_temperature_gives_one_hot_gates_that_still_have_gradients():
-    logits = torch.randn(1000, 3, requires_grad=True)
-    weights = switch(logits, 0.2, training=True)
-    assert (weights.amax(-1) > 0.9).float().mean() > 0.6
-    weights = switch(logits, 0.01, training=True)
-    assert (weights.amax(-1) > 0.99).float().mean() > 0.95
-    gradient = torch.autograd.grad(switch(logits, 0.2, training=True)[:, 0].sum(), logits)[0]
-    assert gradient.isfinite().all() and (gradient[:, 0] > 1e-3).float().mean() > 0.3
-
-
-def test_high_temperature_mixes_evenly():
-    assert (switch(torch.zeros(1000, 3), 100.0, training=True) - 1 / 3).abs().max() < 0.05
-
-
-def test_gumbel_choices_come_as_often_as_softmax_says():
-    logits = torch.tensor([1.0, 0.0, -1.5, 2.0])
-    n = 40_000
-    chosen = switch(logits.expand(n, 4), 0.2, training=True).argmax(-1)
-    found = torch.bincount(chosen, minlength=4) / n
-    expected = logits.softmax(-1)
-    # four standard deviations of a share that is counted n times
-    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
-
-
-def test_the_gate_computes_in_float32_under_autocast():
-    gate, summary = Gate(8, 3).eval(), torch.randn(2, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        weights = gate(summary, 1.0)
-    logits = F.linear(summary, gate.linear.weight, gate.linear.bias).view(2, 2, 3)
-    assert weights.equal(logits.softmax(-1))
-
-
-@pytest.mark.parametrize(
-    "pairs, expected",
-    [(0, 5.0), (100_000, 4.524), (1_000_000, 1.839), (3_000_000, 0.249), (3_218_876, 0.2),
-        (10**9, 0.2)],
-)
-def test_temperature_table(pairs, expected):
-    assert temperature(pairs) == pytest.approx(expected, abs=5e-4)
-
-
-# --- heads ---
+# --- heads and losses ---
 
 
 def pretraining_batch(inputs):
+    """Of the second pair, which does not match, nothing else is predicted."""
     labels = torch.full((3, 5), IGNORE)
     labels[0, 1], labels[2, 2], labels[2, 3] = 9, 11, 12
     mrc_mask = torch.zeros(3, 4, dtype=torch.bool)
-    mrc_mask[0, 2] = mrc_mask[1, 0] = mrc_mask[2, 1] = True
-    targets = torch.rand(3, 7).softmax(-1)
-    return dict(inputs, mlm_labels=labels, mrc_mask=mrc_mask, mrc_targets=targets,
-        itm_labels=torch.tensor([MATCH, MISMATCH, MATCH]))
+    mrc_mask[0, 2] = mrc_mask[2, 1] = True
+    return dict(inputs, mlm_labels=labels, mrc_mask=mrc_mask, region_hidden=mrc_mask,
+        mrc_targets=torch.rand(2, 7).softmax(-1), itm_labels=torch.tensor([MATCH, MISMATCH, MATCH]))
 
 
 def test_the_three_losses_by_hand(config, inputs):
     model = SwitchBertForPretraining(config).eval()
     batch = pretraining_batch(inputs)
-    found, out = model(**batch), model.bert(**inputs)
-    words = model.bert.text_embeddings.word_embeddings.weight
+    found = model(**batch)
+    out = model.bert(**inputs, region_hidden=batch["mrc_mask"])
+    embeddings = model.bert.text_embeddings.word_embeddings.weight
 
-    def mlm(b, t, label):
-        scores = words @ model.mlm_transform(out.text_states[b, t]) + model.mlm_bias
-        return -scores.log_softmax(-1)[label]
+    def words(b, t):
+        return embeddings @ model.mlm_transform(out.text_states[b, t]) + model.mlm_bias
 
     def mrc(b, r, target):
         p = model.mrc_classifier(model.mrc_transform(out.region_states[b, r])).softmax(-1)
-        return sum(float(q) * math.log(q / pi) for q, pi in zip(target.tolist(), p.tolist()))
+        return sum(q * math.log(q / pi) for q, pi in zip(target.tolist(), p.tolist()))
 
-    assert found.losses[0].item() == pytest.approx(
-        ((mlm(0, 1, 9) + mlm(2, 2, 11) + mlm(2, 3, 12)) / 3).item(), rel=1e-4)
-    targets = batch["mrc_targets"]
-    assert found.losses[1].item() == pytest.approx(
-        (mrc(0, 2, targets[0]) + mrc(2, 1, targets[2])) / 2, rel=1e-4)
+    labels = {(0, 1): 9, (2, 2): 11, (2, 3): 12}
+    mlm = [-words(*place).log_softmax(-1)[label].item() for place, label in labels.items()]
     itm = model.itm_classifier(out.pooled).log_softmax(-1)
-    assert found.losses[2].item() == pytest.approx(
-        -(itm[0, 1] + itm[1, 0] + itm[2, 1]).item() / 3, rel=1e-4)
+    assert found.losses.tolist() == pytest.approx([sum(mlm) / 3,
+        (mrc(0, 2, batch["mrc_targets"][0]) + mrc(2, 1, batch["mrc_targets"][1])) / 2,
+        -(itm[0, 1] + itm[1, 0] + itm[2, 1]).item() / 3], rel=1e-4)
     assert found.loss.item() == pytest.approx(found.losses.sum().item())
     assert found.counts.tolist() == [3, 2, 3]
+    with torch.no_grad():
+        model.mlm_bias[11] = model.itm_classifier.bias[MATCH] = 1e4  # always piece 11, and a match
+    assert model(**batch).correct.tolist() == [1, 2]
+    assert found.match_probability.tolist() == pytest.approx(itm[:, MATCH].exp().tolist())
 
 
-def test_a_batch_without_any_masked_place_has_zero_losses_not_nan(config, inputs):
+@pytest.mark.parametrize("targets", [torch.zeros(0, 7), None])
+def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inputs, targets):
     batch = pretraining_batch(inputs)
-    batch["itm_labels"][:] = MISMATCH
-    out = SwitchBertForPretraining(config)(**batch)
+    batch.update(mlm_labels=torch.full((3, 5), IGNORE), mrc_mask=batch["mrc_mask"] & False,
+        mrc_targets=targets)
+    model = SwitchBertForPretraining(config)
+    out = model(**batch)
     assert out.losses[:2].tolist() == [0, 0] and out.losses[2] > 0
     out.loss.backward()
-    batch.update(
-        mlm_labels=torch.full((3, 5), IGNORE), mrc_mask=batch["mrc_mask"] & False, mrc_targets=None)
-    assert SwitchBertForPretraining(config)(**batch).losses[:2].tolist() == [0, 0]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_mlm_output_matrix_is_the_word_embedding(config, inputs):
-    model = SwitchBertForPretraining(config)
-    assert not [
-        n for n, p in model.named_parameters() if p.shape == (60, 16) and "word_embeddings" not in n
-    ]
-    out = model(**pretraining_batch(inputs))
-    gradient = torch.autograd.grad(
-        out.losses[0], model.bert.text_embeddings.word_embeddings.weight)[0]
-    unseen = [i for i in range(60) if i not in inputs["input_ids"].unique().tolist()]
-    assert (
-        gradient[unseen].abs().sum(-1) > 0).all()  # words that are no input: gradient as outputs
+def test_an_answer_starts_at_probability_one_over_their_number(config, inputs):
+    logits, out = SwitchBertForVQA(config, 11).eval()(**inputs)
+    assert logits.shape == (3, 11) and out.pooled.shape == (3, 16)
+    assert logits.sigmoid().mean().item() == pytest.approx(1 / 11, rel=0.1)
 
 
-def test_task_heads_have_the_promised_shapes(config, inputs):
-    assert SwitchBertForVQA(config, 11).eval()(**inputs)[0].shape == (3, 11)
-    assert SwitchBertForRetrieval(config).eval()(**inputs)[0].shape == (3,)
+def test_retrieval_starts_with_the_log_odds_of_a_match(config, inputs):
+    pretrained = SwitchBertForPretraining(config).eval()
+    model = SwitchBertForRetrieval.from_pretraining(config, pretrained.state_dict()).eval()
+    scores, out = model(**inputs)
+    odds = pretrained.itm_logits(out.pooled).softmax(-1)
+    close(scores, (odds[:, MATCH] / odds[:, MISMATCH]).log(), rtol=1e-4, atol=1e-6)
+    assert out.pooled.equal(pretrained.bert(**inputs).pooled) and scores.shape == (3,)
+
+
+def test_referring_scores_every_region_and_padding_lowest(config, inputs):
     logits = SwitchBertForReferring(config).eval()(**inputs)[0]
-    assert logits.shape == (3, 4)
-    assert logits[1, 2:].eq(torch.finfo(torch.float32).min).all()
-    assert logits[1, :2].abs().max() < 100 and logits[[0, 2]].abs().max() < 100
-
-
-def test_wrong_settings_are_refused_in_a_sentence():
-    with pytest.raises(ValueError, match="switches='both'.*'learned'"):
-        SwitchBertConfig(switches="both")
-    with pytest.raises(ValueError, match="hidden_size=10 .* num_attention_heads=4"):
-        SwitchBertConfig(hidden_size=10, num_attention_heads=4)
+    padding = inputs["region_mask"] == 0
+    assert logits.shape == (3, 4) and logits[padding].eq(torch.finfo(torch.float32).min).all()
+    assert logits[~padding].abs().max() < 100
 
 
 def test_sixteen_pairs_can_be_learned_by_heart(config):
     generator = torch.Generator().manual_seed(0)
-    inputs = random_inputs(generator, b=16)
-    labels = torch.full((16, 5), IGNORE)
+    labels, mask = torch.full((16, 5), IGNORE), torch.zeros(16, 4, dtype=torch.bool)
     labels[:, 2] = torch.randint(5, 60, (16,), generator=generator)
-    mask = torch.zeros(16, 4, dtype=torch.bool)
     mask[:, 0] = True
-    inputs["region_features"][:, 0] = 0
     targets = F.one_hot(torch.randint(0, 7, (16,), generator=generator), 7).float()
-    batch = dict(inputs, mlm_labels=labels, mrc_mask=mask, mrc_targets=targets,
+    batch = dict(random_inputs(generator, b=16), mlm_labels=labels, mrc_mask=mask,
+        region_hidden=mask, mrc_targets=targets,
         itm_labels=torch.tensor([MATCH, MATCH, MATCH, MISMATCH] * 4))
     model = SwitchBertForPretraining(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -422,7 +407,162 @@ def test_sixteen_pairs_can_be_learned_by_heart(config):
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad()
-        out = model(**batch, temperature=max(0.2, 5.0 * 0.97**step))
-        out.loss.backward()
+        model(**batch, temperature=max(0.2, 5.0 * 0.97**step)).loss.backward()
     assert (first > 0.5).all()
     assert (model.eval()(**batch).losses < 0.05).all()
+
+
+# --- BERT weights ---
+
+def bert_weights():
+    """A random BERT with Hugging Face's names, its MLM head, pooler and next-sentence head."""
+    g, d, bert = torch.Generator().manual_seed(5), 16, "bert.embeddings."
+    tables = {bert + "word_embeddings": 60, bert + "position_embeddings": 48,
+        bert + "token_type_embeddings": 2}
+    linear = {"bert.pooler.dense": (d, d), "cls.seq_relationship": (2, d),
+        "cls.predictions.transform.dense": (d, d)}
+    norms = [bert + "LayerNorm", "cls.predictions.transform.LayerNorm"]
+    for layer in ("bert.encoder.layer.0.", "bert.encoder.layer.1."):
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            linear[f"{layer}attention.{part}"] = (d, d)
+        linear |= {f"{layer}intermediate.dense": (32, d), f"{layer}output.dense": (d, 32)}
+        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    shapes = {f"{name}.weight": (n, d) for name, n in tables.items()} | {
+        f"{name}.weight": shape for name, shape in linear.items()} | {
+        f"{name}.bias": shape[:1] for name, shape in linear.items()} | {
+        f"{name}.{part}": (d,) for name in norms for part in ("weight", "bias")} | {
+        "cls.predictions.bias": (60,)}
+    weights = {name: torch.randn(shape, generator=g) / 4 for name, shape in shapes.items()}
+    weights["cls.predictions.decoder.weight"] = weights[bert + "word_embeddings.weight"]
+    return weights
+
+
+def bert_by_its_names(w, ids):
+    """Text states and word scores of that BERT, computed from its names alone."""
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (16,), w[name + ".weight"], w[name + ".bias"], 1e-12)
+
+    e = "bert.embeddings."
+    x = w[e + "word_embeddings.weight"][ids] + w[e + "position_embeddings.weight"][: len(ids)]
+    x = norm(x + w[e + "token_type_embeddings.weight"][0], e + "LayerNorm")
+    for n in range(2):
+        layer = f"bert.encoder.layer.{n}."
+        heads = []
+        for h in (slice(0, 8), slice(8, 16)):
+            q, k, v = (linear(x, f"{layer}attention.self.{p}")[:, h]
+                for p in ("query", "key", "value"))
+            heads.append((q @ k.T / 8**0.5).softmax(-1) @ v)
+        y = linear(torch.cat(heads, -1), layer + "attention.output.dense")
+        x = norm(x + y, layer + "attention.output.LayerNorm")
+        y = linear(F.gelu(linear(x, layer + "intermediate.dense")), layer + "output.dense")
+        x = norm(x + y, layer + "output.LayerNorm")
+    head = "cls.predictions.transform."
+    scores = norm(F.gelu(linear(x, head + "dense")), head + "LayerNorm")
+    return x, scores @ w[e + "word_embeddings.weight"].T + w["cls.predictions.bias"]
+
+
+def write_bert(folder, weights, kind="model.safetensors", **config):
+    """A Hugging Face folder. A .safetensors file: header length, JSON header, raw tensors."""
+    folder.mkdir(exist_ok=True)
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, hidden_act="gelu")
+    (folder / "config.json").write_text(json.dumps({**sizes, **config}))
+    if kind != "model.safetensors":
+        torch.save(weights, folder / kind)
+        return folder
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in weights.items():
+        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": types[t.dtype], "shape": list(t.shape),
+            "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    (folder / kind).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return folder
+
+
+@pytest.fixture
+def model():
+    """With frozen intra switches its text is a BERT."""
+    return SwitchBertForPretraining(SwitchBertConfig.tiny(switches="intra")).eval()
+
+
+FORMS = {"now": [], "without_prefix": [("bert.", "")],
+    "old": [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]}
+
+
+@pytest.mark.parametrize("kind, dtype", [("pytorch_model.bin", torch.float32),
+    *(("model.safetensors", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_berts_weights_in_every_published_form_make_that_bert(
+        model, tmp_path, inputs, kind, dtype, form):
+    weights = {name: tensor.to(dtype) for name, tensor in bert_weights().items()}
+    renamed = {"bert.embeddings.position_ids": torch.arange(48)[None]}
+    for name, tensor in weights.items():
+        for now, then in FORMS[form]:
+            name = name.replace(now, then)
+        renamed[name] = tensor
+    load_bert(model, write_bert(tmp_path, renamed, kind))
+    states, weights = model.bert(**inputs).text_states, {k: v.float() for k, v in weights.items()}
+    for b, length in enumerate((5, 3, 5)):
+        expected, scores = bert_by_its_names(weights, inputs["input_ids"][b, :length])
+        close(states[b, :length], expected, rtol=1e-4, atol=1e-5)
+        close(model.mlm_logits(states[b, :length]), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_not_found_and_what_was_not_used_is_named(tmp_path):
+    write_bert(tmp_path, bert_weights())
+    missing, unexpected = load_bert(SwitchBertForPretraining(SwitchBertConfig.tiny()), tmp_path)
+    assert sorted(unexpected) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight",
+        "cls.seq_relationship.bias", "cls.seq_relationship.weight"]
+    new = ("region_embeddings", "gate", "bert.pooler", "mrc_", "itm_")
+    assert {part for part in new for name in missing if part in name} == {*new}
+    assert all(any(part in name for part in new) for name in missing)
+    missing, unexpected = load_bert(SwitchBert(SwitchBertConfig.tiny()), tmp_path)
+    assert "cls.predictions.bias" in unexpected
+    assert all("gate" in n or n.startswith(("region_embeddings", "pooler")) for n in missing)
+
+
+def loading(weights=None, edit=None, kind="model.safetensors", **config):
+    def write_and_load(model, folder):
+        write_bert(folder, bert_weights() if weights is None else weights, kind, **config)
+        if edit:
+            (folder / kind).write_bytes(edit((folder / kind).read_bytes()))
+        load_bert(model, folder)
+    return write_and_load
+
+
+REFUSED = {  # what is wrong: (the call, words of the message)
+    "switches": (lambda *_: SwitchBertConfig(switches="both"),
+        "switches='both': expected one of learned, attention, input, intra, single, dual, late"),
+    "heads": (lambda *_: SwitchBertConfig(hidden_size=10, num_attention_heads=4),
+        "hidden_size=10 is not a multiple of num_attention_heads=4"),
+    "width": (loading(hidden_size=768), "hidden_size is 768, but this model has 16"),
+    "depth": (loading(num_hidden_layers=12), "num_hidden_layers is 12, but this model has 2"),
+    "vocabulary": (loading(vocab_size=30522), "vocab_size is 30522, but this model has 60"),
+    "activation": (loading(hidden_act="relu"), "hidden_act is 'relu', but this model has 'gelu'"),
+    "shape": (loading(bert_weights() | {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}),
+        r"layers.1.output.bias has the shape \(17,\), not \(16,\)"),
+    "names": (loading({"gpt2.weight": torch.zeros(3)}), "no weight has a name of BERT's"),
+    "no folder": (load_bert, "config.json"),
+    "no weights": (loading({}, kind="other.bin"), "pytorch_model.bin"),
+    "empty": (loading(edit=lambda whole: b""), None),
+    "cut in its header": (loading(edit=lambda whole: whole[:40]), None),
+    "cut in a tensor": (loading(edit=lambda whole: whole[:-4]), None),
+    "no header": (loading(edit=lambda whole: struct.pack("<Q", 5) + b"hello"), None),
+    "number type": (loading(edit=lambda whole: whole.replace(b'"F32"', b'"F99"', 1)), "F99"),
+    "too few bytes": (loading(edit=lambda whole: whole.replace(b"[60, 16]", b"[61, 16]")), "61"),
+    "too many bytes": (loading(edit=lambda whole: whole.replace(b"[60, 16]", b"[59, 16]")), "59")}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_wrong_settings_and_unfitting_weights_raise_and_change_nothing(model, tmp_path, wrong):
+    call, message = REFUSED[wrong]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises((ValueError, RuntimeError, OSError, KeyError), match=message):
+        call(model, tmp_path)
+    assert all(before[k].equal(v) for k, v in model.state_dict().items())
