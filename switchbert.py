@@ -249,9 +249,8 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
     mask: (B, L), 1 = real. modes: (B, 2, 3), rows TEXT and VISION, columns INTRA, INTER, JOINT.
     dropout: a module for the attention weights, or None.
 
-    To a modality without a real token nothing is attended: its share of the output is zero. So it
-    is where all scores of one modality lie more than 41 below the best score of the other: there
-    the sum has vanished in float32.
+    To a modality without a real token nothing is attended: its share of the output is zero. The
+    same share fades to zero where all scores of a modality lie more than 41 below the best one.
     """
     length = query.shape[2]
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
@@ -809,7 +808,8 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
 
-    The bytes of each tensor must be exactly those that its shape needs. Raises ValueError.
+    The bytes of each tensor must be exactly those that its shape needs; what a damaged file raises
+    depends on the damage.
     """
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")

@@ -134,7 +134,7 @@ def add_run_flags(p, out):
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Use 1 on a busy "
         "machine: a second thread that waits for a core makes every operation wait")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--blind", action="store_true", help="show no pictures: what do words give?")
+    p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32",
         help="of matrix products; softmax, losses and gates stay in float32")
@@ -166,13 +166,17 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
 
 # --- 2. Pretraining -------------------------------------------------------------------------------
 #
-# The whole run, then what `fit` trains in it: words and regions that are hidden must be told from
-# the rest of the pair, and a caption must be told from another image's. What the model knows of how
-# words and regions belong together, it has from these three.
+# The whole run, and the task that `fit` trains in it. The model predicts hidden words, the classes
+# of hidden regions, and whether a caption belongs to its image. Often only the picture
+# tells which word is hidden: that is what teaches the switches to look there.
 
 
 def pretrain(args, checkpoint=None):
-    """A pretraining run in the order in which it happens. Its scores, or None if it was stopped."""
+    """A pretraining run in the order in which it happens. Its scores, or None if it was stopped.
+
+    args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm), shares
+    from 0 to 1 (words, match, image R@1 ...), and words_blind in the toy world.
+    """
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
@@ -266,7 +270,7 @@ class Pretraining:
 
     @staticmethod
     def headline(scores):
-        """The part of the printed line that says how good it is."""
+        """How good the model is, for the printed line: shares of words and of pairs, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
     def image_of(self, index):
@@ -396,7 +400,11 @@ def learning_rate(step, total, peak, warmup=0.1):
 
 
 def temperature_rate(args, steps, initial, final=0.2):
-    """The temperature's decay per example: the paper's, or so that --anneal holds (A5)."""
+    """The temperature's decay rate r per example (A5): tau = max(0.2, initial exp(-r examples)).
+
+    With --anneal a, tau reaches `final` after a of all steps: r = log(initial / final) / (a n),
+    n = steps x batch. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
+    """
     if args.anneal is None:
         return 1e-6
     return math.log(initial / final) / (args.anneal * max(1, steps) * args.batch)
@@ -448,12 +456,16 @@ def part_keys(args, num_examples, step):
 
 @functools.lru_cache(2)
 def permutation(seed, epoch, n):
-    """The order of an epoch's examples: (n,)."""
+    """The order of an epoch's examples: (n,). The last two are kept, as all steps need them."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def load_parts(args, task, first, steps):
-    """An iterator over this process's batches, `accum` per step, from step `first` on."""
+    """An iterator over this process's batches, `accum` per step, from step `first` on.
+
+    With --workers, other processes prepare them in advance. A key, (epoch, index), is all that they
+    need: they hold no state that a resumed run would have to restore.
+    """
     n = len(task.examples)
     keys = (part for step in range(first, steps) for part in part_keys(args, n, step))
     return iter(DataLoader(task.examples, batch_sampler=keys, collate_fn=task.collate,
@@ -505,8 +517,9 @@ def check_finite(args, task, step, numbers):
 
 # --- 5. Evaluation --------------------------------------------------------------------------------
 #
-# Switches are hard unless a temperature is given. Processes share the work in whole batches, so
-# what a batch is padded to, and with it every rounding, is the same for any number of them.
+# Switches are hard unless a temperature is given: what is measured is the model that will be used,
+# without noise. Processes share the work in whole batches, so what a batch is padded to, and with
+# it every rounding, is the same for any number of them.
 
 
 def share_of(num_examples, batch_size=200):
@@ -516,7 +529,10 @@ def share_of(num_examples, batch_size=200):
 
 
 class SwitchShares:
-    """What the switches chose, as shares of all samples: add outputs, then ask for shares()."""
+    """What the switches chose, as shares of all samples: add outputs, then ask for shares().
+
+    The sums stay where the model computes until then.
+    """
 
     def __init__(self, config):
         layers = config.num_hidden_layers
@@ -524,7 +540,7 @@ class SwitchShares:
         self.samples, self.sums = torch.zeros(1), [torch.zeros(s, device=device()) for s in shapes]
 
     def add(self, out):
-        """out: a SwitchBertOutput. Its weights are one-hot with hard switches, mixtures before."""
+        """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
         for kept, new in zip(self.sums, (out.modes, *out.depths)):
             kept += new.detach().sum(dim=0)
         self.samples += len(out.pooled)
@@ -541,7 +557,11 @@ class SwitchShares:
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size=200):
-    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
+    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts.
+
+    A loss is a mean over predicted words, predicted regions, or pairs; words and match are the
+    shares of predicted words and of pairs that are right. The model is left in training mode.
+    """
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(len(dataset), batch_size):
@@ -664,7 +684,11 @@ def split_captions(folder):
 
 
 def toy_world(folder=Path("runs/world"), num_scenes=3600):
-    """Data of the toy world, of which is made what is missing. A scene's id is its number."""
+    """Data of the toy world; makes what is missing of it: detector, store, vocabulary.
+
+    A scene's id is its number, which is also the seed it is drawn from: held-out scenes have other
+    numbers than all scenes that the detector or the model is trained on.
+    """
     numbers = [*range(TRAIN_SCENES, TRAIN_SCENES + num_scenes),
         *range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)]
     features = folder / f"features-{num_scenes}"
@@ -696,7 +720,10 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
 
 def launch(args, work):
-    """Run work() here, or --gpus times; in a job of several processes, as a member of it."""
+    """Run work() here, or in --gpus processes; as a member, if this is one of several already.
+
+    Returns work()'s result where it ran alone; a member ends here.
+    """
     if args.gpus > 1 and "RANK" not in os.environ:
         return start_processes(args.gpus)
     # Containers and job schedulers allow a process fewer cores than there are.
@@ -729,14 +756,17 @@ def world_size():
 
 
 def device():
-    """Where this process computes."""
+    """Where this process computes: its own GPU, Apple's, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def total(tensor):
-    """The sum of this tensor over all processes, for every one of them, on the CPU."""
+    """The sum of this tensor over all processes, for every one of them, on the CPU.
+
+    Every process must call it, with the same shape: the others wait for the one that does not.
+    """
     if dist.is_initialized():
         tensor = tensor.to(device())  # NCCL adds up nothing that lies on the CPU
         dist.all_reduce(tensor)
@@ -756,7 +786,10 @@ def quiet():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process does what follows alone; the others do it after it, and find it done."""
+    """The first process runs the block alone; the others run it afterwards, and find it done.
+
+    For work that leaves a file behind: no two processes may write it at the same time.
+    """
     if rank() > 0:
         dist.barrier()
     yield
@@ -767,6 +800,7 @@ def first_process_first():
 class Stop:
     """In this block SIGTERM and Ctrl-C only ask the loop to stop; a second Ctrl-C ends at once.
 
+    A step is never cut in two, so what is saved is what an undisturbed run would have at that step.
     The end of the process that started this one (a launcher that was killed) asks too.
     """
 
@@ -784,15 +818,20 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self):
-        """Has anybody?"""
+        """True once a signal came, or the parent has ended."""
         return self.signalled or os.getppid() != self.parent
 
 
 # --- 8. The record --------------------------------------------------------------------------------
 #
-# metrics.jsonl has one JSON object per line, of two kinds: some thirty per run with the mixture
-# that the switches gave in training at that step (the frames of switches.gif), and one per
-# evaluation with losses, held-out scores and what the switches chose (switches.png).
+# metrics.jsonl has one JSON object per line, of two kinds. At most thirty per run hold the mixture
+# that the switches gave in training at that step: the frames of switches.gif. One per evaluation
+# holds losses, held-out scores, and what the switches chose: the last one is switches.png.
+#
+#     {"step": 30, "temperature": 4.46, "mixture": {"modes": ..., "depths": ...}}
+#     {"step": 450, "examples": 28800, "lr": 5.6e-4, "temperature": 0.84, "per_second": 872,
+#         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
+#         "switches": {"modes": ..., "depths": ...}, "seconds": 71}      as in SwitchShares.shares
 
 RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
 CHECKPOINT_FORMAT = "switchbert-3"
@@ -801,6 +840,10 @@ STORE_FACTS = ("feature_size", "detector", "num_region_classes", "num_regions")
 
 def save_checkpoint(args, task, model, optimizer, step, interval):
     """All that a resumed run, finetuning or a reader needs; torch.load(weights_only=True) reads it.
+
+    model, optimizer, step and interval (losses since the last evaluation) say where the run stands,
+    settings (the FIXED ones) how it goes on, config, vocab and store what the model was made for.
+    Nothing is said of random generators: every step seeds its own.
     """
     if rank() == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
@@ -815,7 +858,7 @@ def load_checkpoint(path, task):
     """A checkpoint of this task: a dict of plain values and tensors. Raises BadInput.
 
     torch does not verify the checksums of its file, so a flipped bit would load as another number:
-    the zip reader does.
+    the zip reader does. weights_only refuses whatever a pickle could run.
     """
     with reading(path, f"a whole checkpoint of {task}"):
         with zipfile.ZipFile(path) as file:
@@ -830,7 +873,11 @@ def load_checkpoint(path, task):
 
 
 def check_fits(checkpoint, store, tokenizer=None, more=()):
-    """Raise BadInput if a checkpoint was trained on other regions or words than these."""
+    """Raise BadInput if a checkpoint was trained on other regions or words than these.
+
+    The same feature size is not enough: another detector's features mean something else. more:
+    further STORE_FACTS that must be equal; a resumed run needs its region classes, too.
+    """
     for key in ("feature_size", "detector", *more):
         ours, theirs = store.meta[key], checkpoint["store"][key]
         if ours != theirs:
@@ -891,7 +938,7 @@ def report(args, task, steps, **line):
 
 
 def read_metrics(folder):
-    """The objects of a run's metrics.jsonl."""
+    """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line."""
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run") as at, open(path, encoding="utf-8") as file:
         lines = []
@@ -938,7 +985,7 @@ def write_gif(path, folders, width=800):
 
 
 def stack(images, columns=1):
-    """Some pictures as one, in rows of so many."""
+    """Some PIL images as one, `columns` in a row; the largest sets the size of all places."""
     width, height = max(i.width for i in images), max(i.height for i in images)
     size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
     whole = Image.new("RGB", size, "white")
@@ -982,7 +1029,7 @@ def switches_picture(switches, title):
 
 
 def draw_share(draw, x, y, width, share, colour, outline=None):
-    """A box with its percentage, where there is room and something to tell."""
+    """A filled box, with its percentage if it is wide enough (pixels) and the share is not 0."""
     draw.rectangle([x, y, x + width, y + CELL - 2], fill=colour, outline=outline)
     if width > 25 and share > 0.005:
         ink = "white" if sum(colour) < 450 else "black"
@@ -1004,7 +1051,7 @@ def show(argv):
 
 
 def main(argv=None):
-    """Pretrain, or show."""
+    """Pretrain, or show; argv: the command line without the script's name."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"]:
         return show(argv[1:])
