@@ -133,7 +133,8 @@ def reading(path, what, unit="entry"):
         raise
     except Exception as error:
         near = "" if at.entry is None else f"near {unit} {at.entry}: "
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:200]
+        # The first sentence: torch's second one advises to load the file unsafely.
+        reason = getattr(error, "strerror", None) or re.split(r"\n|\. ", str(error))[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
@@ -780,11 +781,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
     masking=False shows words and regions whole, to measure how well pairs are matched. blind=True
     shows no region: a model trained so knows what words alone give away.
 
-    .rows (N,) and .texts: store row and caption of every pair that is kept.
+    name: what messages call the captions. .rows (N,) and .texts: store row and caption of every
+    pair that is kept.
     """
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
-            masking=True, blind=False):
+            masking=True, blind=False, name="captions"):
         self.store, self.tokenizer, self.max_tokens, self.seed = store, tokenizer, max_tokens, seed
         self.rate, self.blind = (0.15 if masking else 0.0), blind
         self.mismatch = 0.0 if blind else mismatch
@@ -795,7 +797,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
         self.skipped = {"without features": int(sum(rows < 0)), "without words": int(sum(empty))}
         if len(np.unique(self.rows)) < 2:
             raise BadInput(f"{store.folder}: expected captions of two of its images or more; of "
-                f"{len(captions)} captions these were left out: {self.skipped}")
+                f"{len(captions)} {name} these were left out: {self.skipped}")
 
     def __len__(self):
         return len(self.rows)

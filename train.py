@@ -228,7 +228,8 @@ class Pretraining:
             PretrainingDataset, data.store, tokenizer=data.tokenizer, blind=args.blind)
         self.examples = pairs(captions=data.captions, seed=args.seed)
         # Words and regions are predicted on masked pairs, matching is measured on whole ones.
-        held_out = functools.partial(pairs, captions=data.held_out_captions, seed=args.seed + 1)
+        held_out = functools.partial(pairs, captions=data.held_out_captions, seed=args.seed + 1,
+            name="held-out captions")
         self.masked, self.whole = held_out(), held_out(masking=False)
         for why, count in self.examples.skipped.items():
             if count:
