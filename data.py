@@ -495,6 +495,7 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["version"] != STORE_VERSION:
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
+        meta["complete"] = bool(meta["complete"])
     return meta
 
 
@@ -913,7 +914,7 @@ def collate(examples):
 
 # --- 5. Captions ----------------------------------------------------------------------------------
 #
-# Captions as they are published. The forms are told apart by what is in a file, not by its name:
+# Captions as they are published. What is in a file tells its form, not its name:
 #
 #     Conceptual Captions   a very typical bus station <TAB> http://lh6.ggpht.com/-IvRtNLNcG8o/...
 #     CC12M                 the same two columns the other way round

@@ -29,13 +29,13 @@ Map of the file (* = read these first)
     1. Detectors             build_detector: "vg", "coco", "toy", and their weights
     2. Visual Genome         Anderson's Faster R-CNN, made of torchvision's parts
     3. Toy detector          a small one, and its training on drawn scenes from scratch
-    4. Regions             * which boxes of a picture are kept, and what is stored of them
+    4. Regions             * which boxes of a picture are kept, and their features
     5. Pictures and boxes    what to extract: files, lists, published splits, given boxes
-    6. Extraction          * one loop fills a store, from pictures or from scenes
+    6. Extraction          * a store is filled, from scenes or from pictures
     7. Command line          extract, show
 
     $ python extract_features.py images/ -o data/features --weights pytorch_model.bin
-    data/features: 6 of 6 pictures to extract, at most 14.01 MB
+    data/features: 6 of 6 pictures to extract
     data/features: 6 of 6 pictures extracted
 
     $ python extract_features.py dataset_flickr30k.json -o data/features --weights ...
@@ -43,7 +43,7 @@ Map of the file (* = read these first)
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
 IMAGES is a folder, a picture, a text file with a path per line (and perhaps a tab and an id), or a
-JSON file of COCO or of Karpathy's splits. However an extraction ends, the same command goes on.
+JSON file of COCO or of Karpathy's splits. The same command continues an interrupted extraction.
 
 Departures from the paper: A13 (which regions are the best 36), D1.
 
@@ -54,7 +54,6 @@ a scene has 6 things at most.
 import argparse
 import functools
 import hashlib
-import io
 import math
 import os
 import sys
@@ -68,7 +67,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import detection, resnet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -83,12 +82,12 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, SCENE_PIXELS, TOY_CLASSES, Ba
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 #
-# Three networks with one set of parts: transform, backbone, rpn and roi_heads, as torchvision names
-# them. Section 4 uses these parts, so that it reads all three. The table DETECTORS ends section 3.
+# Three networks, each of torchvision's parts: transform, backbone, rpn and roi_heads. Section 4
+# calls these parts one by one, and so reads all three. The table DETECTORS ends section 3.
 
 
 def build_detector(name, weights=None, classes=None):
-    """A torchvision detector that `regions` can read, in evaluation mode.
+    """A detector that `regions` can read, in evaluation mode.
 
     name: "vg" (Visual Genome, ResNet-101 C4, C = 1601, F = 2048), "coco" (torchvision's published
     ResNet-50 FPN, C = 91, F = 1024) or "toy" (C = 49, F = 128). weights: for "vg" the file
@@ -96,35 +95,36 @@ def build_detector(name, weights=None, classes=None):
     Without a file "coco" downloads its own; the others stay random. classes: a file with one name
     per line, without background: the weights of "vg" come without names. Raises BadInput.
 
-    The attribute `about` holds what a store records of its detector.
+    The attribute `about` is what a store records of its detector: arguments of FeatureStore.create.
+    The last layer is among them, because F numbers and that layer replace C probabilities.
     """
     if name not in DETECTORS:
         raise BadInput(f"detector {name!r}: expected {', '.join(DETECTORS)}")
     build, names, convert = DETECTORS[name]
-    model = build()
+    model = build().eval()
+    if weights or name == "coco":
+        load_weights(model, weights, name, convert)
+    head = model.roi_heads.box_predictor.cls_score
     if classes:
         names = ["background", *read_class_names(classes)]
-        expected = model.roi_heads.box_predictor.cls_score.out_features
-        if len(names) != expected:
-            raise BadInput(f"{classes}: expected {expected - 1} names, found {len(names) - 1}")
-    if weights:
-        load_strictly(model, weights, name, convert)
-    elif name == "coco":
-        with reading(COCO_WEIGHTS.url, "a file that this machine can download; fetch it elsewhere "
-                "and pass it with --weights"):
-            model.load_state_dict(COCO_WEIGHTS.get_state_dict(check_hash=True))
-    model.about = dict(detector=name, class_names=list(names),
-        weights=Path(weights or "").name, weights_sha256=sha256(weights))
-    model.confidence = 0.2 if name == "toy" else None
-    return model.eval()
+        if len(names) != head.out_features:
+            raise BadInput(f"{classes}: found {len(names) - 1} names, not {head.out_features - 1}")
+    model.confidence = 0.2 if name == "toy" else None  # see select_regions
+    model.about = dict(detector=name, class_names=list(names), feature_size=head.in_features,
+        weights=Path(weights or "").name, weights_sha256=sha256(weights),
+        class_head=[parameter.detach().numpy() for parameter in (head.weight, head.bias)],
+        box_format="x1 y1 x2 y2, pixels of the upright picture",
+        versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
+    return model
 
 
-def load_strictly(model, path, name, convert):
-    """Load a state dict with exactly the model's keys and shapes. Raises BadInput."""
-    with reading(path, f"the weights of the {name} detector"):
-        weights = convert(torch.load(path, map_location="cpu", weights_only=True))
+def load_weights(model, path, name, convert):
+    """Load a file, or COCO's download, with exactly the model's keys and shapes."""
+    form = f"the weights of the {name} detector; --weights takes a file of them"
+    with reading(path or COCO_WEIGHTS.url, form):
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(convert(torch.load(path, map_location="cpu", weights_only=True)
+                if path else COCO_WEIGHTS.get_state_dict(check_hash=True)))
         except RuntimeError as error:  # it names the keys, each on a line of its own
             raise ValueError(" ".join(str(error).split())) from error
 
@@ -220,7 +220,6 @@ class Res5Head(nn.Module):
         self.layer4 = layer4
 
     def forward(self, pooled):
-        """(P, 2048)"""
         return torch.cat([self.layer4(part).mean(dim=(2, 3)) for part in pooled.split(32)])
 
 
@@ -237,13 +236,13 @@ def vg_detector():
     backbone = nn.Sequential(OrderedDict(list(net.named_children())[:7]))  # conv1 to layer3
     head = detection.rpn.RPNHead(512, num_anchors=12)
     head.conv = nn.Sequential(nn.Conv2d(1024, 512, 3, padding=1), nn.ReLU())
-    # 6,000 best anchors -> NMS .7 -> 300 proposals. What only training, or torchvision's own choice
-    # of boxes, would use is torchvision's.
+    # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals. The other numbers serve training.
     rpn = detection.rpn.RegionProposalNetwork(VGAnchors(), head, 0.7, 0.3, 256, 0.5,
         pre_nms_top_n=dict(testing=6000), post_nms_top_n=dict(testing=300), nms_thresh=0.7)
-    roi_heads = detection.roi_heads.RoIHeads(C4RoIPool(), Res5Head(net.layer4),
-        FastRCNNPredictor(2048, 1601), 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100)
-    return detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, VGTransform())
+    roi_heads = dict(box_roi_pool=C4RoIPool(), box_head=Res5Head(net.layer4),
+        box_predictor=FastRCNNPredictor(2048, 1601))
+    return nn.ModuleDict(dict(transform=VGTransform(), backbone=backbone, rpn=rpn,
+        roi_heads=nn.ModuleDict(roi_heads)))
 
 
 # Hugging Face's names -> torchvision's, replaced one after the other.
@@ -316,13 +315,13 @@ def toy_network():
         rpn_batch_size_per_image=64, box_batch_size_per_image=16)
 
 
-def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3, seed=0):
+def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3):
     """A toy detector trained from random weights on these scenes; images: uint8 (N, 3, 128, 128).
 
     BatchNorm stays in training mode, which a batch of 8 pictures of 128 x 128 is enough for: the
     pictures are all alike. (Detectors usually freeze it, having pretrained weights to freeze.)
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     # channels_last: the order in memory that CPU convolutions want, a fifth faster here.
     model = build_detector("toy").train().to(memory_format=torch.channels_last)
     targets = [toy_targets(scene) for scene in scenes]
@@ -371,9 +370,9 @@ def toy_detector(weights, numbers):
 def detection_quality(model, numbers):
     """How well regions cover the things of these scenes: a dict of three shares of all things."""
     verdicts = []
-    for rows, images, _ in scene_batches(numbers, range(len(numbers))):
-        for row, (boxes, _, probs) in zip(rows, regions(model, images / 255, TOY_REGIONS)):
-            verdicts.append(judge_things(toy_targets(Scene(numbers[row])), boxes, probs))
+    for n in numbers:
+        boxes, _, probs = regions(model, draw_scenes([n]) / 255, TOY_REGIONS)[0]
+        verdicts.append(judge_things(toy_targets(Scene(n)), boxes, probs))
     shares = torch.cat(verdicts, dim=1).float().mean(dim=1)
     return dict(zip(("found at IoU .5", "at .75", "named"), shares.tolist()))
 
@@ -425,49 +424,44 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         (h, w), (height, width) = prepared.image_sizes[0], images.shape[2:]
         scale = torch.tensor([w / width, h / height] * 2, device=weight.device)
         if boxes is None:
-            proposals, _ = model.rpn(prepared, maps)  # B x (P, 4)
+            proposals, _ = model.rpn(prepared, maps)  # B x (P, 4), in pixels of `prepared`
+            places = [proposal / scale for proposal in proposals]
         else:
-            boxes = [box.to(weight.device) for box in boxes]
-            proposals = [box * scale for box in boxes]
+            places = [box.to(weight.device) for box in boxes]
+            proposals = [place * scale for place in places]
         pooled = model.roi_heads.box_roi_pool(maps, proposals, prepared.image_sizes)
         features = model.roi_heads.box_head(pooled).to(weight.dtype)  # (B P, F)
     probs = model.roi_heads.box_predictor(features)[0].softmax(dim=-1)  # (B P, C)
-    counts = [len(p) for p in proposals]
-    found = list(zip(boxes or proposals, features.split(counts), probs.split(counts)))
-    for i, (p, f, q) in enumerate([] if boxes else found):
-        kept = select_regions(p, q, num_regions, model.confidence)
-        found[i] = (p[kept] / scale, f[kept], q[kept])
+    counts = [len(place) for place in places]
+    found = list(zip(places, features.split(counts), probs.split(counts)))
+    for i, proposal in enumerate([] if boxes else proposals):
+        kept = select_regions(proposal, found[i][2], num_regions, model.confidence)
+        found[i] = tuple(values[kept] for values in found[i])
     return found
 
 
-def select_regions(boxes, probs, most, confidence=None, overlap=0.3):
+def select_regions(boxes, probs, most, confidence=None):
     """Anderson's choice of regions: indices (n,), best first, n <= most. ASSUMPTION A13.
 
     In every foreground class the proposals compete: one that overlaps a better one (IoU > .3) is
     struck from that class. A proposal then ranks by its best class in which it survived. So of ten
     boxes around one red star only one ranks high, while a shirt and the man in it, two classes,
     both stay. confidence: keep only those that rank above it, one at least.
+
+    All classes are suppressed in one pass: step k looks at the k-th best box of every class at once
+    and, if it is still alive, strikes its rivals. (A rival that ranks higher was struck before, or
+    it would have struck this box.) torchvision's batched_nms takes five times as long for the
+    300 x 1,600 boxes here.
     """
-    scores = surviving_scores(boxes, probs[:, 1:], overlap)
-    rank, order = scores.amax(dim=1).sort(descending=True, stable=True)  # (P,)
+    scores = probs[:, 1:]  # (P, C - 1), without the background
+    rivals = (box_iou(boxes, boxes) > 0.3).fill_diagonal_(False)  # (P, P)
+    alive = torch.ones_like(scores, dtype=torch.bool)
+    for best in scores.argsort(dim=0, descending=True, stable=True):  # one box per class
+        alive &= ~(rivals[:, best] & alive.gather(0, best[None]))
+    rank, order = (scores * alive).amax(dim=1).sort(descending=True, stable=True)  # (P,)
     if confidence is not None:
         most = min(most, max(1, int((rank > confidence).sum())))
     return order[:most]
-
-
-def surviving_scores(boxes, scores, overlap):
-    """(P, C) scores, but 0 where a better box of the same class overlaps with IoU > overlap.
-
-    Non-maximum suppression of all classes in one pass: its k-th step looks at the k-th best box of
-    every class at once, and if that is still alive, strikes its rivals. (A rival that ranks higher
-    was struck before, or it would have struck this box.) torchvision's batched_nms, which gets
-    300 x 1,600 boxes here, takes five times as long.
-    """
-    rivals = (box_iou(boxes, boxes) > overlap).fill_diagonal_(False)  # (P, P)
-    alive = torch.ones_like(scores, dtype=torch.bool)
-    for best in scores.argsort(dim=0, descending=True, stable=True):  # (C,), one box per class
-        alive &= ~(rivals[:, best] & alive.gather(0, best[None]))
-    return scores * alive
 
 
 def picture_regions(model, path, num_regions):
@@ -479,8 +473,8 @@ def picture_regions(model, path, num_regions):
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
 #
-# What to extract: a list of (image id, path). The id ties a picture to its captions, so a folder in
-# which two pictures have one id is refused. A picture that cannot be used costs only itself.
+# What to extract: a list of (image id, path). The id ties a picture to its captions, and a store
+# holds each id once. Paths are not opened here: a picture that cannot be used costs only itself.
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -496,66 +490,46 @@ def open_picture(path):
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
-        raise BadInput(f"{path}: a strip of {image.width} x {image.height} pixels, too thin for a "
-            "detector")
+        raise BadInput(f"{path}: a strip of {image.size} pixels, too thin for a detector")
     return image
 
 
 def find_pictures(source, split=None):
     """[(image id, path)] of a folder (recursive), a picture, a list file or a published JSON file.
 
-    A list has a path per line, and after a tab an id if it is not the file's name. A JSON file is
-    COCO's (captions, instances, image info) or Karpathy's, of which `split` may name one. Missing
-    files are listed too, and fail when they are opened. Raises BadInput.
+    A list has a path per line, relative to its own folder, and after a tab an id if it is not the
+    file's name. A JSON file is COCO's (captions, instances, image info) or Karpathy's, of which
+    `split` may name one. Missing files are listed too, and fail when they are opened.
     """
     source = Path(source)
     suffix = source.suffix.lower()
-    if split and suffix != ".json":
+    if suffix == ".json":
+        return published_pictures(source, split)
+    if split:
         raise BadInput(f"{source}: --split {split}: only JSON files have splits")
-    if source.is_dir():
-        paths = [p for p in files_below(source) if p.suffix.lower() in SUFFIXES]
-        pictures = [(canonical_id(p.name), p) for p in paths]
-    elif suffix == ".json":
-        pictures = published_pictures(source, split)
-    elif suffix in SUFFIXES:
-        pictures = [(canonical_id(source.name), source)]
-    else:
-        pictures = listed_pictures(source)
-    if not pictures:
-        raise BadInput(f"{source}: no pictures here" + (f" of --split {split}" if split else
-            f"; expected {', '.join(SUFFIXES)}"))
-    seen = {}
-    for image_id, path in pictures:
-        if seen.setdefault(image_id, path) is not path:
-            raise BadInput(f"{source}: {seen[image_id]} and {path} have the same id, "
-                f"{image_id!r}; give a list file with a path, a tab and an id per line")
-    return pictures
+    if source.is_dir() or suffix in SUFFIXES:
+        files = files_below(source) if source.is_dir() else [source]
+        return [(canonical_id(p.name), p) for p in files if p.suffix.lower() in SUFFIXES]
+    with reading(source, "a list with a path per line, and perhaps a tab and an id"):
+        with open_text(source) as file:
+            rows = [line.rstrip("\r\n").partition("\t") for line in file if line.strip()]
+    return [(canonical_id(name or path), source.parent / path) for path, _, name in rows]
 
 
-def files_below(folder, above=()):
-    """All files below a folder, in order. Links to other folders are followed; links upwards are
-    not, which would lead around in circles. above: the real folders on the way here.
+def files_below(folder):
+    """All paths below a folder, in order, without hidden files such as the '._1.jpg' of macOS.
+
+    Links to other folders are followed, but none twice, and none that leads upwards.
     """
-    here, files = folder.resolve(), []
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            files.append(path)
-        elif path.resolve() not in (*above, here, *here.parents):
-            files += files_below(path, (*above, here))
-    return files
-
-
-def listed_pictures(source):
-    """[(image id, path)] of a text file; paths are relative to its folder."""
-    pictures = []
-    form = "a list with a path per line, and perhaps a tab and an id"
-    with reading(source, form) as at, open_text(source) as file:
-        for at.entry, line in enumerate(filter(str.strip, file), 1):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) > 2:
-                raise ValueError(f"found {cells}")
-            pictures.append((canonical_id(cells[-1]), source.parent / cells[0]))
-    return pictures
+    root, seen, files = Path(folder).resolve(), set(), []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = Path(at).resolve()
+        if here in seen or here in root.parents:
+            folders.clear()  # os.walk then goes no deeper
+            continue
+        seen.add(here)
+        files += [Path(at, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def published_pictures(source, split):
@@ -567,13 +541,13 @@ def published_pictures(source, split):
     for path in files_below(source.parent):
         for name in (path.name, f"{path.parent.name}/{path.name}"):
             below[name] = None if name in below else path
-    content = read_json(source, dict)
     with reading(source, "a list of images, as COCO's or Karpathy's") as at:
-        for at.entry, image in enumerate(content["images"]):
+        for at.entry, image in enumerate(read_json(source, dict)["images"]):
             name = image.get("file_name") or image["filename"]
             path = below.get(f"{image.get('filepath')}/{name}") or below.get(name)
             # Captions, questions and boxes go by COCO's ids, whatever its files are called.
             image_id = canonical_id(image.get("cocoid", image.get("id", name)))
+            # Karpathy's "restval": the 30,504 images of val2014 that all papers train on, too.
             part = "train" if image.get("split") == "restval" else image.get("split")
             if split in (None, part):
                 pictures.append((image_id, path or source.parent / name))
@@ -581,124 +555,76 @@ def published_pictures(source, split):
 
 
 def read_boxes(path):
-    """({image id: boxes (n, 4) float32 in pixels}, True if a detector found them) of a JSON file.
+    """({image id: boxes (n, 4) float32, x1 y1 x2 y2 in pixels}, were they detected?) of a file.
 
-    Its content tells three forms apart. MAttNet's detections: a list of {image_id, box [x, y, w,
-    h], score}, sorted here by score. COCO's and RefCOCO's instances.json: annotations with
-    {image_id, bbox [x, y, w, h]}. Yours: {"391895": [[x1, y1, x2, y2], ...]}. Raises BadInput.
+    Detections, as MAttNet's: a list of {image_id, box [x, y, w, h], score}. COCO's and RefCOCO's
+    instances.json: annotations with {image_id, bbox [x, y, w, h]}. Yours, with corners:
+    {"391895": [[x1, y1, x2, y2], ...]}. Detections come the surest first, other boxes as they are.
     """
     content, boxes = read_json(path), defaultdict(list)
-    detected = isinstance(content, list)
     with reading(path, "a file of boxes; expected detections with image_id, box and score, "
             'annotations with image_id and bbox, or {"id": [[x1, y1, x2, y2]]}') as at:
-        if detected:
-            content = sorted(content, key=lambda d: -d["score"])  # stable: ties as in the file
-            rows = [(d["image_id"], d["box"]) for d in content]
-        elif "annotations" in content:
-            rows = [(a["image_id"], a["bbox"]) for a in content["annotations"]]
-        else:
+        records = content if isinstance(content, list) else content.get("annotations")
+        if records is None:
             rows = [(i, [x, y, x2 - x, y2 - y]) for i, each in content.items()
                 for x, y, x2, y2 in each]
+        else:
+            records = sorted(records, key=lambda r: -r.get("score", 0))  # stable: ties keep order
+            rows = [(r["image_id"], r.get("box") or r["bbox"]) for r in records]
         for at.entry, (image_id, box) in enumerate(rows):
             x, y, w, h = map(float, box)
             if not math.isfinite(x + y + w + h):  # RoI pooling would index memory with it
                 raise ValueError(f"image {image_id}: {box}")
             boxes[canonical_id(image_id)].append([x, y, x + w, y + h])
+    detected = isinstance(content, list)
     return {image_id: np.float32(each) for image_id, each in boxes.items()}, detected
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
 #
-# One loop fills a store from batches (rows, pictures, given boxes or None). Pictures come one at a
-# time, so that a feature depends on nothing but its picture. Scenes, all of one size, come 16 at a
-# time, always the same 16. So a store has the same bits however often its making was interrupted.
-
-
-def open_batch(pictures, boxes, rows):
-    """([row], [picture uint8 (3, H, W)], [its given boxes (n, 4)] or None); loading processes run
-    it. Of a picture that cannot be used: ([row], the reason, None).
-    """
-    image_id, path = pictures[rows[0]]
-    try:
-        if printable(image_id) != image_id:
-            raise BadInput(f"{path}: {printable(image_id)} cannot be an image's id")
-        image = pil_to_tensor(open_picture(path))
-        return rows, [image], boxes and [torch.from_numpy(boxes[image_id])]
-    except BadInput as error:
-        return rows, str(error), None
-
-
-def printable(image_id):
-    """An id that a line of text can hold: 'caf\\udce9', of a name that is not UTF-8, in ASCII."""
-    return image_id if image_id.isprintable() and image_id else ascii(image_id)
-
-
-def scene_batches(numbers, rows):
-    """The batches of 16 scenes that hold these rows: (rows, uint8 (B, 3, 128, 128), None)."""
-    for start in sorted({row - row % 16 for row in rows}):
-        batch = range(start, min(start + 16, len(numbers)))
-        yield batch, draw_scenes([numbers[row] for row in batch]), None
-
-
-def extract_batches(model, writer, batches, precision="fp32"):
-    """The loop: detect the regions of every picture, and write them or the reason of a failure.
-
-    batches: of scene_batches, or of a DataLoader with open_batch.
-    """
-    device = next(model.parameters()).device
-    bar = None if os.environ.get("RANK", "0") == "0" else True  # None: on a terminal only
-    for rows, images, boxes in tqdm(batches, "extracting", leave=False, disable=bar):
-        if isinstance(images, str):
-            writer.fail(rows[0], images)
-            continue
-        images = [image.to(device) / 255 for image in images]  # a quarter of the bytes travel
-        found = regions(model, images, writer.meta["num_regions"], boxes, precision)
-        for row, image, (places, features, _) in zip(rows, images, found):
-            size = (image.shape[2], image.shape[1])
-            try:
-                writer.write(row, features.cpu().numpy(), places.cpu().numpy(), size)
-            except BadInput as error:
-                writer.fail(row, str(error))
+# A store is filled row by row, so an interrupted extraction continues with the rows that are left.
+# It ends in the same bits as an undisturbed one. That takes care: in a batch of another size sums
+# come in another order and round otherwise. Scenes, all of one size, therefore come in the same
+# batches of 16, whatever is left of them, and pictures one by one.
 
 
 def extract_scenes(model, numbers, folder):
-    """A feature store of these scenes; one that was interrupted goes on."""
-    writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **about(model))
-    extract_batches(model, writer, scene_batches(numbers, writer.pending()))
+    """A feature store of these scenes; continues one that was interrupted."""
+    writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
+    batches = sorted({row // 16 for row in writer.pending()})
+    for batch in tqdm(batches, "extracting", leave=False, disable=None):
+        rows = range(len(numbers))[16 * batch : 16 * batch + 16]
+        images = draw_scenes([numbers[row] for row in rows])
+        for row, found in zip(rows, regions(model, images / 255, TOY_REGIONS)):
+            boxes, features, _ = (values.numpy() for values in found)
+            writer.write(row, features, boxes, (SCENE_PIXELS, SCENE_PIXELS))
     return writer.finish()
-
-
-def about(model):
-    """What every store records of its detector, and its last layer as the class head (data.py,
-    section 3): named arguments of FeatureStore.create.
-    """
-    head, size = model.roi_heads.box_predictor.cls_score, model.transform
-    return dict(model.about, feature_size=head.in_features,
-        class_head=[p.detach().cpu().numpy() for p in (head.weight, head.bias)],
-        box_format="x1 y1 x2 y2, pixels of the upright picture", dtype="float16",
-        input_size=[int(np.min(size.min_size)), size.max_size],
-        versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
 
 
 def prepare(args):
     """(model, writer, pictures, boxes) of these flags: the same in each of several processes."""
+    boxes, detected = read_boxes(args.boxes) if args.boxes else (None, True)
     pictures = find_pictures(args.images, args.split)
-    most, boxes = TOY_REGIONS if args.detector == "toy" else 36, None
-    if args.boxes:
-        boxes, detected = read_boxes(args.boxes)
-        pictures = [p for p in pictures if p[0] in boxes]
-        if not pictures:
-            raise BadInput(f"{args.boxes}: boxes of image {next(iter(boxes), None)!r} and others, "
-                f"but of no picture of {args.images}; do the ids agree?")
-        if not detected:  # of true boxes none is left out
-            most = max(len(boxes[i]) for i, _ in pictures)
-        boxes = {i: boxes[i][: args.regions or most] for i, _ in pictures}
+    pictures = [p for p in pictures if boxes is None or p[0] in boxes]
+    if not pictures:
+        raise BadInput(f"{args.images}: found no pictures of --split {args.split} and --boxes "
+            f"{args.boxes}; do the ids agree?")
     model = build_detector(args.detector, args.weights, args.classes)
-    rule = "given boxes" if boxes else "Anderson: NMS .3 in every class, best score"
-    writer = FeatureStore.create(args.out, [printable(i) for i, _ in pictures],
-        args.regions or most, **about(model), precision=args.precision, selection=rule,
-        boxes=sha256(args.boxes))
+    most = TOY_REGIONS if args.detector == "toy" else 36
+    if not detected:  # of true boxes all are wanted
+        most = max(len(boxes[image_id]) for image_id, _ in pictures)
+    writer = FeatureStore.create(args.out, [p[0] for p in pictures], args.regions or most,
+        precision=args.precision, boxes=sha256(args.boxes),
+        selection="given boxes" if boxes else "Anderson: best class, NMS at .3", **model.about)
     return model, writer, pictures, boxes
+
+
+def open_row(pictures, row):
+    """(row, its picture uint8 (3, H, W) or its BadInput), opened in a loading process."""
+    try:
+        return row, pil_to_tensor(open_picture(pictures[row][1]))
+    except BadInput as error:
+        return row, error
 
 
 def extract_part(args, model, writer, pictures, boxes):
@@ -708,36 +634,55 @@ def extract_part(args, model, writer, pictures, boxes):
     that starts late finds fewer of them.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    model.to(device)
+    most = writer.meta["num_regions"]
     rows = [row for row in writer.pending() if row % world == rank]
-    loader = torch.utils.data.DataLoader(rows, num_workers=args.workers,
-        collate_fn=functools.partial(open_batch, pictures, boxes))
-    extract_batches(model.to(device), writer, loader, args.precision)
+    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=args.workers,
+        collate_fn=functools.partial(open_row, pictures))
+    for row, image in tqdm(loader, "extracting", leave=False, disable=rank > 0 or None):
+        try:
+            if isinstance(image, BadInput):
+                raise image
+            size = (image.shape[2], image.shape[1])
+            given = boxes and [clip_boxes(boxes[pictures[row][0]][:most], size)]
+            found = regions(model, [image / 255], most, given, args.precision)[0]
+            places, features, _ = (values.cpu().numpy() for values in found)
+            writer.write(row, features, places, size)
+        except BadInput as error:
+            writer.fail(row, str(error))
+
+
+def clip_boxes(boxes, size):
+    """Given boxes (n, 4), cut to a picture of size (W, H). A box that lies wholly beside it comes
+    out with x2 < x1 or y2 < y1, which the store refuses.
+    """
+    corners = [boxes[:, :2].clip(min=0), np.minimum(boxes[:, 2:], size)]
+    return torch.tensor(np.hstack(corners), dtype=torch.float32)
 
 
 def extract(args):
-    """A feature store of all these pictures; goes on where it was interrupted. Raises BadInput."""
+    """Fill a feature store with all these pictures, or with those an interrupted run left."""
     with only_run_in(args.out):
         model, writer, pictures, boxes = prepare(args)
-        pending, total = len(writer.pending()), len(pictures)
-        size = sum(array.nbytes for array in writer.arrays.values()) * pending / total
-        print(f"{args.out}: {pending:,} of {total:,} pictures to extract, at most "
-            f"{size / 1e6:,.2f} MB", flush=True)
+        total = len(pictures)
+        if args.detector == "coco":
+            print("note: this detector was trained on pictures that RefCOCO+ tests on")
+        print(f"{args.out}: {len(writer.pending()):,} of {total:,} pictures to extract", flush=True)
         if args.gpus > 1:
             start_processes(args.gpus)
         else:
             extract_part(args, model, writer, pictures, boxes)
-        store = writer.finish()
-    failed = int((store.counts == 0).sum())
+        failed = int((writer.finish().counts == 0).sum())
     result = f"{args.out}: {total - failed:,} of {total:,} pictures extracted"
     if failed:
         result += f", {failed:,} failed: see {args.out}/failed.txt; to try again, remove the store"
     if failed == total:
         raise BadInput(result)
     print(result)
-    return store
 
 
 # --- 7. Command line ------------------------------------------------------------------------------
@@ -756,31 +701,33 @@ def show(folder, which):
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
+    boxes, size, best = store[row]["boxes"], store[row]["size"], store.best_classes(row)
     if path.is_file():
         image = open_picture(path)
-    elif store.detector == "toy" and "selection" not in store.meta:  # of extract_scenes
+    elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     else:
-        image = Image.new("RGB", store[row]["size"], "grey")
-    names, best = dict(enumerate(store.class_names)), store.best_classes(row)
+        image = Image.new("RGB", size, "grey")
+    names = dict(enumerate(store.class_names))
     labels = best and [f"{names.get(c, f'class {c}')} {p:.2f}" for c, p in zip(*best)]
-    return draw_regions(image, store[row]["boxes"], store[row]["size"], labels)
+    return draw_regions(image, boxes, size, labels)
 
 
-def draw_regions(image, boxes, size, labels=None, side=1000):
-    """A copy of a PIL image, its longer side `side` pixels, with boxes (n, 4) and their labels.
+def draw_regions(image, boxes, size, labels=None, side=500):
+    """A dimmed copy of a PIL image, its longer side 2 `side` pixels, with boxes (n, 4) and labels.
 
-    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy.
+    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy. torchvision's
+    letters are ten pixels high and have no background: on a dimmed picture of half the size, which
+    is enlarged afterwards, they can be read.
     """
     scale = side / max(size)
-    image = image.resize([max(1, round(s * scale)) for s in size])
-    boxes = (torch.tensor(boxes) * scale).round()
+    image = image.resize([max(1, round(s * scale)) for s in size]).point(lambda value: value // 2)
     # 137 degrees around the circle of colours: neighbours never look alike.
-    colours = [f"hsl({137 * i % 360}, 90%, 65%)" for i in range(len(boxes))]
-    font = io.BytesIO(ImageFont.load_default(16).font_bytes)  # torchvision wants a TrueType file
-    drawn = draw_bounding_boxes(pil_to_tensor(image), boxes.flip(0), labels and labels[::-1],
-        colours[::-1], width=2, font=font, font_size=16, fill_labels=True)  # best ones on top
-    return to_pil_image(drawn)
+    colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))]
+    boxes = torch.from_numpy(boxes[::-1] * scale)  # the best comes last, on top
+    labels = labels and labels[::-1]
+    drawn = to_pil_image(draw_bounding_boxes(pil_to_tensor(image), boxes, labels, colours[::-1]))
+    return drawn.resize([2 * s for s in drawn.size])
 
 
 def parse_args(argv=None):
@@ -788,26 +735,25 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description="Extract the regions of pictures into a feature store; "
         "`show STORE ID -o regions.png` draws those of one image.")
+    add = p.add_argument
     if argv[:1] == ["show"]:
-        p.add_argument("command")
-        p.add_argument("store", type=Path, help="a feature store")
-        p.add_argument("which", help="a picture file, or an image's id")
-        p.add_argument("-o", "--out", type=file_to_write, default="regions.png",
-            help="the picture to write (default: regions.png)")
+        add("command")
+        add("store", type=Path, help="a feature store")
+        add("which", help="a picture file, or an image's id")
+        add("-o", "--out", type=file_to_write, default="regions.png", help="the picture to write")
         return p.parse_args(argv)
-    p.add_argument("images", help="folder, list file, or JSON file of COCO or Karpathy's splits")
-    p.add_argument("-o", "--out", type=folder_to_write, required=True, help="the store to write")
-    p.add_argument("--detector", choices=DETECTORS, default="vg",
+    add("images", help="folder, picture, list file, or JSON file of COCO or Karpathy's splits")
+    add("-o", "--out", type=folder_to_write, required=True, help="the store to write")
+    add("--detector", choices=DETECTORS, default="vg",
         help="default: vg; coco was trained on pictures that RefCOCO+ tests on")
-    p.add_argument("--weights", help="file of the detector's weights; coco can download its own")
-    p.add_argument("--classes", help="vg: file of class names, one per line, without background")
-    p.add_argument("--boxes", help="JSON file of the boxes whose features are wanted")
-    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36, toy 8, and with true "
-        "boxes as many as there are)")
-    p.add_argument("--split", help="of a JSON file with splits: train, val or test")
+    add("--weights", help="file of the detector's weights; coco can download its own")
+    add("--classes", help="vg: file of class names, one per line, without background")
+    add("--boxes", help="JSON file of the boxes whose features are wanted")
+    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36; toy 8; --boxes all)")
+    add("--split", help="of a JSON file with splits: train, val or test")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
     flag(p, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    add("--precision", choices=PRECISIONS, default="fp32")
     args = p.parse_args(argv)
     if args.weights is None and args.detector != "coco":
         p.error(f"--detector {args.detector} needs --weights FILE")

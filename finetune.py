@@ -388,12 +388,14 @@ class VQA(Task):
                 for at.entry, x in enumerate(content[kind]):
                     if kind == "questions":
                         question = dict(image_id=x["image_id"], text="" + x["question"],
-                            question_id=x["question_id"], answers=[])
+                            question_id=int(x["question_id"]), answers=[])
                         asked.append(("" + content["data_subtype"], question))
                     else:
-                        truths[x["question_id"]] = dict(majority="" + x["multiple_choice_answer"],
+                        truths[int(x["question_id"])] = dict(
+                            majority="" + x["multiple_choice_answer"],
                             answers=["" + given["answer"] for given in x["answers"]],
-                            answer_type=x["answer_type"], question_type=x["question_type"])
+                            answer_type="" + x["answer_type"],
+                            question_type="" + x["question_type"])
         for subset, item in asked:
             truth = truths.get(item["question_id"])
             splits[subset.rstrip("0123456789") if truth else subset].append(item | (truth or {}))

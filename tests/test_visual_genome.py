@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from data import BadInput
 from extract_features import (Res5Head, VGAnchors, VGTransform, build_detector, convert_vg_weights,
-    load_strictly, regions)
+    load_weights, regions)
 
 BLOCKS = {"backbone.res2": 3, "backbone.res3": 4, "backbone.res4": 23, "roi_heads.res5": 3}
 
@@ -324,5 +324,5 @@ def test_weights_that_are_not_the_detectors_are_named(published, detector, chang
     weights = copy.copy(published)
     change(weights)
     monkeypatch.setattr(torch, "load", lambda *_, **__: weights)
-    with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector .*{problem}"):
-        load_strictly(detector, "w.bin", "vg", convert_vg_weights)
+    with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector; .*{problem}"):
+        load_weights(detector, "w.bin", "vg", convert_vg_weights)
