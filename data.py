@@ -871,7 +871,9 @@ def pad(arrays, value=0):
     The longest counts as at least 1: attention over no place at all would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
-    out = np.full((len(arrays), longest, *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    if value:  # the system gives zeros for free, and most of them are overwritten at once
+        out[:] = value
     for row, array in zip(out, arrays):
         row[: len(array)] = array
     return torch.from_numpy(out)

@@ -89,8 +89,7 @@ def benchmark_extract(folder, pictures=2, rounds=3):
     wide = torch.tensor([1.4, 1.0, 0.7]).repeat(4) * sizes
     model.rpn.anchor_generator.cells.copy_(
         torch.stack([-wide, -sizes * sizes / wide, wide, sizes * sizes / wide], dim=1))
-    weights = folder / "vg.pt"
-    torch.save({}, weights)  # the flags want a file; the model is given below
+    weights = folder / "vg.pt"  # the flags want a name; the model is given below
     (folder / "images").mkdir()
     for i in range(pictures):
         noise = np.random.default_rng(i).integers(0, 256, (38, 63, 3), dtype=np.uint8)
@@ -112,9 +111,9 @@ def benchmark_extract(folder, pictures=2, rounds=3):
 
     def extraction(turn):
         args = extract_features.parse_args([str(folder / "images"), "-o", str(folder / f"s{turn}"),
-            "--weights", str(weights), "--regions", "36"])
-        extract_features.open_store(args, files, model)
-        extract_features.extract_part(0, args, files, {}, range(pictures), model)
+            "--weights", str(weights), "--workers", "0"])
+        writer = FeatureStore.create(args.out, [i for i, _ in files], 36, **model.about)
+        extract_features.extract_part(args, model, writer, files, None)
 
     seconds = take_turns({"network": network, "extraction": extraction}, rounds)
     print(f"extract: {pictures / seconds['extraction']:.3f} pictures/s at 600 x 1000 on "
