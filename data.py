@@ -385,7 +385,7 @@ class WordPiece:
             _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
 
     def __len__(self):
-        return len(self.pieces)
+        return len(self.pieces)  # V, the model's vocab_size
 
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
@@ -459,7 +459,10 @@ STORE_VERSION = 1
 
 
 def store_layout(meta):
-    """{array: (dtype, shape)} of a store, from what its store.json says."""
+    """{array: (dtype, shape)} of a store, from what its store.json says.
+
+    Reader and writer both ask here, so the table above is written as code only once.
+    """
     n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
     c = meta["num_region_classes"]
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
@@ -652,6 +655,8 @@ class StoreWriter:
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
+        # Give every array its full size. A kill before the last line leaves files that the next
+        # attempt overwrites: without store.json they are no store.
         self.folder.mkdir(parents=True, exist_ok=True)
         layout = store_layout(self.meta)
         # What a run that was killed here has left may be overwritten; nothing else.
@@ -674,6 +679,7 @@ class StoreWriter:
         write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
 
     def _id(self, row):
+        # For messages: a name that is not UTF-8 is shown as well as it can be.
         return self.arrays["ids"][row].decode(errors="replace")
 
     def pending(self):
@@ -960,12 +966,14 @@ def open_captions(path):
 
 
 def _folder_captions(folder):
+    # img2dataset writes a caption beside each picture, under the same number: its id.
     for path in sorted(folder.rglob("*.txt")):
         with reading(path, "a caption"):
             yield canonical_id(path.name), path.read_text(encoding="utf-8").strip(), "train"
 
 
 def _json_captions(path, records, form):
+    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
     with reading(path, form) as at:
         for at.entry, record in enumerate(records):
             if form == "COCO captions":
@@ -978,6 +986,8 @@ def _json_captions(path, records, form):
 
 
 def _tsv_captions(path, form):
+    # No csv module: its quoting rules would swallow lines of web captions with an odd quotation
+    # mark.
     what = f"a caption file of two columns ({form})"
     with reading(path, what, "line") as at, open_text(path) as file:
         for at.entry, line in enumerate(file, 1):
@@ -1177,9 +1187,11 @@ class Scene:
             self.things = [*self.things, thing] if thing else []  # no room left: begin again
 
     def _rng(self, stream):
+        # 0 the things, 1 the noise, 2 captions, 3 questions, 4 referring expressions.
         return np.random.default_rng([self.number, stream])
 
     def _new_thing(self, rng):
+        # A thing that touches no other one, or None after thirty places that were taken.
         thing = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
         # Half of the things share their colour or shape with another one. Otherwise a model could
         # match 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind.
@@ -1251,6 +1263,8 @@ class Scene:
         return found
 
     def _ask_colour(self, rng, asked="colour", given="shape"):
+        # Of a thing that its size and the other word name without doubt, or not at all: two answers
+        # would be right otherwise.
         if unique := self._unique("size", given):
             name, thing = _pick(rng, unique.items())
             return f"what {asked} is the {name} ?", getattr(thing, asked)
@@ -1302,6 +1316,7 @@ class Scene:
         return list(dict.fromkeys(filter(None, found)))
 
     def _refer_by_attribute(self, rng):
+        # As few words as mean one thing: a longer name would be easier than it looks.
         # By as few words as mean this thing alone; two that are alike in all three have no name.
         index = int(rng.integers(len(self.things)))
         for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
@@ -1329,6 +1344,8 @@ def _pick(rng, options):
 
 
 def _draw_shape(draw, thing, scale):
+    # Each shape fills its box: x - h to x + h - 1, both ends drawn, are 2 h columns. The arms of a
+    # cross are a third of that, and a star's inner points lie at .42 of the outer ones.
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
     if thing.shape == "circle":
@@ -1376,11 +1393,15 @@ def check(paths):
 
 
 def check_store(folder):
-    """Print what a store is and read all of it once. Raises BadInput at the first problem."""
+    """Print what a store is and read all of it once. Raises BadInput at the first problem.
+
+    Among what it prints: which detector made it, with the SHA-256 of its weights, and how the
+    regions were chosen. Features of two detectors must never meet in one run.
+    """
     store = FeatureStore(folder)
     megabytes = sum(array.nbytes for array in store.arrays.values()) / 1e6
     print(f"{folder}: a feature store of {len(store):,} images ({(store.counts == 0).sum():,} "
-        f"failed), up to {store.num_regions} regions of {store.feature_size}, {megabytes:.3g} MB")
+        f"failed), up to {store.num_regions} regions of {store.feature_size}, {megabytes:,.1f} MB")
     for key, value in store.meta.items():
         print(f"    {key}: {str(value)[:90]}")
     for row in tqdm(np.flatnonzero(store.counts > 0), "reading", leave=False, disable=None):
