@@ -102,13 +102,14 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        message, status = "stopped; what was finished is kept", 130
+        message, status = "stopped; the same command goes on, a training with --resume", 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) and "out of memory" not in str(error):
             raise
-        message = "error: out of memory; try --accum 2, with the same result, or fewer --workers"
+        message = (f"error: {str(error).splitlines()[0][:150]}: as a rule too little memory; try "
+            "fewer --workers, or --accum 2, which gives the same result; --resume goes on")
     # Of several processes with the same error only the first prints it: its end ends the others.
     time.sleep(os.environ.get("RANK", "0") != "0")
     print(message, file=sys.stderr, flush=True)
@@ -170,6 +171,11 @@ def write_whole(path, write, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the disk's error behind its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
