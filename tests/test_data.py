@@ -128,12 +128,15 @@ def test_a_folder_is_held_by_one_process_until_that_one_ends_even_by_sigkill(tmp
 
 
 START = """
-import data, os, signal, sys, time
+import os, signal, sys, time
 rank = os.environ.get("RANK")
 if rank is None:
+    import data
     data.run(lambda: data.start_processes(2))
     sys.exit()
 print(os.getpid(), rank, os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"], file=open(rank, "w"))
+while not all(os.path.exists(r) and open(r).read() for r in "01"):  # none ends before both began
+    time.sleep(0.01)
 """
 
 

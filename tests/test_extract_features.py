@@ -190,7 +190,8 @@ def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, cap
     noise(2, (1, 500)).save(folder / "thin.png")
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")  # 200 million pixels
     (folder / "notes.txt").write_text("no picture")
-    noise(3).save(os.fsencode(folder) + b"/caf\xe9.png")  # a name that is not UTF-8
+    os.rename(folder / "a.png", os.fsencode(folder) + b"/caf\xe9.png")  # a name that is not UTF-8
+    noise(0).save(folder / "a.png")
     noise(4).save(folder / "._a.png")  # hidden, as macOS leaves them on foreign disks
     main(flags(folder, out, weights))
     said = capsys.readouterr().out

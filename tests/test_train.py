@@ -243,7 +243,7 @@ def test_losses_belong_to_counts_and_reach_every_parameter(data, flags, classes,
     task.sums(task.model, batch, 1.0)[0].sum().backward()
     for name, p in task.model.named_parameters():
         assert not p.requires_grad or (p.grad is not None and p.grad.isfinite().all()), name
-    sums, whole = task.sums(task.model.eval(), batch, None)[0], task.model(**batch)
+    sums, whole = task.sums(task.model.eval(), batch, 9.0)[0], task.model(**batch, temperature=9.0)
     assert sums.equal(whole.sums) and task.counts(batch).equal(whole.counts)
 
 
