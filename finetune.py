@@ -203,9 +203,9 @@ def answer_accuracy(prediction, answers):
 
 def answer_vocabulary(questions, least=9):
     """The answers that a model chooses from: each is the majority answer of `least` questions,
-    normalised and without commas, the most frequent first. On VQA v2's train and val: 3,129.
+    normalised (so without commas), the most frequent first. On VQA v2's train and val: 3,129.
     """
-    counts = Counter(normalise_answer(q["majority"]).replace(",", "") for q in questions)
+    counts = Counter(normalise_answer(q["majority"]) for q in questions)
     return sorted((a for a, n in counts.items() if n >= least), key=lambda a: (-counts[a], a))
 
 
@@ -805,7 +805,8 @@ def write_results(args, task, results, predictions):
     if args.data is None:
         for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
             save_png(out / f"scene-{number}.png", Scene(number).draw())
-    say(f"{out}: {', '.join(RECORD)}, result.json, predictions.json, examples.png")
+    written = [name for name in RECORD if (out / name).exists()]  # --epochs 0 saves no model
+    say(f"{out}: {', '.join(written)}, result.json, predictions.json, examples.png")
 
 
 # --- 5. Pictures ----------------------------------------------------------------------------------
