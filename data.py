@@ -108,8 +108,9 @@ def run(main):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) and "out of memory" not in str(error):
             raise
-        message = (f"error: {str(error).splitlines()[0][:150]}: as a rule too little memory; try "
-            "fewer --workers, or --accum 2, which gives the same result; --resume goes on")
+        reason = str(error).splitlines()[0][:150].rstrip(". ")
+        message = (f"error: {reason}: as a rule too little memory; try fewer --workers, or --accum "
+            "2, which gives the same result; --resume goes on")
     # Of several processes with the same error only the first prints it: its end ends the others.
     time.sleep(os.environ.get("RANK", "0") != "0")
     print(message, file=sys.stderr, flush=True)

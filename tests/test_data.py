@@ -127,6 +127,18 @@ def test_a_folder_is_held_by_one_process_until_that_one_ends_even_by_sigkill(tmp
         assert not leftover.exists() and kept.exists()
 
 
+def test_the_error_of_a_full_disk_is_found_behind_torchs_own(tmp_path):
+    """torch.save meets the disk's error, and raises one about the position in its file."""
+    def write(file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos")  # noqa: B904
+    with pytest.raises(OSError, match="No space left on device: .*x.pt"):
+        write_whole(tmp_path / "x.pt", write, "wb")
+    assert not any(tmp_path.iterdir())
+
+
 START = """
 import os, signal, sys, time
 rank = os.environ.get("RANK")
