@@ -313,7 +313,7 @@ def fit(args, task, checkpoint=None):
     """Train a task: the scores of its last evaluation, or None if it was asked to stop.
 
     args: settings, as parse_settings returns them. checkpoint: where to go on, or None. Raises
-    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite.
+    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite, or far too large.
     """
     # 1. The model, AdamW, and where an earlier run stopped.
     model = task.model.to(device())
@@ -363,8 +363,9 @@ def fit(args, task, checkpoint=None):
             if done % args.eval_every == 0 or done == steps:
                 speed = (done - last) * args.batch / (time.time() - resumed)
                 scores, switches = task.evaluate(model)
-                check_finite(args, task, step, scores)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
+                # No loss here starts above 100: a thousand means weights that are lost.
+                check_finite(args, task, step, {**means, **scores}, bound=1e3)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
@@ -506,13 +507,13 @@ def forward_backward(args, task, model, batches, step, tau):
     return total(sums) / counts, mixture
 
 
-def check_finite(args, task, step, numbers):
-    """Raise BadInput, with the images of the step, unless {name: number} are all finite."""
-    if not all(map(math.isfinite, numbers.values())):
+def check_finite(args, task, step, numbers, bound=math.inf):
+    """Raise BadInput, with the images of the step, unless each of {name: number} is below bound."""
+    if not all(abs(number) < bound for number in numbers.values()):  # NaN is below nothing
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
         keys = part_keys(args, len(task.examples), step)
         images = " ".join(task.image_of(index) for part in keys for _, index in part)
-        raise BadInput(f"step {step + 1}: not finite ({found}); the last good checkpoint is kept; "
+        raise BadInput(f"step {step + 1}: diverged ({found}); the last good checkpoint is kept; "
             f"lower --lr, or check the data of this step: {images}")
 
 

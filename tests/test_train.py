@@ -1,5 +1,7 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
+import argparse
+import contextlib
 import json
 import math
 import os
@@ -157,10 +159,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
 
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(plain, tmp_path):
     keys = plain("clean").keys[12 * 6 : 12 * 7]
-    with pytest.raises(BadInput, match="step 5: .*not finite.*lower --lr"):
+    with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=math.nan)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    with pytest.raises(BadInput, match=r"step 7: .*not finite.*all nan.*lower --lr") as error:
+    with pytest.raises(BadInput, match=r"step 7: .*diverged.*all nan.*lower --lr") as error:
         plain("run", not_a_number=keys[0])
     assert set(re.findall(r"image-(\d+)", str(error.value))) == {str(i) for _, i in keys}
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")
@@ -458,3 +460,13 @@ def test_the_moving_picture_of_the_largest_model_stays_under_300_kilobytes(tmp_p
 def test_training_needs_no_torchvision():
     code = "import sys, train, finetune; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("loss, good", [(999.0, True), (1e3, False), (1e30, False),
+    (float("nan"), False)])
+def test_weights_that_have_diverged_are_refused_also_where_their_loss_is_finite(loss, good):
+    args, _ = train.parse_args([])
+    task = argparse.Namespace(examples=range(64), image_of=str)
+    expected = contextlib.nullcontext() if good else pytest.raises(BadInput, match="step 3: diverged")
+    with expected:
+        train.check_finite(args, task, 2, {"mlm": loss}, bound=1e3)
