@@ -313,7 +313,8 @@ def fit(args, task, checkpoint=None):
     """Train a task: the scores of its last evaluation, or None if it was asked to stop.
 
     args: settings, as parse_settings returns them. checkpoint: where to go on, or None. Raises
-    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite, or far too large.
+    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite or, at an
+    evaluation, far too large.
     """
     # 1. The model, AdamW, and where an earlier run stopped.
     model = task.model.to(device())
