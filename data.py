@@ -17,12 +17,12 @@ A batch begins as a caption and an image id, and everything in between happens h
     text_mask   (B, T)                        region_boxes    (B, R, 5)   region_mask   (B, R)
         |                                         |
         +-----------------> labels <--------------+
-            mlm_labels (B, T)    the piece under the mask, IGNORE elsewhere
-            mrc_mask   (B, R)    regions whose class is predicted; mrc_targets (K, C)
+            mlm_positions (K,)   which of the B T pieces are predicted; mlm_labels (K,)
+            mrc_positions (K',)  which of the B R regions are; mrc_targets (K', C)
             itm_labels (B,)      MATCH, or MISMATCH: then nothing else is predicted
 
-Letters: B batch, T word pieces, R regions, F region feature, C region classes, K predicted regions
-of a batch, (W, H) width and height of an image. Masks are 1 = real, 0 = padding.
+Letters: B batch, T word pieces, R regions, F region feature, C region classes, K and K' predicted
+pieces and regions of a batch, (W, H) width and height of an image. Masks: 1 = real, 0 = padding.
 
 Map of the file (* = read these first)
 
@@ -74,7 +74,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from switchbert import IGNORE, MATCH, MISMATCH
+from switchbert import MATCH, MISMATCH
 
 # --- 1. Small rules -------------------------------------------------------------------------------
 #
@@ -764,9 +764,9 @@ def normalise_boxes(boxes, size):
 # --- 4. Pretraining examples ----------------------------------------------------------------------
 #
 # One way out of the store serves pretraining and all tasks: region_inputs for an image,
-# model_inputs for a batch. What is to be predicted is decided here, once: a place without a label
-# is IGNORE or False, so neither the model nor the counts of a loss filter anything. Of a mismatched
-# pair nothing but the mismatch is predicted: its words say nothing about its picture.
+# model_inputs for a batch. What is to be predicted is decided here, once, and travels as a list of
+# positions: neither the model nor the counts of a loss filter anything. Of a mismatched pair
+# nothing but the mismatch is predicted: its words say nothing about its picture.
 #
 #     example   masked words   masked regions   match
 #     matched   MLM            MRC              MATCH       each modality helps to restore the other
@@ -828,15 +828,15 @@ class PretrainingDataset(torch.utils.data.Dataset):
         if rng.random() < self.mismatch:
             text, match = self.texts[self._other_image(index, rng)], MISMATCH
         ids = self.tokenizer.encode(text, self.max_tokens)
-        input_ids, mlm_labels = mask_tokens(ids, self.tokenizer, rng, self.rate)
+        input_ids, words = mask_tokens(ids, self.tokenizer, rng, self.rate)
         regions = region_inputs(self.store, None if self.blind else row)
         hidden = choose(len(regions["region_boxes"]), rng, self.rate)
-        predicted = hidden & (match == MATCH and self.store.num_region_classes > 0)
+        classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
         if match == MISMATCH:  # its masks stay: else whole words and regions would give it away
-            mlm_labels[:] = IGNORE
-        targets = self.store.class_probs(row, np.flatnonzero(predicted))  # (k, C)
-        return dict(regions, input_ids=input_ids, mlm_labels=mlm_labels, region_hidden=hidden,
-            mrc_mask=predicted, mrc_targets=targets, itm_labels=match)
+            words, classes = words[:0], classes[:0]
+        return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
+            mlm_labels=np.array(ids)[words], mrc_positions=classes,
+            mrc_targets=self.store.class_probs(row, classes), itm_labels=match)  # (k, C)
 
     def _other_image(self, index, rng):
         # Any caption of the corpus but those of this image, drawn again until it fits. It may fit
@@ -860,33 +860,32 @@ def choose(n, rng, rate):
 
 
 def mask_tokens(ids, tokenizer, rng, rate=0.15):
-    """BERT's masking of one sentence: (input_ids, mlm_labels), int64 arrays of the length of ids.
+    """BERT's masking of one sentence: (input_ids, positions that are to be predicted), int64.
 
     `rate` of the pieces are predicted. Of these 80% are shown as [MASK], 10% as a random piece and
     10% as themselves: at finetuning there is no [MASK], so the states of ordinary pieces must be
     good too. [CLS] and [SEP] are neither masked nor drawn as a random piece.
     """
-    shown, labels = np.array(ids), np.full(len(ids), IGNORE)
-    for place in 1 + np.flatnonzero(choose(len(ids) - 2, rng, rate)):  # between [CLS] and [SEP]
-        labels[place], draw = ids[place], rng.random()
+    shown = np.array(ids)
+    positions = 1 + np.flatnonzero(choose(len(ids) - 2, rng, rate))  # between [CLS] and [SEP]
+    for place in positions:
+        draw = rng.random()
         if draw < 0.8:
             shown[place] = tokenizer.mask_id
         elif draw < 0.9:
             shown[place] = rng.integers(len(tokenizer))
             while tokenizer.pieces[shown[place]] in SPECIALS:
                 shown[place] = rng.integers(len(tokenizer))
-    return shown, labels
+    return shown, positions
 
 
-def pad(arrays, value=0):
-    """Stack arrays that differ in length: a tensor (B, longest, ...), filled up with `value`.
+def pad(arrays):
+    """Stack arrays that differ in length: a tensor (B, longest, ...), filled up with zeros.
 
     The longest counts as at least 1: attention over no place at all would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-    if value:  # the system gives zeros for free, and most of them are overwritten at once
-        out[:] = value
     for row, array in zip(out, arrays):
         row[: len(array)] = array
     return torch.from_numpy(out)
@@ -911,20 +910,20 @@ def model_inputs(examples):
 def collate(examples):
     """A batch from examples of PretrainingDataset: what model_inputs gives, and
 
-    region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_labels
-    (B, T), IGNORE where nothing is predicted; mrc_mask (B, R) bool, True = predict this region's
-    class; mrc_targets (K, C), the class distributions of the K True places in row order, or None
-    where the store has none; itm_labels (B,), MATCH or MISMATCH.
+    region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_positions
+    (K,), t + T b for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), r + R b, and
+    mrc_targets (K', C), or None where the store has no classes; itm_labels (B,), MATCH or MISMATCH.
     """
     columns = {name: [example[name] for example in examples] for name in examples[0]}
-    targets = columns["mrc_targets"]
-    return dict(
-        **model_inputs(examples),
-        region_hidden=pad(columns["region_hidden"], False),
-        mlm_labels=pad(columns["mlm_labels"], IGNORE),
-        mrc_mask=pad(columns["mrc_mask"], False),
-        mrc_targets=None if targets[0] is None else torch.from_numpy(np.concatenate(targets)),
-        itm_labels=torch.tensor(columns["itm_labels"]))
+    batch = dict(model_inputs(examples), region_hidden=pad(columns["region_hidden"]),
+        itm_labels=torch.tensor(columns["itm_labels"]), mrc_targets=None)
+    for name, width in (("mlm_positions", batch["input_ids"].shape[1]),
+            ("mrc_positions", batch["region_hidden"].shape[1])):
+        columns[name] = [places + width * b for b, places in enumerate(columns[name])]
+    for name in ("mlm_positions", "mlm_labels", "mrc_positions", "mrc_targets"):
+        if columns[name][0] is not None:
+            batch[name] = torch.from_numpy(np.concatenate(columns[name]))
+    return batch
 
 
 # --- 5. Captions ----------------------------------------------------------------------------------

@@ -72,7 +72,6 @@ TEXT, VISION = 0, 1
 MODES = ("intra", "inter", "joint")  # own modality, the other one, both
 INTRA, INTER, JOINT = 0, 1, 2
 MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
-IGNORE = -100  # label of a place where no word is predicted: cross_entropy skips it
 
 # --- 1. Configuration -----------------------------------------------------------------------------
 #
@@ -319,9 +318,20 @@ class SwitchInput(nn.Module):
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
         weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
+        if temperature is None:  # one-hot: a depth that nobody in the batch reads costs nothing
+            read = weights.any(dim=1).any(dim=0).nonzero().flatten().tolist()
+            depths, weights_read = [depths[i] for i in read], weights[..., read]
+            if len(depths) == 1:
+                return depths[0], weights
+        else:
+            weights_read = weights
         kind = modality_of(mask.shape[1], num_text, mask.device)
-        per_token = weights[:, kind].to(depths[0].dtype)  # (B, L, l+1)
-        mixed = sum(per_token[:, :, i, None] * depth for i, depth in enumerate(depths))
+        shares = weights_read[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
+        # One fused pass for each depth. Stacked, for a single product, all depths would be copied
+        # first: two to five times slower (tests/benchmark.py).
+        mixed = shares[0] * depths[0]
+        for share, depth in zip(shares[1:], depths[1:]):
+            mixed = torch.addcmul(mixed, share, depth)
         return mixed, weights
 
 
@@ -417,6 +427,9 @@ class RegionEmbeddings(nn.Module):
         self.box_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # The box of the global region: the whole picture, with area 1. A buffer lies where the
+        # model does; a tensor made of a list in `forward` would make the GPU wait at every step.
+        self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
         features = region_features.to(region_boxes.dtype)  # stores have float16
@@ -425,9 +438,9 @@ class RegionEmbeddings(nn.Module):
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
         # The global region [A7: VOLTA's] is the mean of what is visible, so it does not give a
-        # masked region away; its box is the whole picture, with area 1.
+        # masked region away.
         mean = masked_mean(features, visible)[:, None]  # (B, 1, F)
-        whole = region_boxes.new_tensor([0, 0, 1, 1, 1]).expand(len(mean), 1, 5)
+        whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
         content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
         place = self.box_norm(self.box(2 * torch.cat([whole, region_boxes], dim=1) - 1))
         return self.dropout(self.norm(content + place))  # (B, 1+R, D)
@@ -571,12 +584,13 @@ def region_loss(logits, targets):
 class PretrainingOutput:
     """The three losses of a batch as sums and counts, so that several batches join exactly.
 
-    sums, counts: (3,) float32, for MLM (predicted pieces), MRC (predicted regions), ITM (pairs).
-    correct: (2,): pieces and pairs that were predicted right. match_probability: (B,).
+    sums (3,) float32, counts three integers: for MLM (predicted pieces), MRC (predicted regions)
+    and ITM (pairs). correct (2,): pieces and pairs that were predicted right. match_probability:
+    (B,).
     """
 
     sums: torch.Tensor
-    counts: torch.Tensor
+    counts: tuple
     correct: torch.Tensor
     match_probability: torch.Tensor
     encoder: SwitchBertOutput
@@ -584,7 +598,7 @@ class PretrainingOutput:
     @property
     def losses(self):
         """(3,): the mean of each loss; zero, not NaN, where nothing was masked."""
-        return self.sums / self.counts.clamp(min=1)
+        return self.sums / self.sums.new_tensor(self.counts).clamp(min=1)
 
     @property
     def loss(self):
@@ -596,9 +610,9 @@ class SwitchBertForPretraining(nn.Module):
     """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
     forward(**batch of data.collate, temperature=None) -> PretrainingOutput. The encoder's inputs
-    and: mlm_labels (B, T), IGNORE where nothing is predicted; mrc_mask (B, R) bool, True = predict
-    this region; mrc_targets (K, C), a distribution for each True in row order, or None (no MRC);
-    itm_labels (B,), MATCH or MISMATCH.
+    and: mlm_positions (K,), which of the B T pieces are predicted, b T + t, and mlm_labels (K,),
+    what they are; mrc_positions (K',), which of the B R regions, and mrc_targets (K', C), their
+    distributions, or None (no MRC); itm_labels (B,), MATCH or MISMATCH.
     """
 
     def __init__(self, config):
@@ -628,24 +642,22 @@ class SwitchBertForPretraining(nn.Module):
         """(B, P) -> (B, 2): scores of MISMATCH and MATCH."""
         return self.itm_classifier(self.itm_dropout(pooled)).float()
 
-    def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask, mlm_labels,
-            mrc_mask, mrc_targets, itm_labels, temperature=None, region_hidden=None):
-        out = self.bert(input_ids, text_mask, region_features, region_boxes, region_mask,
-            temperature, region_hidden)
+    def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
+            temperature=None, **inputs):
+        out = self.bert(**inputs, temperature=temperature)
         # The big output layers see only the places that are predicted: 15 % of half of the batch.
-        predicted = mlm_labels != IGNORE  # (B, T)
-        words, labels = self.mlm_logits(out.text_states[predicted]), mlm_labels[predicted]
-        mlm_sum = word_loss(words, labels)
+        # They come as numbers: a mask would make the GPU wait until its places are counted.
+        words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
+        mlm_sum = word_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
         if mrc_targets is not None:
-            states = self.mrc_transform(out.region_states[mrc_mask])  # (K, D)
+            states = self.mrc_transform(out.region_states.flatten(0, 1)[mrc_positions])  # (K', D)
             mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
         itm = self.itm_logits(out.pooled)  # (B, 2)
-        sums = torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)])
-        counts = sums.new_tensor([len(labels), 0, len(itm)])
-        counts[1] = mrc_mask.sum()
-        correct = [(words.argmax(dim=-1) == labels).sum(), (itm.argmax(dim=-1) == itm_labels).sum()]
-        return PretrainingOutput(sums, counts, torch.stack(correct).float(),
+        right = [(scores.argmax(dim=-1) == labels).sum()
+            for scores, labels in ((words, mlm_labels), (itm, itm_labels))]
+        return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)]),
+            (len(words), len(mrc_positions), len(itm)), torch.stack(right).float(),
             itm.softmax(dim=-1)[:, MATCH], out)
 
 

@@ -86,7 +86,7 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, Ba
     FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate, flag, folder_to_write,
     model_inputs, only_run_in, read_captions, reading, region_inputs, run, save_png,
     start_processes, write_json, write_whole)
-from switchbert import (FROZEN, IGNORE, LEARNED, MODALITIES, MODES, SwitchBertConfig,
+from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ class Pretraining:
     @staticmethod
     def counts(batch):
         """(3,): predicted words, predicted regions, pairs."""
-        predicted = ((batch["mlm_labels"] != IGNORE).sum(), batch["mrc_mask"].sum())
-        return torch.tensor([*predicted, len(batch["itm_labels"])], dtype=torch.float32)
+        places = ("mlm_labels", "mrc_positions", "itm_labels")
+        return torch.tensor([float(len(batch[name])) for name in places])
 
     @staticmethod
     def sums(model, batch, tau):
@@ -569,7 +569,7 @@ def evaluate(model, dataset, batch_size=200):
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(len(dataset), batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
-        found += torch.cat([out.sums, out.counts, out.correct])
+        found += torch.cat([out.sums, found.new_tensor(out.counts), out.correct])
         switches.add(out.encoder)
     model.train()
     sums, counts, correct = total(found).split([3, 3, 2])

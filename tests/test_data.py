@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import data
-from data import (COUNT, IGNORE, MATCH, MISMATCH, NATURAL, RATE, SHARE, BadInput, FeatureStore,
+from data import (COUNT, MATCH, MISMATCH, NATURAL, RATE, SHARE, BadInput, FeatureStore,
     PretrainingDataset, Scene, StoreWriter, WordPiece, build_vocab, canonical_id, collate,
     import_features, mask_tokens, normalise_boxes, only_run_in, read_captions, read_json, run,
     split_words, write_whole)
@@ -307,18 +307,16 @@ def same(a, b):
 def test_masking_rates_are_15_percent_and_80_10_10_and_specials_are_never_drawn(tokenizer):
     rng = np.random.default_rng(0)
     ids = np.array(tokenizer.encode("a small red star left of the ring " * 9999, 100_000))
-    shown, labels = mask_tokens(ids, tokenizer, rng)
-    places = labels != IGNORE
-    assert (labels[places] == ids[places]).all() and (shown[~places] == ids[~places]).all()
-    assert places.mean() == pytest.approx(0.15, abs=0.005)
+    shown, places = mask_tokens(ids, tokenizer, rng)
+    assert np.delete(shown, places).tolist() == np.delete(ids, places).tolist()
+    assert len({*places}) / len(ids) == pytest.approx(0.15, abs=0.005)
     shown, ids = shown[places], ids[places]
     assert set(shown) == {*range(5, len(tokenizer)), tokenizer.mask_id}
     assert (shown == tokenizer.mask_id).mean() == pytest.approx(0.8, abs=0.01)
     # A random piece is the right one now and then: 10 % + 10 % / vocabulary.
     right = 0.1 + 0.1 / (len(tokenizer) - 5)
     assert (shown == ids).mean() == pytest.approx(right, abs=0.01)
-    assert all(mask_tokens([2, 7, 3], tokenizer, rng)[1].tolist() == [IGNORE, 7, IGNORE]
-        for _ in range(50))
+    assert all(mask_tokens([2, 7, 3], tokenizer, rng)[1].tolist() == [1] for _ in range(50))
 
 
 def test_regions_are_hidden_at_15_percent_and_at_least_one_is():
@@ -334,19 +332,22 @@ def test_half_of_the_pairs_are_mismatched_and_of_those_nothing_else_is_predicted
     pairs, matches, masked = dataset(store, tokenizer), [], []
     for epoch, index in np.ndindex(60, len(pairs)):
         example, row = pairs[epoch, index], index // 2
-        words, labels, hidden = (example[k] for k in ("input_ids", "mlm_labels", "region_hidden"))
+        words, places, hidden = (example[k] for k in ("input_ids", "mlm_positions",
+            "region_hidden"))
         matches.append(example["itm_labels"] == MATCH)
         assert np.array_equal(example["region_features"], store[row]["features"])
         assert hidden.any()  # in either case: masks must not give the mismatch away
         if matches[-1]:
-            assert (labels != IGNORE).any() and np.array_equal(example["mrc_mask"], hidden)
-            assert np.where(labels == IGNORE, words, labels).tolist() == tokenizer.encode(
-                CAPTIONS[index][1], 38)
+            assert len(places) and example["mrc_positions"].tolist() == np.flatnonzero(
+                hidden).tolist()
+            words[places] = example["mlm_labels"]
+            assert words.tolist() == tokenizer.encode(CAPTIONS[index][1], 38)
         else:
             assert (len(words) - 3) // 2 != row and example["itm_labels"] == MISMATCH
-            assert (labels == IGNORE).all() and not example["mrc_mask"].any()
+            assert not len(places) and not len(example["mrc_positions"])
             masked.append(tokenizer.mask_id in words)
-        assert np.array_equal(example["mrc_targets"], store.class_probs(row)[example["mrc_mask"]])
+        assert np.array_equal(
+            example["mrc_targets"], store.class_probs(row)[example["mrc_positions"]])
     assert np.mean(matches) == pytest.approx(0.5, abs=4 * 0.5 / len(matches) ** 0.5)
     assert np.mean(masked) > 0.5  # words, too, are masked in either case
 
@@ -356,16 +357,17 @@ def test_pairs_may_be_shown_whole_or_without_pictures_or_have_no_classes(
     whole, blind = dataset(store, tokenizer, masking=False), dataset(store, tokenizer, blind=True)
     for index, (text, unseen) in enumerate(zip(whole, blind)):
         assert set(text["input_ids"][1:-1]) == {tokenizer.ids["red"]}
-        assert not (text["mlm_labels"] != IGNORE).any() and not text["region_hidden"].any()
+        assert not len(text["mlm_labels"]) and not text["region_hidden"].any()
         assert unseen["itm_labels"] == MATCH and len(unseen["input_ids"]) == index + 3
-        assert (unseen["mlm_labels"] != IGNORE).any()
+        assert len(unseen["mlm_labels"])
     assert {e["itm_labels"] for e in whole} == {MATCH, MISMATCH}
     batch = collate([blind[0], blind[1]])
-    assert batch["region_mask"].tolist() == batch["mrc_mask"].tolist() == [[0], [0]]
+    assert batch["region_mask"].tolist() == [[0], [0]] and not len(batch["mrc_positions"])
     assert batch["region_features"].shape == (2, 1, 12) and not len(batch["mrc_targets"])
     unclassified = fill(make_writer(tmp_path / "s")).finish()
     for e in PretrainingDataset(unclassified, [("a", "red"), ("b", "star")] * 5, tokenizer):
-        assert e["region_hidden"].any() and not e["mrc_mask"].any() and e["mrc_targets"] is None
+        assert e["region_hidden"].any() and not len(e["mrc_positions"])
+        assert e["mrc_targets"] is None
 
 
 def test_an_example_follows_from_seed_epoch_and_index_in_any_process(store, tokenizer):
@@ -384,13 +386,17 @@ def test_a_batch_is_padded_to_its_longest_and_no_further(store, tokenizer):
     batch = collate(examples)
     assert batch["text_mask"].tolist() == [[1] * 3 + [0] * 7, [1] * 10]
     assert batch["region_mask"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]
-    for name, padding in dict(input_ids=0, mlm_labels=IGNORE, region_features=0, region_boxes=0,
-            region_hidden=0, mrc_mask=0).items():
-        real = batch["text_mask" if name in ("input_ids", "mlm_labels") else "region_mask"] == 1
-        assert batch[name].shape[:2] == real.shape and (batch[name][~real] == padding).all()
+    for name in ("input_ids", "region_features", "region_boxes", "region_hidden"):
+        real = batch["text_mask" if name == "input_ids" else "region_mask"] == 1
+        assert batch[name].shape[:2] == real.shape and (batch[name][~real] == 0).all()
         assert np.array_equal(batch[name][real], np.concatenate([e[name] for e in examples]))
-    assert batch["mrc_targets"].tolist() == [store.class_probs(3 * b)[r].tolist()
-        for b, r in batch["mrc_mask"].nonzero().tolist()]
+    assert batch["mlm_positions"].tolist() == [10 * b + t
+        for b, e in enumerate(examples) for t in e["mlm_positions"]]
+    assert set(batch["mlm_labels"].tolist()) == {tokenizer.ids["red"]}
+    hidden = batch["region_hidden"].nonzero().tolist()
+    assert batch["mrc_positions"].tolist() == [4 * b + r for b, r in hidden]
+    assert batch["mrc_targets"].tolist() == [
+        store.class_probs(3 * b)[r].tolist() for b, r in hidden]
     assert np.array_equal(batch["region_boxes"][1], normalise_boxes(store[3]["boxes"], (100, 80)))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import random_inputs
 from torch import nn
 
-from switchbert import (IGNORE, INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
+from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, load_bert,
     switch, switch_attention, temperature)
@@ -292,23 +292,24 @@ def test_mode_gates_start_neutral_and_depth_gates_start_at_the_newest_depth(conf
 
 
 def pretraining_batch(inputs):
-    """Of the second pair, which does not match, nothing else is predicted."""
-    labels, hidden = torch.full((3, 5), IGNORE), torch.zeros(3, 4).bool()
-    labels[0, 1], labels[2, 2], labels[2, 3] = 9, 11, 12
+    """Of the second pair, which does not match, nothing else is predicted. T = 5, R = 4."""
+    hidden = torch.zeros(3, 4).bool()
     hidden[0, 2] = hidden[2, 1] = True
-    return dict(inputs, mlm_labels=labels, mrc_mask=hidden, region_hidden=hidden,
-        mrc_targets=torch.rand(2, 7).softmax(-1), itm_labels=torch.tensor([MATCH, MISMATCH, MATCH]))
+    return dict(inputs, mlm_positions=torch.tensor([1, 2 * 5 + 2, 2 * 5 + 3]),
+        mlm_labels=torch.tensor([9, 11, 12]), region_hidden=hidden,
+        mrc_positions=torch.tensor([2, 2 * 4 + 1]), mrc_targets=torch.rand(2, 7).softmax(-1),
+        itm_labels=torch.tensor([MATCH, MISMATCH, MATCH]))
 
 
 def test_the_three_losses_by_hand(config, inputs):
     model = SwitchBertForPretraining(config).eval()
     batch = pretraining_batch(inputs)
-    found, out = model(**batch), model.bert(**inputs, region_hidden=batch["mrc_mask"])
+    found, out = model(**batch), model.bert(**inputs, region_hidden=batch["region_hidden"])
     embeddings = model.bert.text_embeddings.word_embeddings.weight
 
-    def word(b, t):
+    def word(b, t, label):
         scores = embeddings @ model.mlm_transform(out.text_states[b, t]) + model.mlm_bias
-        return -scores.log_softmax(-1)[batch["mlm_labels"][b, t]]
+        return -scores.log_softmax(-1)[label]
 
     def region(b, r, target):
         p = model.mrc_classifier(model.mrc_transform(out.region_states[b, r])).softmax(-1)
@@ -316,10 +317,10 @@ def test_the_three_losses_by_hand(config, inputs):
 
     itm = model.itm_classifier(out.pooled).log_softmax(-1)
     one, two = batch["mrc_targets"]
-    close(found.losses, torch.stack([(word(0, 1) + word(2, 2) + word(2, 3)) / 3,
+    close(found.losses, torch.stack([(word(0, 1, 9) + word(2, 2, 11) + word(2, 3, 12)) / 3,
         (region(0, 2, one) + region(2, 1, two)) / 2, -(itm[0, 1] + itm[1, 0] + itm[2, 1]) / 3]))
     close(found.loss, found.losses.sum())
-    assert found.counts.tolist() == [3, 2, 3]
+    assert found.counts == (3, 2, 3)
     close(found.match_probability, itm[:, MATCH].exp())
     with torch.no_grad():
         model.mlm_bias[11] = model.itm_classifier.bias[MATCH] = 1e4  # always piece 11, and a match
@@ -328,9 +329,9 @@ def test_the_three_losses_by_hand(config, inputs):
 
 @pytest.mark.parametrize("targets", [torch.zeros(0, 7), None])
 def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inputs, targets):
-    batch = pretraining_batch(inputs)
-    batch.update(mlm_labels=torch.full((3, 5), IGNORE), mrc_mask=batch["mrc_mask"] & False,
-        mrc_targets=targets)
+    none = torch.zeros(0).long()
+    batch = dict(pretraining_batch(inputs), mlm_positions=none, mlm_labels=none,
+        mrc_positions=none, mrc_targets=targets)
     model = SwitchBertForPretraining(config)
     out = model(**batch)
     assert out.losses[:2].tolist() == [0, 0] and out.losses[2] > 0
@@ -362,11 +363,12 @@ def test_referring_scores_every_region_and_padding_lowest(config, inputs):
 
 def test_sixteen_pairs_can_be_learned_by_heart(config):
     generator = torch.Generator().manual_seed(0)
-    labels, mask = torch.full((16, 5), IGNORE), torch.zeros(16, 4).bool()
-    labels[:, 2] = torch.randint(5, 60, (16,), generator=generator)
+    mask = torch.zeros(16, 4).bool()
     mask[:, 0] = True
-    batch = dict(random_inputs(generator, b=16), mlm_labels=labels, mrc_mask=mask,
-        region_hidden=mask, itm_labels=torch.tensor([MATCH, MATCH, MATCH, MISMATCH] * 4),
+    batch = dict(random_inputs(generator, b=16), region_hidden=mask,
+        mlm_positions=5 * torch.arange(16) + 2, mrc_positions=4 * torch.arange(16),
+        mlm_labels=torch.randint(5, 60, (16,), generator=generator),
+        itm_labels=torch.tensor([MATCH, MATCH, MATCH, MISMATCH] * 4),
         mrc_targets=torch.eye(7)[torch.randint(0, 7, (16,), generator=generator)])
     model = SwitchBertForPretraining(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
