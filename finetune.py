@@ -254,6 +254,7 @@ class Task(torch.utils.data.Dataset):
         self.items = self.held_out.pop("train", [])[: args.limit]
         if not self.items:
             raise BadInput(f"{store.folder}: no training {self.unit} whose image has features here")
+        self.lengths = np.array([item["text"].count(" ") for item in self.items])
         # Published test questions have no answers: an empty list. There is nothing to show of them.
         known = [items for items in self.held_out.values() if items[0].get("answers") != []]
         self.shown = [*known, self.items][0][: self.looked_at]

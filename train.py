@@ -82,7 +82,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, BadInput,
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, BadInput, Captions,
     FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate, flag, folder_to_write,
     model_inputs, only_run_in, read_captions, reading, region_inputs, run, save_png,
     start_processes, write_json, write_whole)
@@ -301,7 +301,8 @@ def model_config(size, store, tokenizer, switches):
 # All training in this project is this function. A task is a plain object:
 #
 #     name, unit, loss_names             how it is called in what is printed and recorded
-#     examples, model, collate           a data set, a module, what makes a batch of examples
+#     examples, model, collate           a data set, a module, what makes a batch of examples;
+#                                        examples.lengths (N,): the words of each, to sort by
 #     counts(batch) -> (losses,)         what the losses of a batch are means of
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
@@ -443,24 +444,35 @@ def part_numbers(args):
     return range(rank() * args.accum, (rank() + 1) * args.accum)
 
 
-def part_keys(args, num_examples, step):
+def part_keys(args, examples, step):
     """This process's parts of a step, each a list of (epoch, index).
 
-    The examples of a step are a slice of the epoch's permutation, which follows from (seed, epoch).
-    The slice is cut into world_size x accum equal parts, and process r takes the r-th run of
-    `accum` parts: so the batch of a step is the same for any number of processes.
+    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
+    of `accum` parts: so the batch is the same for any number of processes.
     """
-    epoch, k = divmod(step, num_examples // args.batch)
-    order = permutation(args.seed, epoch, num_examples)
-    batch = order[k * args.batch : (k + 1) * args.batch]
+    epoch, k = divmod(step, len(examples) // args.batch)
+    batch = epoch_batches(args.seed, epoch, args.batch, examples)[k]
     parts = batch.reshape(world_size() * args.accum, -1)  # (parts, examples of each)
     return [[(epoch, int(i)) for i in parts[number]] for number in part_numbers(args)]
 
 
-@functools.lru_cache(2)
-def permutation(seed, epoch, n):
-    """The order of an epoch's examples: (n,). The last two are kept, as all steps need them."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+@functools.lru_cache(2)  # every step asks; data are loaded ahead, into the next epoch
+def epoch_batches(seed, epoch, size, examples, window=100):
+    """(batches, size) indices: the examples of an epoch in batches of like length.
+
+    A batch is padded to its longest text. Captions have 12 word pieces on average and up to 38: in
+    batches drawn at random most of the text would be padding. So the epoch's permutation is cut
+    into windows of a hundred batches, each window is sorted by length and cut into batches, and
+    the order of all batches is drawn again. All of it follows from (seed, epoch), and so is the
+    same in every process and after every restart.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(np.arange(len(examples), dtype=np.int32))
+    order = order[: len(order) // size * size]  # what is left over waits for another epoch
+    for start in range(0, len(order), window * size):
+        part = order[start : start + window * size]
+        part[:] = part[np.argsort(examples.lengths[part], kind="stable")]
+    return rng.permutation(order.reshape(-1, size))  # shuffles rows, not what is in them
 
 
 def load_parts(args, task, first, steps):
@@ -469,8 +481,8 @@ def load_parts(args, task, first, steps):
     With --workers, other processes prepare them in advance. A key, (epoch, index), is all that they
     need: they hold no state that a resumed run would have to restore.
     """
-    n = len(task.examples)
-    keys = (part for step in range(first, steps) for part in part_keys(args, n, step))
+    keys = (part for step in range(first, steps)
+        for part in part_keys(args, task.examples, step))
     return iter(DataLoader(task.examples, batch_sampler=keys, collate_fn=task.collate,
         num_workers=args.workers, pin_memory=device().type == "cuda"))
 
@@ -512,7 +524,7 @@ def check_finite(args, task, step, numbers, bound=math.inf):
     """Raise BadInput, with the images of the step, unless each of {name: number} is below bound."""
     if not all(abs(number) < bound for number in numbers.values()):  # NaN is below nothing
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        keys = part_keys(args, len(task.examples), step)
+        keys = part_keys(args, task.examples, step)
         images = " ".join(task.image_of(index) for part in keys for _, index in part)
         raise BadInput(f"step {step + 1}: diverged ({found}); the last good checkpoint is kept; "
             f"lower --lr, or check the data of this step: {images}")
@@ -640,8 +652,8 @@ class Data:
     """What a run trains on: regions, pairs as (image id, text), and the words."""
 
     store: FeatureStore
-    captions: list
-    held_out_captions: list
+    captions: Captions
+    held_out_captions: Captions
     tokenizer: WordPiece
 
 
@@ -676,13 +688,13 @@ def split_captions(folder):
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
-    training = [pair for path in files for pair in read_captions(path, "train")]
-    held_out = [pair for path in files for pair in read_captions(path, "val")]
-    if not held_out:
-        ids = sorted({i for i, _ in training}, key=lambda i: (zlib.crc32(i.encode()), i))
-        chosen = set(ids[: max(5, len(ids) // 100)])
-        held_out = [pair for pair in training if pair[0] in chosen]
-        training = [pair for pair in training if pair[0] not in chosen]
+    training, held_out = (Captions(pair for path in files for pair in read_captions(path, split))
+        for split in ("train", "val"))
+    if len(training) and not len(held_out):
+        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32, len(training))
+        each = np.unique(codes)
+        chosen = codes <= each[min(len(each), max(5, len(each) // 100)) - 1]
+        training, held_out = training[~chosen], training[chosen]
     return training, held_out[:1000]
 
 
@@ -710,8 +722,8 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
             texts += [expression for expression, _, _ in scene.expressions()]
         pieces = build_vocab(texts)
         write_whole(vocab, lambda file: file.writelines(piece + "\n" for piece in pieces))
-    training = [(n, text) for n in numbers[:num_scenes] for text in Scene(n).captions(4)]
-    held_out = [(n, text) for n in numbers[num_scenes:] for text in Scene(n).captions(2)]
+    training = Captions((n, text) for n in numbers[:num_scenes] for text in Scene(n).captions(4))
+    held_out = Captions((n, text) for n in numbers[num_scenes:] for text in Scene(n).captions(2))
     return Data(FeatureStore(features), training, held_out, WordPiece(vocab))
 
 

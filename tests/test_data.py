@@ -329,27 +329,31 @@ def test_regions_are_hidden_at_15_percent_and_at_least_one_is():
 
 
 def test_half_of_the_pairs_are_mismatched_and_of_those_nothing_else_is_predicted(store, tokenizer):
-    pairs, matches, masked = dataset(store, tokenizer), [], []
+    pairs, matches, masked, others = dataset(store, tokenizer), [], [], set()
     for epoch, index in np.ndindex(60, len(pairs)):
         example, row = pairs[epoch, index], index // 2
         words, places, hidden = (example[k] for k in ("input_ids", "mlm_positions",
             "region_hidden"))
         matches.append(example["itm_labels"] == MATCH)
-        assert np.array_equal(example["region_features"], store[row]["features"])
+        shown = [k for k in range(10)
+            if np.array_equal(example["region_features"], store[k]["features"])]
+        assert len(words) == index + 3  # the caption stays, whatever picture comes with it
         assert hidden.any()  # in either case: masks must not give the mismatch away
         if matches[-1]:
-            assert len(places) and example["mrc_positions"].tolist() == np.flatnonzero(
-                hidden).tolist()
+            assert shown == [row] and len(places)
+            assert example["mrc_positions"].tolist() == np.flatnonzero(hidden).tolist()
             words[places] = example["mlm_labels"]
             assert words.tolist() == tokenizer.encode(CAPTIONS[index][1], 38)
         else:
-            assert (len(words) - 3) // 2 != row and example["itm_labels"] == MISMATCH
+            assert shown != [row] and example["itm_labels"] == MISMATCH
+            others.update(shown)
             assert not len(places) and not len(example["mrc_positions"])
             masked.append(tokenizer.mask_id in words)
         assert np.array_equal(
             example["mrc_targets"], store.class_probs(row)[example["mrc_positions"]])
     assert np.mean(matches) == pytest.approx(0.5, abs=4 * 0.5 / len(matches) ** 0.5)
     assert np.mean(masked) > 0.5  # words, too, are masked in either case
+    assert others == {*range(10)}
 
 
 def test_pairs_may_be_shown_whole_or_without_pictures_or_have_no_classes(
@@ -406,6 +410,19 @@ def test_captions_without_words_or_features_are_counted_and_left_out(store, toke
     assert same(pairs[5], dataset(store, tokenizer)[5])
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 100_003])
+def test_captions_read_like_the_list_of_pairs_that_they_hold(count):
+    pairs = [(f"dog_{i}" if i % 2 else i, f" caf\u00e9 {'x ' * (i % 50)}") for i in range(count)]
+    expected = [(str(image_id), text.strip()) for image_id, text in pairs]
+    captions = data.Captions(iter(pairs))
+    assert list(captions) == expected and len(captions) == count
+    assert captions.words.tolist() == [text.count(" ") for _, text in expected]
+    assert list(reversed(captions[3:9])) == expected[3:9][::-1]
+    odd = np.arange(count) % 2 == 1
+    assert list(captions[odd]) == list(captions[np.flatnonzero(odd)]) == expected[1::2]
+    assert list(data.Captions(captions[1:2])) == expected[1:2]
+
+
 # --- captions ---
 
 URL = "http://lh6.ggpht.com/-IvRtNLNcG8o/TpFyrudaT6I/IMG_3422.JPG?imgmax=800"
@@ -435,7 +452,7 @@ def test_every_published_form_is_recognised_by_its_content(tmp_path, content, sp
     path = tmp_path / "any.name"
     for name, part in content.items() if content is FOLDER else [("", content)]:
         write(path / name, part)
-    assert read_captions(path, split) == expected
+    assert list(read_captions(path, split)) == expected
 
 
 # --- published feature files ---
@@ -734,18 +751,22 @@ def checking(name, column, value):
 
 NOT_FINITE, OUTSIDE = "image 8: {} with NaN or infinity", "image 8: a box outside .* 100 x 80 pix"
 TABLE, TSV = "not a caption file of two columns", "not a feature TSV of 6, 10 or 13 columns"
+def captions_of(path):
+    return list(read_captions(path))
+
+
 REFUSED = [  # (what is called, what lies at its path, words of the message behind the path)
     (read_json, '{"annotations": [', "not a whole JSON file .*line 1"),
     (lambda path: read_json(path, dict), "[1]", "expected a JSON dict, found a list"),
-    (read_captions, None, r"not a caption file \(No such file or directory\)"),
-    (read_captions, "a\tb\nc\td\te\n", rf"{TABLE} .*near line 2: too many values"),
-    (read_captions, f"a bus\t{URL}\nno link\n", rf"{TABLE} \(Conceptual Captions\) \(near line 2"),
-    (read_captions, b"a\tb\nc\t\xff\xfe\n", "not a caption file"),
-    (read_captions, {"questions": [], "info": {}}, "the key 'annotations'.* found 'questions', 'i"),
-    (read_captions, {"annotations": [{"image_id": 1, "caption": "a"}, {"id": 3}]},
+    (captions_of, None, r"not a caption file \(No such file or directory\)"),
+    (captions_of, "a\tb\nc\td\te\n", rf"{TABLE} .*near line 2: too many values"),
+    (captions_of, f"a bus\t{URL}\nno link\n", rf"{TABLE} \(Conceptual Captions\) \(near line 2"),
+    (captions_of, b"a\tb\nc\t\xff\xfe\n", "not a caption file"),
+    (captions_of, {"questions": [], "info": {}}, "the key 'annotations'.* found 'questions', 'i"),
+    (captions_of, {"annotations": [{"image_id": 1, "caption": "a"}, {"id": 3}]},
         r"not COCO captions \(near .*1: KeyError 'image_id'"),
-    (read_captions, {"annotations": [{"image_id": 1, "caption": None}]}, "near .*0: TypeError"),
-    (read_captions, {"images": [{"split": "train", "filename": "1.jpg"}]},
+    (captions_of, {"annotations": [{"image_id": 1, "caption": None}]}, "near .*0: TypeError"),
+    (captions_of, {"images": [{"split": "train", "filename": "1.jpg"}]},
         r"not Karpathy's splits \(near .*0: KeyError 'sentences'"),
     (WordPiece, "hello\nworld\n", r"not BERT's vocabulary: .*'\[PAD\]'"),
     (WordPiece, b"\xff\xfe", "not BERT's vocabulary: one word piece per line"),
