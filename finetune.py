@@ -44,7 +44,6 @@ Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the t
 """
 
 import argparse
-import copy
 import os
 import pickle
 import re
@@ -254,7 +253,7 @@ class Task(torch.utils.data.Dataset):
         self.items = self.held_out.pop("train", [])[: args.limit]
         if not self.items:
             raise BadInput(f"{store.folder}: no training {self.unit} whose image has features here")
-        self.lengths = np.array([item["text"].count(" ") for item in self.items])
+        self.lengths = lengths_of(self.items)
         # Published test questions have no answers: an empty list. There is nothing to show of them.
         known = [items for items in self.held_out.values() if items[0].get("answers") != []]
         self.shown = [*known, self.items][0][: self.looked_at]
@@ -316,12 +315,13 @@ class Task(torch.utils.data.Dataset):
         model.eval()
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
         switches = SwitchShares(model.config)
-        for part in tqdm(share_of(len(items), batch_size), leave=False, disable=quiet()):
+        parts = share_of(lengths_of(items), batch_size)
+        for part in tqdm(parts, leave=False, disable=quiet()):
             inputs = model_inputs([self.example(items[i]) for i in part])
             logits, out = model(**to_device(inputs), temperature=tau)
             if not logits.isfinite().all():  # argmax of NaN gives an answer all the same
                 raise BadInput("the model's weights have diverged; lower --lr")
-            chosen[part.start : part.stop] = logits.argmax(dim=-1)
+            chosen[torch.from_numpy(part)] = logits.argmax(dim=-1)
             switches.add(out)
         model.train()
         return total(chosen), switches.shares()
@@ -669,6 +669,11 @@ class Refer(Task):
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
 
 
+def lengths_of(items):
+    """(N,): about how many words their texts have, to put like ones into a batch."""
+    return np.array([item["text"].count(" ") for item in items])
+
+
 def images_of(items):
     """The images of some items, each once, and for each item the place of its image: two lists."""
     places = {}
@@ -727,7 +732,7 @@ def finetune(args, checkpoint=None):
     if fit(args, task, checkpoint) is None:
         return None
 
-    # 4. Every split, with hard and with soft switches; and what questions alone would give.
+    # 4. Every split, with hard and with soft switches.
     results, predictions = {}, {}
     for split, items in task.held_out.items():
         hard, predictions[split], _ = task.evaluate_items(task.model, items)
@@ -736,8 +741,6 @@ def finetune(args, checkpoint=None):
                 lambda file: np.save(file, task.scores.numpy()), "wb")
         soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
         results[split] = {"hard": hard, "soft": soft}
-    if kind is VQA and args.data is None and not args.blind:
-        results["val"]["question only"] = question_only(args, task)
     if rank() == 0:
         write_results(args, task, results, predictions)
     say(f"done in {time.time() - started:.0f} s")
@@ -758,22 +761,6 @@ def load_task(kind, args):
         store = toy_world().store
     return store, kind.from_scenes(range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT),
         range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT))
-
-
-def question_only(args, task, steps=150):
-    """Scores of a model of the same size that sees no picture: what the words give away.
-
-    It learns in few steps all that there is to learn. A score that is not clearly above this one
-    shows no use of the picture.
-    """
-    blind = copy.copy(task)
-    blind.blind, blind.examples, blind.items = True, blind, task.items[: steps * args.batch]
-    torch.manual_seed(args.seed)
-    blind.model = blind.build_model(task.model.config, None)
-    settings = dict(vars(args), blind=True, resume=False, epochs=min(1, args.epochs),
-        eval_every=10**9, out=args.out / "blind")
-    fit(argparse.Namespace(**settings), blind)
-    return blind.evaluate_items(blind.model, task.held_out["val"])[0]
 
 
 def write_results(args, task, results, predictions):

@@ -56,6 +56,7 @@ and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switch
 (places).
 """
 
+import itertools
 import json
 import math
 import re
@@ -504,16 +505,24 @@ class SwitchBert(nn.Module):
 
     def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask,
             temperature=None, region_hidden=None):
-        if self.training and temperature is None:
-            temperature = 1.0
         text = self.text_embeddings(input_ids)  # (B, T, D)
         vision = self.region_embeddings(
             region_features, region_boxes, region_mask, region_hidden)  # (B, 1+R, D)
-        depths = [torch.cat([text, vision], dim=1)]  # (B, L, D)
+        return self.encode(text, vision, text_mask, region_mask, temperature)
+
+    def encode(self, text, vision, text_mask, region_mask, temperature=None, first=0):
+        """SwitchBertOutput of states of depth `first`: text (B, T, D), vision (B, 1+R, D).
+
+        first > 0: the layers below are frozen, so that nothing reads what came before them; `modes`
+        and `depths` are then those of the other layers.
+        """
+        if self.training and temperature is None:
+            temperature = 1.0
+        depths = [None] * first + [torch.cat([text, vision], dim=1)]  # (B, L, D)
         global_mask = torch.ones_like(region_mask[:, :1])
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text, modes, depth_weights = text.shape[1], [], []
-        for layer in self.layers:
+        for layer in self.layers[first:]:
             states, mode, weights = layer(depths, mask, num_text, temperature)
             depths.append(states)
             modes.append(mode)
@@ -522,6 +531,11 @@ class SwitchBert(nn.Module):
         pooled = self.pooler(text[:, 0], vision[:, 0])
         modes = torch.stack(modes, dim=1)  # (B, layers, 2, 3)
         return SwitchBertOutput(text, vision[:, 1:], pooled, modes, depth_weights)
+
+    def layers_apart(self):
+        """The first layers, as far as they are frozen to look inside one modality alone."""
+        return list(itertools.takewhile(lambda layer: layer.mode_gate is None
+            and layer.switch_input is None and layer.frozen_mode == INTRA, self.layers))
 
 
 def init_weights(module, std):

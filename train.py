@@ -34,6 +34,7 @@ Map of the file (* = read these first)
     python train.py                     the whole toy run: 2 to 5 minutes on two CPU cores
     python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
     python train.py --resume            go on with a run that was stopped or killed
+    python train.py --blind --epochs 1 --out runs/blind      what would words alone give?
     python train.py show runs/pretrain  draw switches.png and switches.gif again
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
@@ -174,8 +175,8 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
 def pretrain(args, checkpoint=None):
     """A pretraining run in the order in which it happens. Its scores, or None if it was stopped.
 
-    args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm), shares
-    from 0 to 1 (words, match, image R@1 ...), and words_blind in the toy world.
+    args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm) and shares
+    from 0 to 1 (words, match, image R@1 ...).
     """
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
@@ -186,25 +187,14 @@ def pretrain(args, checkpoint=None):
     # 2. The task: what its examples are, its model, its losses, its evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
     scores = fit(args, task, checkpoint)
-    if scores is None or args.blind:
-        return scores
+    if scores is None:
+        return None
 
     # 3. What has it learned? Retrieval without any training for it, on images it has never seen.
-    scores |= zero_shot(task.model, data)
-    say(f"zero-shot among {scores['images']}: " + ", ".join(
-        f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
-
-    # 4. And what would words alone give? The same task, blind. A few steps teach all there is to
-    #    learn from the pattern of the toy world's sentences (README: more do not help).
-    if args.data is None:
-        data.captions = data.captions[: 150 * args.batch]
-        blind = argparse.Namespace(**dict(vars(args), blind=True, resume=False, epochs=1,
-            eval_every=10**9, out=args.out / "blind", limit=len(data.captions)))
-        without = fit(blind, Pretraining(blind, data))
-        if without is None:
-            return None
-        scores["words_blind"] = without["words"]
-        say(f"masked words: {scores['words']:.3f} with pictures, {without['words']:.3f} without")
+    if not args.blind:
+        scores |= zero_shot(task.model, data)
+        say(f"zero-shot among {scores['images']}: " + ", ".join(
+            f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
     say(f"{args.out}: " + ", ".join(RECORD))
     say(f"done in {time.time() - started:.0f} s")
     return scores
@@ -534,13 +524,14 @@ def check_finite(args, task, step, numbers, bound=math.inf):
 #
 # Switches are hard unless a temperature is given: what is measured is the model that will be used,
 # without noise. Processes share the work in whole batches, so what a batch is padded to, and with
-# it every rounding, is the same for any number of them.
+# it every rounding, is the same for any number of them. Batches hold examples of like length.
 
 
-def share_of(num_examples, batch_size=200):
-    """The batches, as ranges of indices, that this process evaluates."""
-    starts = range(rank() * batch_size, num_examples, world_size() * batch_size)
-    return [range(s, min(s + batch_size, num_examples)) for s in starts]
+def share_of(lengths, batch_size=200):
+    """The batches that this process evaluates: arrays of indices, of examples of like length."""
+    order = np.argsort(lengths, kind="stable")
+    starts = range(rank() * batch_size, len(order), world_size() * batch_size)
+    return [order[start : start + batch_size] for start in starts]
 
 
 class SwitchShares:
@@ -579,7 +570,7 @@ def evaluate(model, dataset, batch_size=200):
     """
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
-    for part in share_of(len(dataset), batch_size):
+    for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
         found += torch.cat([out.sums, found.new_tensor(out.counts), out.correct])
         switches.add(out.encoder)
@@ -606,20 +597,58 @@ def zero_shot(model, data, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the whole model: one text with all of these images is a batch. The
+    Every pair goes through the model. What a text or an image is by itself is computed once: its
+    embedding, and the layers before modalities meet, if there are such (frozen "late": half of
+    them). Texts of one length meet images of one number of regions, so that no pair is padded. The
     processes share the texts. temperature: as in the model, None for hard switches.
     """
     model.eval()
-    none = np.zeros(0, dtype=np.int64)
-    images = to_device(model_inputs(
-        [dict(region_inputs(store, store.row(i)), input_ids=none) for i in image_ids]))
+    images = [region_inputs(store, store.row(i)) for i in image_ids]
+    words = [torch.tensor(tokenizer.encode(text, max_tokens)) for text in texts]
     scores = torch.zeros(len(texts), len(image_ids), device=device())
-    for i in range(rank(), len(texts), world_size()):
-        ids = torch.tensor(tokenizer.encode(texts[i], max_tokens), device=device())
-        words = ids.expand(len(image_ids), -1)  # (images, T)
-        batch = dict(images, input_ids=words, text_mask=torch.ones_like(words))
-        scores[i] = model(**batch, temperature=temperature)[0].float()
+    for columns in equal_groups([len(image["region_boxes"]) for image in images]):
+        vision, region_mask = vision_alone(model.bert, [images[i] for i in columns])
+        n = len(columns)
+        for rows in equal_groups([len(ids) for ids in words]):
+            for part in list(rows.split(max(1, 200 // n)))[rank() :: world_size()]:  # 200 pairs
+                text, text_mask = text_alone(model.bert, torch.stack([words[i] for i in part]))
+                k = len(part)
+                out = model.bert.encode(text.repeat_interleave(n, 0), vision.repeat(k, 1, 1),
+                    text_mask.repeat_interleave(n, 0), region_mask.repeat(k, 1), temperature,
+                    first=len(model.bert.layers_apart()))
+                found = model.classifier(out.pooled).float().view(k, n)
+                scores[part[:, None], columns] = found
     return total(scores)
+
+
+def equal_groups(sizes):
+    """Which of these sizes are equal: a tensor of indices for each size, from the least on."""
+    order, sizes = torch.tensor(sizes).sort(stable=True).indices, torch.tensor(sizes)
+    return order.split(torch.unique(sizes, return_counts=True)[1].tolist())
+
+
+def text_alone(bert, input_ids):
+    """States (B, T, D) of texts of one length before they meet a picture, and their mask (B, T)."""
+    input_ids = input_ids.to(device())
+    mask, states = torch.ones_like(input_ids), bert.text_embeddings(input_ids)
+    for layer in bert.layers_apart():
+        states = layer([states], mask, mask.shape[1], None)[0]
+    return states, mask
+
+
+def vision_alone(bert, images):
+    """States (B, 1+R, D) of images before they meet a text, and the mask (B, R) of their regions.
+
+    images: what region_inputs gives of each, with equally many regions.
+    """
+    none = np.zeros(0, dtype=np.int64)
+    inputs = to_device(model_inputs([dict(image, input_ids=none) for image in images]))
+    states = bert.region_embeddings(*(inputs[name] for name in ("region_features",
+        "region_boxes", "region_mask")))
+    mask = torch.cat([torch.ones_like(inputs["region_mask"][:, :1]), inputs["region_mask"]], dim=1)
+    for layer in bert.layers_apart():
+        states = layer([states], mask, 0, None)[0]
+    return states, inputs["region_mask"]
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
