@@ -369,6 +369,13 @@ class SwitchBertLayer(nn.Module):
         else:
             states = depths[-1]
             depth_weights = constant_choice(len(depths) - 1, len(depths), mask)
+        return *self.block(states, mask, num_text, temperature), depth_weights
+
+    def block(self, states, mask, num_text, temperature):
+        """What is alike in all layers, whatever they read: (B, L, D) -> (B, L, D), modes (B, 2, 3).
+
+        train.compile_layers compiles it, once for all layers.
+        """
         if self.mode_gate:
             modes = self.mode_gate(states, mask, num_text, temperature)
         else:
@@ -376,7 +383,7 @@ class SwitchBertLayer(nn.Module):
         attended = self.attention(states, mask, num_text, modes)
         states = self.attention_norm(states + self.dropout(attended))
         processed = self.output(F.gelu(self.intermediate(states)))
-        return self.output_norm(states + self.dropout(processed)), modes, depth_weights
+        return self.output_norm(states + self.dropout(processed)), modes
 
 
 def constant_choice(option, num_options, mask):

@@ -320,14 +320,15 @@ def fit(args, task, checkpoint=None):
     steps, started = number_of_steps(args, len(task.examples)), time.time()
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
-    trained = torch.compile(model, dynamic=True) if args.compile else model
-    trained = DistributedDataParallel(trained) if dist.is_initialized() else trained
+    if args.compile:
+        compile_layers(model)
+    trained = DistributedDataParallel(model) if dist.is_initialized() else model
     rate, scores = temperature_rate(args, steps, task.initial_temperature), None
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
-    last, resumed = first, time.time()  # for the speed: evaluations are no training time
+    speed = Speed(args, model)
 
     with Stop() as stop:
         for step in tqdm(range(first, steps), "training", initial=first, total=steps, leave=False,
@@ -342,6 +343,7 @@ def fit(args, task, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
+            speed.add(batches)
 
             # 5. Clip the gradient, and step.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
@@ -353,16 +355,16 @@ def fit(args, task, checkpoint=None):
 
             # 6. Now and then: evaluate, print a line, record it, draw the switches, save.
             if done % args.eval_every == 0 or done == steps:
-                speed = (done - last) * args.batch / (time.time() - resumed)
+                rates = speed.read()
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
                 # No loss here starts above 100: a thousand means weights that are lost.
                 check_finite(args, task, step, {**means, **scores}, bound=1e3)
-                report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
+                report(args, task, steps, step=done, lr=lr, temperature=tau, **rates,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, model, optimizer, done, interval)
-                last, resumed = done, time.time()
+                speed = Speed(args, model)  # evaluations are no training time
 
             # 7. Was any process asked to stop? Then all stop here, and --resume goes on from here.
             elif total(torch.tensor(float(stop.asked()))) > 0:
@@ -508,6 +510,70 @@ def forward_backward(args, task, model, batches, step, tau):
         sums += part.detach()
         mixture.add(out)
     return total(sums) / counts, mixture
+
+
+def compile_layers(model):
+    """Compile the layers of a model in place, and return it.
+
+    One layer at a time: the compiled code serves all twelve, and is ready in a minute. The whole
+    model at once takes several, and again for every setting of the switches.
+    """
+    for layer in model.bert.layers:
+        layer.block = torch.compile(layer.block, dynamic=True)
+    return model
+
+
+class Speed:
+    """How fast this process trains, from now on."""
+
+    def __init__(self, args, model):
+        self.args, self.model, self.steps, self.flops = args, model, 0, 0
+        self.started = time.time()
+
+    def add(self, batches):
+        """A step was made on these batches."""
+        self.steps += 1
+        if device().type == "cuda":
+            self.flops += sum(flops_of(self.model, batch) for batch in batches)
+
+    def read(self):
+        """{"per_second": examples of all processes} and on a GPU "mfu", the model's use of it: its
+        operations per second as a share of those of a large matrix product.
+        """
+        seconds = time.time() - self.started
+        rates = {"per_second": self.steps * self.args.batch / seconds}
+        if self.flops:
+            kind = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
+            rates["mfu"] = self.flops / seconds / matmul_rate(kind)
+        return rates
+
+
+def flops_of(model, batch):
+    """Floating-point operations of forward and backward on a batch, without its padding.
+
+    Every weight of the layers meets every token once forward and twice backward, with a product
+    and a sum each time: 6 per weight and token. The two L x L products of attention add 12 L D per
+    token and layer. Embeddings and heads, 3 % of the base model, are left out.
+    """
+    layers, hidden = model.bert.layers, model.config.hidden_size
+    tokens = 1 + batch["text_mask"].sum(dim=1) + batch["region_mask"].sum(dim=1)  # (B,), of L
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    attention = 12 * hidden * len(layers) * (tokens**2).sum()
+    return (6 * weights * tokens.sum() + attention).item()
+
+
+@functools.cache
+def matmul_rate(dtype):
+    """Operations per second of a large matrix product on this device: what can be reached."""
+    n, repeats = (8192, 20) if device().type == "cuda" else (1024, 3)
+    a, seconds = torch.randn(n, n, device=device(), dtype=dtype), []
+    for _ in range(3):  # the first time is warming up
+        started = time.time()
+        for _ in range(repeats):
+            product = a @ a
+        product[0, 0].item()  # waits for all of them
+        seconds.append(time.time() - started)
+    return 2 * n**3 * repeats / min(seconds)
 
 
 def check_finite(args, task, step, numbers, bound=math.inf):
@@ -973,10 +1039,11 @@ def report(args, task, steps, **line):
     A loss of exactly 0 is not printed: this run has none of its kind, as a blind one has no MRC.
     """
     record(args, examples=line["step"] * args.batch, **line)
+    mfu = f"mfu {line['mfu']:.2f}, " if "mfu" in line else ""
     line["losses"] = " ".join(f"{name} {x:.2f}" for name, x in line["losses"].items() if x)
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
-        "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(
-            **line, steps=steps, headline=task.headline(line["scores"]), unit=task.unit))
+        "{per_second:.0f} {unit}/s, {use}{seconds:.0f} s".format(
+            **line, use=mfu, steps=steps, headline=task.headline(line["scores"]), unit=task.unit))
     if rank() == 0:
         save_png(args.out / "switches.png", draw_switches([args.out]))
 

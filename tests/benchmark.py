@@ -1,29 +1,56 @@
-"""Speed, as ratios of things measured in turn in one run: python tests/benchmark.py [store|extract]
+"""Speed, as ratios of things measured in turn in one run: python tests/benchmark.py [NAME ...]
 
 A figure in seconds says more of the machine than of the code; a ratio of two that took turns within
 a second of each other says something of the code on any machine. Let nothing else run beside it.
 
+    train      a training step with learned switches against frozen ones, a plain torch.nn BERT and
+               the bare matrix products; growth, padding, loading, memory (10 minutes on 2 cores)
+    corpus     3.3 and 12.4 million captions: seconds and memory before the first step, and in
+               loading processes (5 minutes, 3 GB of disk)
     store      reading a feature store against plain copies in memory, .npz files, pickled records
     extract    extraction from picture files against the bare network, at its real size
+    gpu        all of it that a GPU can show, and the runs of the README, in ten minutes
+    tiny       `train`, `corpus` and `gpu` at sizes that mean nothing: do they work?
+
+--json FILE writes all figures. What was measured with it, on which machine, is in the README.
 """
 
 import argparse
+import json
 import mmap
 import pickle
+import platform
+import resource
+import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import extract_features  # noqa: E402
-from data import FeatureStore, pad  # noqa: E402
+import train  # noqa: E402
+from data import (MATCH, SPECIALS, FeatureStore, PretrainingDataset,  # noqa: E402
+    WordPiece, collate, pad)
+from switchbert import (FROZEN, SwitchBertConfig, SwitchBertForPretraining,  # noqa: E402
+    SwitchBertOutput)
+
+FOUND = {}  # what was measured: {benchmark: {name: number}}
+
+
+def sync():
+    """Wait until the GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def take_turns(functions, rounds):
@@ -31,11 +58,296 @@ def take_turns(functions, rounds):
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
+            sync()
             start = time.perf_counter()
             function(turn)
+            sync()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(each) for name, each in seconds.items()}
+
+
+def show(title, unit, numbers):
+    """Print a table of {name: number}, and keep it for the JSON file."""
+    FOUND.setdefault(title, {}).update(numbers)
+    print(f"\n{title} ({unit})")
+    for name, number in numbers.items():
+        print(f"    {name:45s}{number:12.3f}")
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+SIZES = {  # of the model; pairs, word pieces and regions of a batch without padding
+    "base": (SwitchBertConfig.base, dict(pairs=16, pieces=38, regions=36)),
+    "tiny": (SwitchBertConfig.tiny, dict(pairs=4, pieces=9, regions=5))}
+
+
+def make_batch(config, pairs, pieces, regions):
+    """A batch of made-up pairs, all of one length: 15 % of the words and regions are predicted."""
+    rng, classes = np.random.default_rng(0), config.num_region_classes
+    examples = []
+    for _ in range(pairs):
+        words = np.sort(rng.permutation(np.arange(1, pieces - 1))[: max(1, pieces * 15 // 100)])
+        places = np.sort(rng.permutation(regions)[: max(1, regions * 15 // 100)])
+        corner = rng.random((regions, 2), dtype=np.float32) / 2
+        examples.append(dict(input_ids=rng.integers(5, config.vocab_size, pieces),
+            region_features=rng.normal(size=(regions, config.region_feature_size)).astype("f2"),
+            region_boxes=np.hstack([corner, corner + 0.5, np.full((regions, 1), 0.25, "f4")]),
+            region_hidden=np.isin(np.arange(regions), places), mlm_positions=words,
+            mlm_labels=rng.integers(5, config.vocab_size, len(words)), mrc_positions=places,
+            mrc_targets=rng.dirichlet(np.ones(classes), len(places)).astype("f4"),
+            itm_labels=MATCH))
+    return train.to_device(collate(examples))
+
+
+def build(config):
+    torch.manual_seed(0)
+    return SwitchBertForPretraining(config).to(train.device()).train()
+
+
+def plain_bert(config):
+    """Embeddings and heads are the same; between them stands torch's own encoder."""
+    model = build(config)
+    layer = nn.TransformerEncoderLayer(config.hidden_size, config.num_attention_heads,
+        config.intermediate_size, config.hidden_dropout_prob, "gelu", batch_first=True)
+    encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=False)
+    encoder.to(train.device()).train()
+
+    def encode(text, vision, text_mask, region_mask, temperature=None):
+        ones = torch.ones_like(region_mask[:, :1])
+        padding = torch.cat([text_mask, ones, region_mask], dim=1) == 0
+        states = encoder(torch.cat([text, vision], dim=1), src_key_padding_mask=padding)
+        n = text.shape[1]
+        pooled = model.bert.pooler(states[:, 0], states[:, n])
+        return SwitchBertOutput(states[:, :n], states[:, n + 1 :], pooled, None, None)
+
+    model.bert.layers, model.bert.encode, model.plain = nn.ModuleList(), encode, encoder
+    return model
+
+
+def matrix_products(config, pairs, length, dtype=torch.float32):
+    """The products of all layers, forward and twice as many backward, and nothing else."""
+    d, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    new = dict(device=train.device(), dtype=dtype)
+    states, inner = (torch.randn(pairs * length, n, **new) for n in (d, wide))
+    square, up = torch.randn(d, d, **new), torch.randn(d, wide, **new)
+    q, scores = (torch.randn(pairs * heads, length, n, **new) for n in (d // heads, length))
+
+    def run(turn):
+        for _ in range(config.num_hidden_layers):
+            for x, w in (*[(states, square)] * 4, (states, up), (inner, up.T)):
+                y = x @ w  # and the gradients of x and of w
+                y @ w.T, x.T @ y
+            for a, b in ((q, q.transpose(1, 2)), (scores, q)):
+                y = a @ b
+                y @ b.transpose(1, 2), a.transpose(1, 2) @ y
+    return run
+
+
+def stepper(model, batch, tau=1.0, dtype=None):
+    """A function that makes one forward and backward pass."""
+    def run(turn):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(train.device().type, dtype, enabled=dtype is not None):
+            loss = model(**batch, temperature=tau).loss
+        loss.backward()
+    return run
+
+
+@torch.no_grad()
+def inference(model, batch):
+    """A function that makes one forward pass with hard switches."""
+    def run(turn):
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+    return run
+
+
+def saved_for_backward(model, batch):
+    """Megabytes per pair that a step keeps for its backward pass: each memory block once."""
+    blocks = {}
+
+    def keep(tensor):
+        blocks[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch, temperature=1.0).loss
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    del loss
+    return sum(n for p, n in blocks.items() if p not in weights) / 1e6 / len(batch["itm_labels"])
+
+
+def benchmark_train(folder, size="base", rounds=5):
+    """Ratios of training steps; `folder` is for the store that loading reads."""
+    make, form = SIZES[size]
+    batch, length = make_batch(make(), **form), form["pieces"] + 1 + form["regions"]
+
+    settings = ["learned", "attention", "input", *FROZEN]
+    models = {name: build(make(switches=name)) for name in settings}
+    steps = {name: stepper(model, batch) for name, model in models.items()}
+    steps["torch.nn.TransformerEncoder"] = stepper(plain_bert(make(switches="intra")), batch)
+    steps["bare matrix products"] = matrix_products(make(), form["pairs"], length)
+    seconds = take_turns(steps, rounds)
+    show(f"step, {size}", "frozen single = 1",
+        {name: s / seconds["single"] for name, s in seconds.items()})
+    show(f"pairs per second, {size}", "1/s",
+        {name: form["pairs"] / s for name, s in seconds.items()})
+    show(f"memory of a step, {size}", "MB per pair, kept for the backward pass",
+        {name: saved_for_backward(models[name], batch) for name in ("learned", "single")})
+    seconds = take_turns({name: inference(models[name], batch)
+        for name in ("learned", "single")}, rounds)
+    show(f"hard inference, {size}", "frozen single = 1",
+        {"learned": seconds["learned"] / seconds["single"]})
+
+    # One thing is doubled at a time, from a model of four layers.
+    fewer = dict(form, pairs=max(2, form["pairs"] // 4))
+    tall = {n: build(make(num_hidden_layers=n)) for n in (4, 12, 24, 48)}
+    few = make_batch(make(), **fewer)
+    grown = {f"{n} layers": stepper(model, few) for n, model in tall.items()}
+    for name, value in fewer.items():
+        grown[f"4 layers, {2 * value} {name}"] = stepper(
+            tall[4], make_batch(make(), **dict(fewer, **{name: 2 * value})))
+    seconds = take_turns(grown, max(1, rounds // 2))
+    per_layer = (seconds["12 layers"] - seconds["4 layers"]) / 8  # embeddings and heads cancel
+    show(f"growth, {size}", "a step of 4 layers = 1", {n: s / seconds["4 layers"]
+        for n, s in seconds.items()} | {"a layer of 48, of 12 layers = 1":
+            (seconds["48 layers"] - seconds["4 layers"]) / 44 / per_layer})
+    benchmark_padding(models["learned"], form, max(1, rounds // 2))
+    benchmark_loading(folder, models["learned"], form)
+
+
+def caption_lengths(n):
+    """Word pieces of n captions, about as Conceptual Captions has them: 5 to 38, 12 on average."""
+    return (5 + np.random.default_rng(1).gamma(2.0, 3.5, n)).clip(max=38).astype(int)
+
+
+def benchmark_padding(model, form, rounds, batches=12):
+    """Captions of real lengths: padded to 38, in batches drawn at random, and of like length."""
+    lengths, size, most = caption_lengths(20_000), form["pairs"], form["pieces"]
+    lengths = (lengths * most // 38).clip(min=3)
+    examples = type("Lengths", (), {"lengths": lengths, "__len__": lambda self: len(lengths)})()
+    orders = {"of like length": train.epoch_batches(0, 0, size, examples)[:batches],
+        "drawn at random": np.random.default_rng(0).integers(0, len(lengths), (batches, size))}
+    seconds, padding = {}, {}
+    full = stepper(model, make_batch(model.config, **form))
+    for name, order in orders.items():
+        each = [make_batch(model.config, size, int(lengths[b].max()), form["regions"])
+            for b in order]
+        steps = {f"{k}": stepper(model, batch) for k, batch in enumerate(each)}
+        taken = take_turns({"full": full, **steps}, rounds)
+        seconds[name] = taken.pop("full") * batches / sum(taken.values())
+        padding[name] = 1 - sum(lengths[b].sum() for b in order) / sum(
+            lengths[b].max() * size for b in order)
+    padding["padded to the longest"] = 1 - lengths.mean() / most
+    show("captions of real lengths", "pairs per second, padded to the longest = 1", seconds)
+    show("padding among word pieces", "share", padding)
+
+
+def write_store(folder, images, regions, config):
+    """A store of made-up images, without classes."""
+    rng = np.random.default_rng(0)
+    writer = FeatureStore.create(folder, range(images), regions, config.region_feature_size)
+    features = rng.normal(size=(regions, config.region_feature_size)).astype(np.float16)
+    for row in range(images):
+        writer.write(row, features, np.tile(np.float32([1, 1, 9, 9]), (regions, 1)), (10, 10))
+    return writer.finish()
+
+
+def benchmark_loading(folder, model, form, images=500, batches=6):
+    """How fast batches come from a store, and what that leaves of a step on batches in memory."""
+    config, size = model.config, form["pairs"]
+    store = write_store(folder / "loading", images, form["regions"], config)
+    words = [f"word{i}" for i in range(config.vocab_size - len(SPECIALS))]
+    rng = np.random.default_rng(0)
+    pairs = [(i, " ".join(words[k] for k in rng.integers(0, len(words), form["pieces"] - 2)))
+        for i in range(images)]
+    data = PretrainingDataset(store, pairs, WordPiece([*SPECIALS, *words]))
+    args, _ = train.parse_args(["--batch", str(size), "--workers", "2", "--data", str(folder)])
+    config.num_region_classes = 0
+
+    def load(workers, step=None):
+        args.workers = workers
+        loader = train.load_parts(args, argparse.Namespace(examples=data, collate=collate), 0,
+            batches + 1)
+        next(loader)  # loading processes have started
+        start = time.perf_counter()
+        for batch in loader:
+            if step:
+                stepper(model, train.to_device(batch))(0)
+        sync()
+        return batches * size / (time.perf_counter() - start)
+
+    memory = [data[i] for i in range(size)]
+    fixed = stepper(model, train.to_device(collate(memory)))
+    seconds = take_turns({"step": fixed}, batches)["step"]
+    show("loading", "pairs per second", {"loading alone": load(0), "2 processes": load(2),
+        "steps on a batch in memory": size / seconds, "steps on loaded batches": load(2, True)})
+
+
+# --- corpus ---------------------------------------------------------------------------------------
+
+
+def write_corpus(folder, count):
+    """A caption file and a store of as many tiny images, as large as Conceptual Captions'."""
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), n))
+        for n in rng.integers(2, 9, 3000)])
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *words]))
+    codes = set()
+    with open(folder / "captions.tsv", "w") as file:
+        for i, length in enumerate(caption_lengths(count)):
+            link = f"http://host{i % 977}.example.com/images/{i:09d}.jpg"
+            file.write(" ".join(words[rng.integers(0, 3000, length)]) + f"\t{link}\n")
+            codes.add(zlib.crc32(link.encode()))
+    writer = FeatureStore.create(folder / "features", sorted(codes), 1, 2, detector="made up")
+    for name, value in dict(sizes=10, boxes=[1, 1, 9, 9], counts=1).items():
+        writer.arrays[name][:] = value
+    writer.finish()
+
+
+def memory(pid="self"):
+    """Megabytes that are a process's own: what it shares with its parent or with files is not."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return (sizes["Private_Clean"] + sizes["Private_Dirty"]) / 1e3
+
+
+def corpus_child(folder, loaders=4, batches=200):
+    """In a process of its own: read the corpus as train.py does, and load some thousand pairs."""
+    start, before = time.perf_counter(), memory()
+    data = train.load_data(folder, folder)
+    pairs = PretrainingDataset(data.store, data.captions, data.tokenizer)
+    args, _ = train.parse_args(["--data", str(folder), "--workers", str(loaders)])
+    train.part_keys(args, pairs, 0)
+    seconds, after = time.perf_counter() - start, memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    task = argparse.Namespace(examples=pairs, collate=collate)
+    iterator = train.load_parts(args, task, 0, len(pairs) // args.batch)
+    own = lambda: sum(memory(worker.pid) for worker in iterator._workers) / loaders  # noqa: E731
+    next(iterator)
+    first, begun = own(), time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    print(json.dumps({"captions": len(pairs), "seconds": seconds, "MB before any data": before,
+        "MB of data": after - before, "MB at most": peak, "MB per loading process": first,
+        f"MB more after {batches} batches": own() - first,
+        "pairs loaded per second": batches * args.batch / (time.perf_counter() - begun)}))
+
+
+def benchmark_corpus(folder, counts=(3_300_000, 12_400_000)):
+    """Each size in a fresh process."""
+    for count in counts:
+        write_corpus(folder / str(count), count)
+        code = f"import benchmark as b; b.corpus_child(b.Path({str(folder / str(count))!r}))"
+        found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
+            text=True, cwd=Path(__file__).parent)
+        show(f"corpus of {count:,}", "as named", json.loads(found.stdout.splitlines()[-1]))
+
+
+# --- store and extract ----------------------------------------------------------------------------
 
 
 def benchmark_store(folder, images=2000, batch=256, rounds=30):
@@ -68,16 +380,14 @@ def benchmark_store(folder, images=2000, batch=256, rounds=30):
         **{name: lambda turn, read=read: pad([read(row)["features"] for row in orders[turn]])
             for name, read in readers.items()}}, rounds)
     size = batch * ram[0].nbytes / 1e9
-    print(f"store: random batches of {batch} at {size / seconds['store']:.1f} GB/s, "
-        f"{seconds['memory'] / seconds['store']:.2f} of plain copies in memory; "
-        f"{seconds['npz'] / seconds['store']:.1f} x as fast as a .npz an image, "
-        f"{seconds['pickle'] / seconds['store']:.1f} x as fast as pickled records")
+    show("store", "random batches of 256", {"GB per second": size / seconds["store"],
+        "of plain copies in memory": seconds["memory"] / seconds["store"],
+        "times as fast as .npz files": seconds["npz"] / seconds["store"],
+        "times as fast as pickled records": seconds["pickle"] / seconds["store"]})
 
 
-def benchmark_extract(folder, pictures=2, rounds=3):
-    """vg at 600 x 1000 with random weights: all of `extract` from JPEG files, against backbone,
-    proposals, pooling and head alone on the prepared pictures.
-    """
+def random_vg():
+    """Visual Genome's detector with random weights, made so that its boxes differ."""
     torch.manual_seed(0)
     model = extract_features.build_detector("vg")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,49 +399,143 @@ def benchmark_extract(folder, pictures=2, rounds=3):
     wide = torch.tensor([1.4, 1.0, 0.7]).repeat(4) * sizes
     model.rpn.anchor_generator.cells.copy_(
         torch.stack([-wide, -sizes * sizes / wide, wide, sizes * sizes / wide], dim=1))
+    return model
+
+
+def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
+    """vg at 600 x 1000 with random weights: all of `extract` from JPEG files, against backbone,
+    proposals, pooling and head alone on the prepared pictures.
+    """
+    model = random_vg()
     weights = folder / "vg.pt"  # the flags want a name; the model is given below
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(exist_ok=True)
     for i in range(pictures):
         noise = np.random.default_rng(i).integers(0, 256, (38, 63, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((1000, 600)).save(folder / "images" / f"{i}.jpg")
     files = extract_features.find_pictures(folder / "images")
     images = [extract_features.pil_to_tensor(extract_features.open_picture(p)) / 255
         for _, p in files]
-    prepared = [model.transform([i.to(next(model.parameters()).device)])[0] for i in images]
+    where = next(model.parameters()).device
+    prepared = [model.transform([image.to(where)])[0] for image in images]
 
     @torch.no_grad()
     def network(turn):
-        for image in prepared:
-            maps = {"0": model.backbone(image.tensors)}
-            boxes, _ = model.rpn(image, maps)
-            pooled = model.roi_heads.box_roi_pool(maps, boxes, image.image_sizes)
-            model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with torch.autocast(where.type, extract_features.PRECISIONS[precision],
+                enabled=precision != "fp32"):
+            for image in prepared:
+                maps = {"0": model.backbone(image.tensors)}
+                boxes, _ = model.rpn(image, maps)
+                pooled = model.roi_heads.box_roi_pool(maps, boxes, image.image_sizes)
+                model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
 
     def extraction(turn):
         args = extract_features.parse_args([str(folder / "images"), "-o", str(folder / f"s{turn}"),
-            "--weights", str(weights), "--workers", "0"])
-        writer = FeatureStore.create(args.out, [i for i, _ in files], 36, **model.about)
+            "--weights", str(weights), "--workers", "4" if where.type == "cuda" else "0",
+            "--precision", precision])
+        writer = FeatureStore.create(folder / f"{precision}{turn}", [i for i, _ in files], 36,
+            **model.about)
         extract_features.extract_part(args, model, writer, files, None)
 
     seconds = take_turns({"network": network, "extraction": extraction}, rounds)
-    print(f"extract: {pictures / seconds['extraction']:.3f} pictures/s at 600 x 1000 on "
-        f"{next(model.parameters()).device.type}; loading, selection and writing add "
-        f"{100 * (seconds['extraction'] / seconds['network'] - 1):.1f} % to the network's time")
+    show(f"extract, {precision}", f"600 x 1000 on {where.type}", {
+        "pictures per second": pictures / seconds["extraction"],
+        "of the network's time": seconds["extraction"] / seconds["network"]})
 
 
-BENCHMARKS = {"store": benchmark_store, "extract": benchmark_extract}
+# --- gpu ------------------------------------------------------------------------------------------
 
 
-def main():
-    """Those that were asked for, or all."""
+def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("train.py",
+        "finetune.py vqa", "finetune.py retrieval", "finetune.py refer"), pictures=64):
+    """Everything that the README says of a GPU, in one go; at small sizes it runs on a CPU."""
+    where, (make, form) = train.device(), SIZES[size]
+    form = dict(form, pairs=pairs)
+    batch, length = make_batch(make(), **form), form["pieces"] + 1 + form["regions"]
+    print(torch.cuda.get_device_name() if where.type == "cuda" else platform.processor(), where)
+
+    # 1. A step in fp32, bf16, and compiled, against a large matrix product in bf16.
+    models = {name: build(make(switches=name)) for name in ("learned", "single")}
+    compiled = train.compile_layers(build(make()))
+    half, rate = torch.bfloat16, train.matmul_rate(torch.bfloat16)
+    steps_of = {"fp32": stepper(models["learned"], batch),
+        "bf16": stepper(models["learned"], batch, dtype=half),
+        "bf16, frozen single": stepper(models["single"], batch, dtype=half),
+        "bf16, compiled": stepper(compiled, batch, dtype=half),
+        "bare products in bf16": matrix_products(make(), pairs, length, half)}
+    seconds = take_turns(steps_of, rounds)
+    flops = train.flops_of(models["learned"], {k: v.cpu() for k, v in batch.items()
+        if torch.is_tensor(v)})
+    show("gpu: pairs per second", "1/s", {n: pairs / s for n, s in seconds.items()})
+    show("gpu: share of a large bf16 product's rate", f"of {rate / 1e12:.0f} TFLOP/s",
+        {n: flops / s / rate for n, s in seconds.items()})
+    hours = {n: 33e6 / (pairs / s) / 3600 for n, s in seconds.items() if "bare" not in n}
+    show("gpu: ten epochs of Conceptual Captions", "hours of one card", hours)
+
+    # 2. Memory per pair, and the largest batch.
+    if where.type == "cuda":
+        found = {}
+        for name, dtype in (("fp32", None), ("bf16", half)):
+            used = []
+            for n in (pairs // 4, pairs // 2):
+                torch.cuda.reset_peak_memory_stats()
+                stepper(models["learned"], make_batch(make(), **dict(form, pairs=n)),
+                    dtype=dtype)(0)
+                used.append(torch.cuda.max_memory_allocated() / 1e9)
+            found[f"{name}, GB per pair"] = (used[1] - used[0]) / (pairs // 4)
+            free = torch.cuda.get_device_properties(0).total_memory / 1e9 - used[0]
+            found[f"{name}, largest batch"] = pairs // 4 + free / found[f"{name}, GB per pair"]
+        show("gpu: memory", "as named", found)
+
+    # 3. The same run in fp32 and bf16: how far apart are the losses?
+    ends = {}
+    for name, dtype in (("fp32", None), ("bf16", half)):
+        model = build(make())
+        optimizer = train.make_optimizer(model, 1e-4)
+        for step in range(steps):
+            torch.manual_seed(step)
+            stepper(model, batch, dtype=dtype)(step)
+            optimizer.step()
+        with torch.no_grad():
+            ends[name] = model.eval()(**batch).loss.item()
+    show(f"gpu: loss after {steps} steps on one batch", "sum of the three", ends)
+
+    # 4. Loading, extraction, and the runs themselves.
+    benchmark_loading(folder, models["learned"], form)
+    if pictures:
+        for precision in extract_features.PRECISIONS:
+            benchmark_extract(folder, pictures, 1, precision)
+    for command in runs:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
+            text=True)
+        show("gpu: runs of the README", "seconds", {command: time.perf_counter() - start})
+        print("\n".join((done.stdout + done.stderr).splitlines()[-8:]))
+
+
+def benchmark_tiny(folder):
+    """Do `train`, `corpus` and `gpu` work?"""
+    benchmark_train(folder, "tiny", rounds=1)
+    benchmark_corpus(folder, counts=[60_000])
+    (folder / "gpu").mkdir()
+    benchmark_gpu(folder / "gpu", "tiny", pairs=4, rounds=1, steps=2, runs=["train.py -h"],
+        pictures=0)
+
+
+BENCHMARKS = {"train": benchmark_train, "corpus": benchmark_corpus, "store": benchmark_store,
+    "extract": benchmark_extract, "gpu": benchmark_gpu, "tiny": benchmark_tiny}
+
+
+def main(argv=None):
+    """Those that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", nargs="*", default=list(BENCHMARKS),
-        help=" ".join(BENCHMARKS))
-    for name in parser.parse_args().which:
+    parser.add_argument("which", nargs="+", choices=BENCHMARKS)
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    args = parser.parse_args(argv)
+    for name in args.which:
         with tempfile.TemporaryDirectory() as folder:
             BENCHMARKS[name](Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(FOUND, indent=1))
 
 
 if __name__ == "__main__":
