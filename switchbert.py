@@ -540,9 +540,9 @@ class SwitchBert(nn.Module):
         return SwitchBertOutput(text, vision[:, 1:], pooled, modes, depth_weights)
 
     def layers_apart(self):
-        """The first layers, as far as they are frozen to look inside one modality alone."""
+        """The first layers, as far as they are frozen to look inside one modality; not the last."""
         return list(itertools.takewhile(lambda layer: layer.mode_gate is None
-            and layer.switch_input is None and layer.frozen_mode == INTRA, self.layers))
+            and layer.switch_input is None and layer.frozen_mode == INTRA, self.layers[:-1]))
 
 
 def init_weights(module, std):

@@ -12,8 +12,8 @@ from torch import nn
 
 from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
-    SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, load_bert,
-    switch, switch_attention, temperature)
+    SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, SwitchInput,
+    load_bert, switch, switch_attention, temperature)
 
 B, H, T, V, SIZE = 2, 3, 4, 5, 6  # V vision tokens
 MIXED = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
@@ -276,6 +276,37 @@ def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
     assert read[:, :5].equal(depth0[:, :5]) and read[:, 5:].equal(depth1[:, 5:])
     assert out.depths[1].tolist() == [[[1.0, 0.0], [0.0, 1.0]]] * 3
     assert out.modes.argmax(-1).tolist() == [[[INTER, JOINT]] * 2] * 3
+
+
+@pytest.mark.parametrize("tau", [None, 0.7])
+def test_what_a_layer_reads_is_the_weighted_sum_of_all_depths(tau):
+    """Also with hard switches that choose differently, or alike for the whole batch."""
+    block = SwitchInput(SwitchBertConfig.tiny(), 3).eval()
+    nn.init.normal_(block.gate.linear.weight, std=9.0)
+    depths, mask = [torch.randn(8, 7, 16) for _ in range(4)], torch.ones(8, 7).long()
+    for bias in (0.0, 1e4):  # the newest depth for everybody
+        nn.init.constant_(block.gate.linear.bias.view(2, 4)[:, -1], bias)
+        mixed, weights = block(depths, mask, 3, tau)
+        per_token = torch.cat([weights[:, :1].expand(8, 3, 4), weights[:, 1:].expand(8, 4, 4)], 1)
+        close(mixed, torch.einsum("bli,ibld->bld", per_token, torch.stack(depths)))
+        assert bias or weights.amax(dim=(0, 1)).count_nonzero() > 1
+
+
+@pytest.mark.parametrize("switches, apart", [
+    ("intra", 3), ("late", 2), ("dual", 1), ("single", 0), ("attention", 0), ("input", 0)])
+def test_layers_before_modalities_meet_may_be_run_on_each_alone(switches, apart, inputs):
+    model = setting(switches)
+    assert [*model.layers_apart()] == [*model.layers[:apart]]
+    whole, mask = model(**inputs), inputs["text_mask"]
+    text = model.text_embeddings(inputs["input_ids"])
+    region_mask = torch.cat([torch.ones(3, 1).long(), inputs["region_mask"]], dim=1)
+    vision = model.region_embeddings(*(inputs[k] for k in ("region_features", "region_boxes",
+        "region_mask")))
+    for layer in model.layers_apart():
+        text, vision = layer([text], mask, 5, None)[0], layer([vision], region_mask, 0, None)[0]
+    parts = model.encode(text, vision, mask, inputs["region_mask"], first=apart)
+    close(parts.pooled, whole.pooled, rtol=1e-4, atol=1e-5)
+    close(parts.text_states[mask == 1], whole.text_states[mask == 1], rtol=1e-4, atol=1e-5)
 
 
 def test_mode_gates_start_neutral_and_depth_gates_start_at_the_newest_depth(config, inputs):

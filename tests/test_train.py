@@ -189,6 +189,47 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(plain, tmp_path):
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
 
 
+def test_operations_of_a_step_are_six_per_weight_and_token_and_attentions_products(model):
+    """By hand for 4 layers x 128: two pairs of 3 + 2 and 5 + 1 tokens, padded to 5 and 2."""
+    batch = dict(text_mask=torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+        region_mask=torch.tensor([[1, 1], [1, 0]]))
+    weights = sum(p.numel() for p in model.bert.layers.parameters())
+    tokens = [3 + 1 + 2, 5 + 1 + 1]  # and the global region
+    attention = sum(3 * 2 * 2 * 4 * 128 * n * n for n in tokens)  # forward, and twice backward
+    assert train.flops_of(model, batch) == 6 * weights * sum(tokens) + attention
+
+
+def test_on_a_gpu_the_line_of_a_step_shows_how_well_it_is_used(model, monkeypatch, capsys):
+    monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(train, "matmul_rate", lambda dtype: 1e6)
+    args = SimpleNamespace(batch=2, precision="bf16", out=Path("unused"))
+    speed = train.Speed(args, model)
+    speed.add([dict(text_mask=torch.ones(2, 3), region_mask=torch.ones(2, 1))])
+    speed.started -= 100
+    rates = speed.read()
+    assert rates["per_second"] == pytest.approx(2 / 100, rel=0.01)
+    assert rates["mfu"] == pytest.approx(speed.flops / 100 / 1e6, rel=0.01)
+    for name in ("record", "draw_switches", "save_png"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    task = SimpleNamespace(headline=str, unit="pairs")
+    train.report(args, task, 9, step=1, lr=1, temperature=1, losses={}, scores={}, seconds=7,
+        per_second=4, mfu=0.414)
+    assert "4 pairs/s, mfu 0.41, 7 s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_what_plain_ones_do_and_are_compiled_once(model, data):
+    task = train.Pretraining(train.parse_args([])[0], data)
+    batches = [task.collate([task.examples[i] for i in range(k, k + 5)]) for k in range(5)]
+    plain = [model(**batch, temperature=1.0).losses.detach() for batch in batches]
+    torch._dynamo.utils.counters.clear()
+    train.compile_layers(model)
+    for batch, expected in zip(batches, plain):
+        torch.testing.assert_close(model(**batch, temperature=1.0).losses, expected,
+            rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of four layers
+
+
 def test_gates_learn_at_a_tenth_and_biases_and_norms_do_not_decay(config):
     model = SwitchBertForPretraining(config)
     optimizer = train.make_optimizer(model, 1e-3)
@@ -214,8 +255,9 @@ def data(store, tokenizer):
 
 
 @pytest.fixture
-def model(store, tokenizer):
-    config = train.model_config("small", store, tokenizer, "learned")
+def model(store, tokenizer, request):
+    switches = getattr(request, "param", "learned")
+    config = train.model_config("small", store, tokenizer, switches)
     return SwitchBertForPretraining(config).eval()
 
 
@@ -306,11 +348,17 @@ def test_zero_shot_retrieval_asks_for_the_first_caption_of_each_image(model, dat
     assert found.pop("images") == 2 and set(found.values()) == {1.0}
 
 
-def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer):
-    texts, ids = ["a red ring", "a large blue circle left of the ring"], ["4", "0", "7"]
+@pytest.mark.parametrize("model", ["learned", "late", "intra"], indirect=True)
+def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer, monkeypatch):
+    """Of texts of two lengths, and images of one, three and five regions; in two processes, too."""
+    texts, ids = ["a red ring", "a large blue circle left of the ring", "a blue ring"], [*"4079"]
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     scores = train.match_scores(ranker, store, tokenizer, texts, ids)
-    for t, i in np.ndindex(2, 3):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    halves = [monkeypatch.setattr(train, "rank", lambda: n) or train.match_scores(
+        ranker, store, tokenizer, texts, ids) for n in range(2)]
+    assert (halves[0] + halves[1]).equal(scores)
+    for t, i in np.ndindex(3, 4):
         pairs = [(ids[i], texts[t]), ("1", "a")]
         pair = PretrainingDataset(store, pairs, tokenizer, mismatch=0, masking=False)[0]
         p = model(**collate([pair])).match_probability
