@@ -79,6 +79,7 @@ MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0
 # Field names are BERT's, so that Hugging Face's config.json reads the same.
 
 # The mode of a frozen layer, for both modalities: l is its number from 0, n the number of layers.
+# Any other path is a string with two letters per layer, for text and for vision: "II,XX,JJ,IJ".
 FROZEN = {
     "intra": lambda l, n: INTRA,  # two encoders that never meet
     "single": lambda l, n: JOINT,  # UNITER, VisualBERT: one stream
@@ -87,6 +88,19 @@ FROZEN = {
     "late": lambda l, n: INTER if l >= n // 2 and (l - n // 2) % 2 == 0 else INTRA,
 }
 LEARNED = ("learned", "attention", "input")  # both switches, modes alone, depths alone
+LETTERS = dict(zip("IXJ", range(3)))  # I: own modality, INTRA; X: across, INTER; J: both, JOINT
+
+
+def frozen_modes(switches, num_layers):
+    """[(mode of text, mode of vision)] of every layer; joint where modes are learned, or unused.
+
+    >>> frozen_modes("dual", 2), frozen_modes("IJ,XX", 2)
+    ([(0, 0), (1, 1)], [(0, 2), (1, 1)])
+    """
+    if switches in LEARNED or switches in FROZEN:
+        plan = FROZEN.get(switches, FROZEN["single"])
+        return [(plan(layer, num_layers),) * 2 for layer in range(num_layers)]
+    return [tuple(LETTERS[letter] for letter in layer) for layer in switches.split(",")]
 
 
 @dataclass
@@ -107,12 +121,15 @@ class SwitchBertConfig:
     region_feature_size: int = 2048  # F
     num_region_classes: int = 1601  # C, with background as class 0; 0: no MRC head
     pooler_size: int = 1024  # P, as in VOLTA (A7)
-    switches: str = "learned"  # or "attention", "input"; frozen: "intra", "single", "dual", "late"
+    switches: str = "learned"  # or "attention", "input"; or frozen: "single", "II,XX", ...
 
     def __post_init__(self):
-        if self.switches not in (*LEARNED, *FROZEN):
+        layers = self.num_hidden_layers
+        path = ",".join(["[IXJ]{2}"] * layers)
+        if self.switches not in (*LEARNED, *FROZEN) and not re.fullmatch(path, self.switches):
             raise ValueError(f"switches={self.switches!r}: expected one of "
-                f"{', '.join((*LEARNED, *FROZEN))}")
+                f"{', '.join((*LEARNED, *FROZEN))}, or two letters of I, X, J for each of {layers} "
+                "layers, as in II,XX,JJ")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}")
@@ -339,8 +356,8 @@ class SwitchInput(nn.Module):
 class SwitchBertLayer(nn.Module):
     """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
 
-    A switch that is not learned is constant: depths read the newest one, modes follow FROZEN (or
-    are joint where only the depths are learned).
+    A switch that is not learned is constant: depths read the newest one, modes follow
+    frozen_modes.
     """
 
     def __init__(self, config, layer):
@@ -349,8 +366,9 @@ class SwitchBertLayer(nn.Module):
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
         self.mode_gate = Gate(config.hidden_size, 3) if learns_modes else None
-        plan = FROZEN.get(config.switches, FROZEN["single"])
-        self.frozen_mode = plan(layer, config.num_hidden_layers)
+        self.frozen_modes = frozen_modes(config.switches, config.num_hidden_layers)[layer]
+        constant = F.one_hot(torch.tensor(self.frozen_modes), len(MODES)).float()  # (2, 3)
+        self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -368,7 +386,8 @@ class SwitchBertLayer(nn.Module):
             states, depth_weights = self.switch_input(depths, mask, num_text, temperature)
         else:
             states = depths[-1]
-            depth_weights = constant_choice(len(depths) - 1, len(depths), mask)
+            depth_weights = mask.new_zeros((len(mask), 2, len(depths)), dtype=torch.float32)
+            depth_weights[..., -1] = 1
         return *self.block(states, mask, num_text, temperature), depth_weights
 
     def block(self, states, mask, num_text, temperature):
@@ -379,18 +398,11 @@ class SwitchBertLayer(nn.Module):
         if self.mode_gate:
             modes = self.mode_gate(states, mask, num_text, temperature)
         else:
-            modes = constant_choice(self.frozen_mode, len(MODES), mask)
+            modes = self.constant_modes.expand(len(mask), 2, 3)
         attended = self.attention(states, mask, num_text, modes)
         states = self.attention_norm(states + self.dropout(attended))
         processed = self.output(F.gelu(self.intermediate(states)))
         return self.output_norm(states + self.dropout(processed)), modes
-
-
-def constant_choice(option, num_options, mask):
-    """What a frozen switch gives: one option for every sample and modality, (B, 2, M)."""
-    weights = torch.zeros(len(mask), 2, num_options, device=mask.device)
-    weights[..., option] = 1
-    return weights
 
 
 # --- 5. Embeddings --------------------------------------------------------------------------------
@@ -541,8 +553,10 @@ class SwitchBert(nn.Module):
 
     def layers_apart(self):
         """The first layers, as far as they are frozen to look inside one modality; not the last."""
-        return list(itertools.takewhile(lambda layer: layer.mode_gate is None
-            and layer.switch_input is None and layer.frozen_mode == INTRA, self.layers[:-1]))
+        def apart(layer):
+            switched = layer.mode_gate or layer.switch_input
+            return not switched and layer.frozen_modes == (INTRA, INTRA)
+        return list(itertools.takewhile(apart, self.layers[:-1]))
 
 
 def init_weights(module, std):

@@ -109,8 +109,9 @@ def parse_args(argv=None):
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, default=Path("data") if Path("data").is_dir() else None,
         help="folder with features/ and captions; None: the toy world")
-    p.add_argument("--switches", choices=[*LEARNED, *FROZEN], default="learned",
-        help="learn both switches, one of them, or freeze them")
+    p.add_argument("--switches", default="learned", help="learn both switches, or one: "
+        f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
+        "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
     p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; None: bert/ "
         "in the data folder if it is there")
@@ -230,7 +231,8 @@ class Pretraining:
             check_fits(checkpoint, data.store, data.tokenizer, ("num_region_classes",))
             config = SwitchBertConfig(**checkpoint["config"])
         else:
-            config = model_config(args.model, data.store, data.tokenizer, args.switches)
+            with reading(f"--switches {args.switches}", "a setting of the switches"):
+                config = model_config(args.model, data.store, data.tokenizer, args.switches)
         torch.manual_seed(args.seed)
         self.model = SwitchBertForPretraining(config)
         bert = args.bert or (args.data and args.data / "bert")
@@ -322,7 +324,8 @@ def fit(args, task, checkpoint=None):
     loader = load_parts(args, task, first, steps)
     if args.compile:
         compile_layers(model)
-    trained = DistributedDataParallel(model) if dist.is_initialized() else model
+    trained = DistributedDataParallel(
+        model, broadcast_buffers=False) if dist.is_initialized() else model
     rate, scores = temperature_rate(args, steps, task.initial_temperature), None
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)

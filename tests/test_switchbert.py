@@ -162,12 +162,14 @@ def test_frozen_intra_has_exactly_no_gradient_across_modalities(inputs):
 @pytest.mark.parametrize("switches, layers, expected", [
     ("intra", 4, [INTRA] * 4), ("single", 4, [JOINT] * 4), ("dual", 4, [INTRA, INTER] * 2),
     ("late", 4, [INTRA, INTRA, INTER, INTRA]), ("late", 8, [INTRA] * 4 + [INTER, INTRA] * 2),
-    ("attention", 4, None), ("input", 4, [JOINT] * 4), ("learned", 4, None)])
+    ("attention", 4, None), ("input", 4, [JOINT] * 4), ("learned", 4, None),
+    ("IX,JJ", 2, [[INTRA, INTER], [JOINT, JOINT]]), ("XI", 1, [[INTER, INTRA]])])
 def test_what_is_not_learned_follows_its_plan_without_gates(switches, layers, expected, inputs):
     model = setting(switches, layers)
     out = model(**inputs, temperature=1.0)
     if expected:
-        assert out.modes.equal(F.one_hot(torch.tensor(expected), 3)[:, None].expand(3, -1, 2, 3))
+        modes = torch.tensor([mode if isinstance(mode, list) else [mode] * 2 for mode in expected])
+        assert out.modes.equal(F.one_hot(modes, 3).float().expand(3, -1, 2, 3))
     else:
         assert ((out.modes > 0) & (out.modes < 1)).all()
     for newest, weights in enumerate(out.depths):
@@ -533,7 +535,9 @@ def loading(weights=None, edit=None, kind="model.safetensors", **config):
 
 REFUSED = {  # what is wrong: (the call, words of the message)
     "switches": (lambda *_: SwitchBertConfig(switches="both"),
-        "switches='both': expected one of learned, attention, input, intra, single, dual, late"),
+        "switches='both': expected one of learned, attention, input, intra, single, dual, late, or"),
+    "path": (lambda *_: SwitchBertConfig(switches="II,XX", num_hidden_layers=3),
+        "switches='II,XX': .* two letters of I, X, J for each of 3 layers"),
     "heads": (lambda *_: SwitchBertConfig(hidden_size=10, num_attention_heads=4),
         "hidden_size=10 is not a multiple of num_attention_heads=4"),
     "width": (loading(hidden_size=768), "hidden_size is 768, but this model has 16"),

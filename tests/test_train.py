@@ -485,6 +485,15 @@ def test_a_damaged_run_is_not_resumed(plain, tmp_path, name, change, message):
         plain("run", "--resume")
 
 
+@pytest.mark.parametrize("switches, known", [("dual", True), ("II,XX,JJ,IJ", True),
+    ("II,XX", False), ("both", False)])
+def test_switches_are_learned_or_follow_a_name_or_a_path(data, switches, known):
+    args, _ = train.parse_args(["--switches", switches])
+    refused = pytest.raises(BadInput, match=f"--switches {switches}: not a setting .*4 layers")
+    with contextlib.nullcontext() if known else refused:
+        assert train.Pretraining(args, data).model.config.switches == switches
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--resume", "--lr", 0.5], "--lr 0.5: the run that is resumed has 0.001"),
     (["--resume", "--blind"], "--blind True: the run that is resumed has False"),
