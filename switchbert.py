@@ -15,9 +15,8 @@ every layer chooses, for text and for vision apart, and chooses as well which ea
     +-----------------------------------------------------------------+
     | Switch-Input       s_0 depth_0 + ... + s_l depth_l              |<-- s: which depth to read
     |                                                                 |
-    | Switch-Attention   g_intra A(own modality)                      |<-- g: what to attend to
-    |                  + g_inter A(the other one)                     |
-    |                  + g_joint A(all tokens)                        |
+    | Switch-Attention   to its own modality, weighted g_intra+g_joint|<-- g: what to attend to
+    |                    to the other one,    weighted g_inter+g_joint|
     | + residual, LayerNorm, feed-forward, residual, LayerNorm        |
     +-----------------------------------------------------------------+                  depth l+1
         |                   |                   |
@@ -39,7 +38,7 @@ Map of the file (* = read these first)
 
     1. Configuration      sizes, and which switches are learned or frozen
     2. Switches         * Gumbel-softmax, its temperature, and the gate that feeds it
-    3. Switch-Attention * three ways of attending for the price of one
+    3. Switch-Attention * three ways of attending in one softmax
     4. Layers           * Switch-Input Block, BERT layer
     5. Embeddings         words, regions and the global region
     6. The encoder      * SwitchBert
@@ -154,7 +153,10 @@ class SwitchBertConfig:
 # noisy, so that every option gets gradient; as the temperature falls they close to one option.
 
 
-def temperature(pairs_seen, initial=5.0, final=0.2, rate=1e-6):
+FINAL_TEMPERATURE = 0.2  # [supp. 2]
+
+
+def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
     """Temperature of the Gumbel-softmax after so many pairs: max(final, initial e^(-rate n)).
 
         pairs_seen   0      100,000   1,000,000   3,000,000   3,218,876 and later
@@ -168,7 +170,7 @@ def temperature(pairs_seen, initial=5.0, final=0.2, rate=1e-6):
     return max(final, initial * math.exp(-rate * pairs_seen))
 
 
-def switch(logits, temperature, training):
+def switch(logits, temperature, training, start=0.0):
     """Turn gate logits (..., M) into weights (..., M) that sum to 1.
 
     Training: Gumbel-softmax [Jang et al. 2017]. If G_k are independent Gumbel(0, 1), then
@@ -176,7 +178,8 @@ def switch(logits, temperature, training):
     so the arg max would be an exact sample of the switch, but it has no gradient. Softmax instead,
     at a temperature, does. Evaluation: no noise. Without a temperature the best option, one-hot;
     with one, the mixture softmax(logits / temperature). (F.gumbel_softmax(hard=True) would sample
-    noise here too.) What the temperature does to logits (2, 1, 0), without noise:
+    noise here too.) start (M,): log odds that the temperature does not touch; the best option is
+    that of the final temperature. What the temperature does to logits (2, 1, 0), without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -189,11 +192,11 @@ def switch(logits, temperature, training):
     logits = logits.float()  # gates are tiny and steer everything: never in bf16
     if training:
         # -log(E) of an exponential variable E is Gumbel(0, 1); exponential_() never returns 0.
-        noise = -torch.empty_like(logits).exponential_().log()
-        return torch.softmax((logits + noise) / temperature, dim=-1)
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    odds = logits / (temperature or FINAL_TEMPERATURE) + start
     if temperature is not None:
-        return torch.softmax(logits / temperature, dim=-1)
-    return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
+        return torch.softmax(odds, dim=-1)
+    return F.one_hot(odds.argmax(dim=-1), odds.shape[-1]).to(odds.dtype)
 
 
 def modality_of(length, num_text, device):
@@ -219,25 +222,23 @@ class Gate(nn.Module):
     ASSUMPTION A3: it sees text and vision, and decides per sample, for text and for vision.
 
     forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
-    options; row TEXT is the choice of text, row VISION that of vision.
+    options; row TEXT is the choice of text, row VISION that of vision. start: the log odds by which
+    the last option is ahead.
     """
 
-    def __init__(self, hidden_size, num_options, last_option_bias=0.0):
+    def __init__(self, hidden_size, num_options, start=0.0):
         super().__init__()
         self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
-        self.num_options, self.last_option_bias = num_options, last_option_bias
-
-    def reset_bias(self):
-        with torch.no_grad():
-            self.linear.bias.view(2, self.num_options)[:, -1] = self.last_option_bias
+        start = start * F.one_hot(torch.tensor(num_options - 1), num_options)  # (M,)
+        self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, mask, num_text, temperature):
         text = masked_mean(states[:, :num_text], mask[:, :num_text])
         vision = masked_mean(states[:, num_text:], mask[:, num_text:])
         summary = torch.cat([text, vision], dim=-1)  # (B, 2D)
         with torch.autocast(summary.device.type, enabled=False):
-            logits = self.linear(summary.float()).view(-1, 2, self.num_options)  # (B, 2, M)
-        return switch(logits, temperature, self.training)
+            logits = self.linear(summary.float()).view(-1, 2, len(self.start))  # (B, 2, M)
+        return switch(logits, temperature, self.training, self.start)
 
 
 # --- 3. Switch-Attention --------------------------------------------------------------------------
@@ -247,16 +248,32 @@ class Gate(nn.Module):
 #
 #     intra   the query's own modality          inter   the other one          joint   all tokens
 #
-# A switch g = (g_intra, g_inter, g_joint) mixes them. A softmax over a set of keys is e = exp(s)
-# over the sum of e in that set, so all three share one exponential. Let Z_text and Z_vision be the
-# sums of e over the text and the vision keys; then a key's weight in the mixture is e times
+# A switch g = (g_intra, g_inter, g_joint) says how open a query is to the keys of each modality:
 #
-#                    text key                            vision key
-#     text query     g_intra / Z_text  + g_joint / Z     g_inter / Z_vision + g_joint / Z
-#     vision query   g_inter / Z_text  + g_joint / Z     g_intra / Z_vision + g_joint / Z
+#                    text key              vision key
+#     text query     g_intra + g_joint     g_inter + g_joint
+#     vision query   g_inter + g_joint     g_intra + g_joint
 #
-# where Z = Z_text + Z_vision. ASSUMPTION A2: the modes share queries, keys and values, so this is
-# one score matrix, one exponential, two sums and one product with the values, whatever the mixture.
+# ASSUMPTION A2: the modes share queries, keys and values, and there is one softmax over all keys,
+# in which a key counts as much as the query is open to its modality:
+#
+#     weight of key k for query q  =  open(q, k) exp(s(q, k)) / sum over all k' of the same
+#
+# A switch that has closed makes `open` 1 or 0: then this is the attention of its mode and nothing
+# else. An even one makes it 2/3 everywhere, which cancels: training begins with joint attention.
+# In logarithms `open` is a bias of the scores, so all of it costs what plain attention does.
+
+
+def open_to(modes):
+    """How open text and vision queries are to text and vision keys: (B, 2, 3) -> (B, 2, 2).
+
+    >>> open_to(torch.tensor([[[0.0, 0.0, 1.0], [0.2, 0.5, 0.3]]]))  # text joint, vision mixed
+    tensor([[[1.0000, 1.0000],
+             [0.8000, 0.5000]]])
+    """
+    same = torch.eye(2, device=modes.device)
+    seen = torch.stack([same, 1 - same, torch.ones_like(same)])  # (3, 2, 2): mode, query, key
+    return torch.einsum("bqm,mqk->bqk", modes.float(), seen)
 
 
 def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
@@ -266,29 +283,18 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
     mask: (B, L), 1 = real. modes: (B, 2, 3), rows TEXT and VISION, columns INTRA, INTER, JOINT.
     dropout: a module for the attention weights, or None.
 
-    To a modality without a real token nothing is attended: its share of the output is zero. The
-    same share fades to zero where all scores of a modality lie more than 41 below the best one.
+    A query that is open to no real key attends to nothing: its output is zero.
     """
-    length = query.shape[2]
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-    real = mask[:, None, None, :].bool()  # (B, 1, 1, L)
-    scores = scores.float().masked_fill(~real, torch.finfo(torch.float32).min)
-    # A constant per query cancels in e / Z; its gradient would leak roundings across modalities.
-    best = scores.detach().amax(dim=-1, keepdim=True)  # (B, H, L, 1)
-    e = (scores - best).exp() * real  # (B, H, L, L), at most 1
-    e_text, e_vision = e.split([num_text, length - num_text], dim=-1)  # by key
-    sums = [part.sum(dim=-1, keepdim=True) for part in (e_text, e_vision)]  # (B, H, L, 1) each
-    # 1e-18 = exp(-41): below it the gradient, which divides by Z twice, would leave float32.
-    z_text, z_vision, z = (total.clamp(min=1e-18) for total in (*sums, sums[0] + sums[1]))
-
-    kind = modality_of(length, num_text, mask.device)  # (L,)
-    intra, inter, joint = modes[:, None, kind, :, None].unbind(dim=3)  # (B, 1, L, 1) each
-    is_text = (kind == TEXT).view(1, 1, length, 1)  # (1, 1, L, 1), of the query
-    on_text = torch.where(is_text, intra, inter) / z_text + joint / z  # (B, H, L, 1)
-    on_vision = torch.where(is_text, inter, intra) / z_vision + joint / z
-    weights = torch.cat([e_text * on_text, e_vision * on_vision], dim=-1)  # (B, H, L, L)
+    kind = modality_of(query.shape[2], num_text, mask.device)  # (L,)
+    opened = open_to(modes)[:, kind][:, :, kind] * mask[:, None, :]  # (B, L, L), 0 for padding
+    # The smallest number, not -inf: softmax over a row of -inf alone would be NaN. The clamp keeps
+    # the gradient of the logarithm, 1 / open, finite.
+    bias = opened.clamp(min=1e-18).log().masked_fill(opened == 0, torch.finfo(torch.float32).min)
+    scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)  # (B, H, L, L)
+    weights = (scores.float() + bias[:, None]).softmax(dim=-1)  # (B, H, L, L)
     weights = weights if dropout is None else dropout(weights)
-    return weights.to(value.dtype) @ value  # (B, H, L, L) x (B, H, L, d) -> (B, H, L, d)
+    context = weights.to(value.dtype) @ value  # (B, H, L, L) x (B, H, L, d) -> (B, H, L, d)
+    return context * (opened > 0).any(dim=-1)[:, None, :, None]  # (B, 1, L, 1)
 
 
 class SwitchAttention(nn.Module):
@@ -327,11 +333,12 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the gate starts 3 in favour of the newest depth, so that training begins
-        # near the ordinary stack of layers and departs from it where that pays. With neutral gates
-        # vision fell back to depths 0 and 1, a two-layer model, and retrieval was worse by a third
-        # on the toy world.
-        self.gate = Gate(config.hidden_size, layer + 1, last_option_bias=3.0)
+        # ASSUMPTION A10: the newest depth starts 3 ahead, at every temperature: it has the weight
+        # e^3 / (e^3 + l), .95 to .65 in twelve layers, so that training begins near the ordinary
+        # stack and departs from it where that pays. Divided by a temperature of 5 as the logits
+        # are, the 3 would be .6, and the newest of twelve depths begin with .14. (tests/ABLATION.md
+        # has what this and other starts gave.)
+        self.gate = Gate(config.hidden_size, layer + 1, start=3.0)
 
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
@@ -560,15 +567,12 @@ class SwitchBert(nn.Module):
 
 
 def init_weights(module, std):
-    """BERT's start: normal(0, std) matrices, zero biases; LayerNorms and gates have their own."""
+    """BERT's start: normal(0, std) matrices and zero biases; LayerNorms have their own."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear):
             nn.init.zeros_(part.bias)
-    for part in module.modules():
-        if isinstance(part, Gate):
-            part.reset_bias()
 
 
 # --- 7. Heads and losses --------------------------------------------------------------------------

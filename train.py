@@ -947,7 +947,7 @@ class Stop:
 #         "switches": {"modes": ..., "depths": ...}, "seconds": 71}      as in SwitchShares.shares
 
 RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
-CHECKPOINT_FORMAT = "switchbert-3"
+CHECKPOINT_FORMAT = "switchbert-4"
 STORE_FACTS = ("feature_size", "detector", "num_region_classes", "num_regions")
 
 

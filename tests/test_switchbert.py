@@ -30,28 +30,23 @@ def tensors(dtype=torch.float64, padded=slice(0)):
     return qkv, mask, modes.to(dtype).requires_grad_()
 
 
-def mixture(q, k, v, mask, modes):
-    """The definition: three softmaxes over the keys of each mode, mixed for each query."""
-    kind, out = torch.arange(T + V).ge(T).long(), 0
-    own = kind[:, None] == kind
-    for mode, keys in {INTRA: own, INTER: ~own, JOINT: own | ~own}.items():
-        seen = keys & mask[:, None, None].bool()
-        scores = (q @ k.transpose(2, 3) / math.sqrt(SIZE)).masked_fill(~seen, -1e9)
-        attended = (scores.softmax(-1) * seen) @ v  # zero for a query that sees no key
-        out = out + modes[:, kind, mode][:, None, :, None] * attended
-    return out
+def definition(q, k, v, mask, modes):
+    """One softmax over all keys, in which a key counts as much as its query is open to it."""
+    text = torch.arange(T + V) < T
+    own = (text[:, None] == text).double()  # (query, key)
+    intra, inter, joint = torch.where(text[:, None], modes[:, :1], modes[:, 1:]).unbind(-1)
+    opened = own * (intra + joint)[..., None] + (1 - own) * (inter + joint)[..., None]  # (B, L, L)
+    e = (q @ k.transpose(2, 3) / math.sqrt(SIZE)).exp() * (opened * mask[:, None])[:, None]
+    return e @ v / e.sum(-1, keepdim=True).clamp(min=1e-300)  # zero for a query that sees no key
 
 
 @pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None), slice(None)],
     ids=["none", "text", "vision", "all"])
-@pytest.mark.parametrize("mode", [INTRA, INTER, JOINT, None])
-def test_attention_is_three_plain_attentions_mixed_and_zero_for_a_block_of_padding(mode, padded):
-    """Output and gradients: with the switch at one mode, and with a mixture (mode None)."""
+def test_a_key_counts_as_much_as_its_query_is_open_to_it(padded):
+    """Output and gradients, those of the switch too."""
     (q, k, v), mask, modes = tensors(padded=padded)
-    if mode is not None:
-        modes = F.one_hot(torch.full((B, 2), mode), 3).double().requires_grad_()
     wanted = torch.randn(B, H, T + V, SIZE, dtype=torch.float64)
-    found, expected = switch_attention(q, k, v, mask, T, modes), mixture(q, k, v, mask, modes)
+    found, expected = switch_attention(q, k, v, mask, T, modes), definition(q, k, v, mask, modes)
     # The scores are computed in float32, whatever comes in.
     close(found, expected, rtol=1e-5, atol=1e-6)
     for x, y in zip(torch.autograd.grad((found * wanted).sum(), [q, k, v, modes]),
@@ -59,27 +54,45 @@ def test_attention_is_three_plain_attentions_mixed_and_zero_for_a_block_of_paddi
         close(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("apart, share", [(0, 1), (30, 1), (39, 1), (50, 2e-4), (80, 0), (1e4, 0)])
+@pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None)])
+@pytest.mark.parametrize("mode", [INTRA, INTER, JOINT])
+def test_a_closed_switch_is_plain_attention_over_the_keys_of_its_mode_and_an_even_one_joint(
+        mode, padded):
+    (q, k, v), mask, _ = tensors(padded=padded)
+    kind, wanted = torch.arange(T + V).ge(T), torch.randn(B, H, T + V, SIZE, dtype=torch.float64)
+    own = kind[:, None] == kind
+    seen = {INTRA: own, INTER: ~own, JOINT: own | True}[mode] & mask[:, None, None].bool()
+    expected = F.scaled_dot_product_attention(q, k, v, seen).nan_to_num()  # no key: zero
+    expected = expected * seen.any(-1, keepdim=True)
+    for modes in (F.one_hot(torch.full((B, 2), mode), 3), torch.full((B, 2, 3), 1 / 3)):
+        if mode == JOINT or modes.max() == 1:
+            found = switch_attention(q, k, v, mask, T, modes)
+            close(found, expected, rtol=1e-5, atol=1e-6)
+            for x, y in zip(torch.autograd.grad((found * wanted).sum(), [q, k, v]),
+                    torch.autograd.grad((expected * wanted).sum(), [q, k, v], retain_graph=True)):
+                close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [0, 30, 50, 80, 1e4])
 @pytest.mark.parametrize("best", [TEXT, VISION])
-def test_a_modality_whose_scores_lie_far_below_fades_away_with_finite_gradients(
-        best, apart, share):
-    """One key per modality, values 1: what a query gets from the other one is that key's share."""
+def test_a_closed_switch_finds_its_keys_however_far_their_scores_lie_below_the_others(best, apart):
+    """One key per modality, values 1: all of it comes from the other one."""
     q, v = (torch.ones(1, 1, 2, 1, requires_grad=True) for _ in range(2))
     k = torch.tensor([0.0, -apart] if best == TEXT else [-apart, 0.0]).view(1, 1, 2, 1)
     k.requires_grad_()
-    inter = torch.tensor([[[0.0, 1, 0], [0, 1, 0]]], requires_grad=True)
-    out = switch_attention(q, k, v, torch.ones(1, 2), 1, inter)
-    assert out[0, 0, best].item() == pytest.approx(share, rel=0.1, abs=1e-6)
-    assert out[0, 0, 1 - best].item() == 1
-    for gradient in torch.autograd.grad(out.sum(), [q, k, v, inter]):
-        assert gradient.isfinite().all() and gradient.abs().max() < 1e3
+    for share in (0.0, 1e-30):  # closed, and all but closed
+        inter = torch.tensor([[[share, 1, share]] * 2], requires_grad=True)
+        out = switch_attention(q, k, v, torch.ones(1, 2), 1, inter)
+        close(out, torch.ones(1, 1, 2, 1))
+        for gradient in torch.autograd.grad(out.sum(), [q, k, v, inter]):
+            assert gradient.isfinite().all() and gradient.abs().max() < 1e3
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)])
 def test_attention_in_half_precision_stays_within_its_rounding(dtype, tolerance):
     (q, k, v), mask, modes = tensors(dtype, padded=slice(T, None))
     found = switch_attention(q, k, v, mask, T, modes)
-    expected = mixture(q.double(), k.double(), v.double(), mask, modes.double())
+    expected = definition(q.double(), k.double(), v.double(), mask, modes.double())
     close(found, expected.to(dtype), rtol=tolerance, atol=2 * tolerance)
 
 
@@ -101,6 +114,18 @@ def test_low_temperatures_give_one_hot_switches_that_still_have_gradients():
     assert (weights.amax(-1) > 0.9).float().mean() > 0.6
     gradient = torch.autograd.grad(weights[:, 0].sum(), logits)[0]
     assert gradient.isfinite().all() and (gradient[:, 0] > 1e-3).float().mean() > 0.3
+
+
+def test_a_start_is_log_odds_that_no_temperature_changes_and_the_final_one_decides():
+    start, even = torch.tensor([0.0, 3.0]), torch.zeros(2)
+    for tau in (5.0, 1.0, 0.2):
+        odds = switch(even, tau, training=False, start=start)
+        assert (odds[1] / odds[0]).log().item() == pytest.approx(3, rel=1e-5)
+        noisy = switch(even.expand(9999, 2), tau, training=True, start=start)
+        assert (noisy[:, 1] / noisy[:, 0]).log().median().item() == pytest.approx(3, abs=0.3 / tau)
+    for ahead, best in ((0.59, 1), (0.61, 0)):  # of a logit: 0.6 / 0.2 = 3
+        logits = torch.tensor([ahead, 0.0])
+        assert switch(logits, None, training=False, start=start).argmax() == best
 
 
 def test_noisy_choices_come_as_often_as_softmax_says():
@@ -311,14 +336,24 @@ def test_layers_before_modalities_meet_may_be_run_on_each_alone(switches, apart,
     close(parts.text_states[mask == 1], whole.text_states[mask == 1], rtol=1e-4, atol=1e-5)
 
 
-def test_mode_gates_start_neutral_and_depth_gates_start_at_the_newest_depth(config, inputs):
-    """With bias 3 for one of l+1 depths its weight is e^3 / (e^3 + l)."""
-    model = setting("learned", initializer_range=0.0)
-    out = model(**inputs, temperature=1.0)
+@pytest.mark.parametrize("tau", [5.0, 1.0, 0.2])
+def test_training_begins_near_single_whatever_the_temperature(tau, inputs):
+    """Gates that know nothing yet: even modes are joint attention, and the newest of l + 1 depths
+    has the weight e^3 / (e^3 + l).
+    """
+    out = setting("learned", initializer_range=0.0)(**inputs, temperature=tau)
     close(out.modes, torch.full((3, 4, 2, 3), 1 / 3))
     for l, weights in enumerate(out.depths):
         assert weights[..., -1].flatten().tolist() == pytest.approx(
             [math.e**3 / (math.e**3 + l)] * 6)
+    attention = setting("attention")
+    for layer in attention.layers:
+        nn.init.zeros_(layer.mode_gate.linear.weight)
+    single = setting("single")
+    single.load_state_dict(attention.state_dict(), strict=False)
+    one, other = attention(**inputs, temperature=tau), single(**inputs)
+    for name in ("text_states", "region_states", "pooled"):
+        close(getattr(one, name), getattr(other, name))
 
 
 # --- heads and losses ---
@@ -535,7 +570,7 @@ def loading(weights=None, edit=None, kind="model.safetensors", **config):
 
 REFUSED = {  # what is wrong: (the call, words of the message)
     "switches": (lambda *_: SwitchBertConfig(switches="both"),
-        "switches='both': expected one of learned, attention, input, intra, single, dual, late, or"),
+        "switches='both': expected one of learned, attention, input, intra, single, .*late, or"),
     "path": (lambda *_: SwitchBertConfig(switches="II,XX", num_hidden_layers=3),
         "switches='II,XX': .* two letters of I, X, J for each of 3 layers"),
     "heads": (lambda *_: SwitchBertConfig(hidden_size=10, num_attention_heads=4),

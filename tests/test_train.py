@@ -472,7 +472,7 @@ def test_defaults_depend_on_the_data_and_help_shows_those_that_hold(
     ("checkpoint.pt", lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
     ("checkpoint.pt", {"vocab": Path()}, "not a whole checkpoint"),  # no class is ever unpickled
     ("checkpoint.pt", {"task": "vqa"}, "it is a checkpoint of vqa"),
-    ("checkpoint.pt", {"format": "switchbert-2"}, "switchbert-2, expected switchbert-3"),
+    ("checkpoint.pt", {"format": "switchbert-3"}, "switchbert-3, expected switchbert-4"),
     ("metrics.jsonl", lambda whole: whole[:-5], r"not the metrics.jsonl of .*\(near .*20: ")])
 def test_a_damaged_run_is_not_resumed(plain, tmp_path, name, change, message):
     plain("run", "--lr", 1e-12)  # so that the weight is still 1, and its bytes known
