@@ -398,6 +398,7 @@ class WordPiece:
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
 
+    @functools.lru_cache(50_000)  # noqa: B019  words come again and again, tokenizers do not
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
         if len(word) > self.longest_word:

@@ -231,8 +231,9 @@ def table(results):
         means = {s: mean_and_error(each[s].values()) for s in settings}
         best = (max if MEASURES[name] else min)(fixed, key=lambda s: means[s][0])
         difference, error = paired(each["learned"], each[best])
+        leader = (max if MEASURES[name] else min)(settings, key=lambda s: means[s][0])
         cells = [f"{means[s][0]:.3f}" for s in settings]
-        cells = [f"**{c}**" if s == best else c for s, c in zip(settings, cells)]
+        cells = [f"**{c}**" if s == leader else c for s, c in zip(settings, cells)]
         cells = [f"{c} ± {means[s][1]:.3f}" for s, c in zip(settings, cells)]
         rows.append([name, *cells, f"{difference:+.3f} ± {error:.3f}"])
     ranks = mean_ranks(scores, ["learned", *fixed])
