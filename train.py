@@ -1052,12 +1052,16 @@ def report(args, task, steps, **line):
 
 
 def read_metrics(folder):
-    """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line."""
+    """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line.
+
+    A last line without its end was cut off by a kill: it is left out, and a resumed run writes it.
+    """
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run") as at, open(path, encoding="utf-8") as file:
         lines = []
         for at.entry, line in enumerate(file, 1):
-            lines.append(json.loads(line))
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
     return lines
 
 

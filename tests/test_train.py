@@ -170,7 +170,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")["step"]
     assert saved == (step or 16)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # a killed run knows later steps
-        file.write(f'{{"step": {saved + 1}, "losses": {{}}}}\n')
+        file.write(f'{{"step": {saved + 1}, "losses": {{}}}}\n{{"step": 99, "lo')
     again = plain("run", "--accum", 2, "--resume")
     assert again.result == {"score": 0.5} and again.model.weight.equal(whole.model.weight)
     assert first.keys + again.keys == whole.keys and first.noise + again.noise == whole.noise
@@ -473,7 +473,7 @@ def test_defaults_depend_on_the_data_and_help_shows_those_that_hold(
     ("checkpoint.pt", {"vocab": Path()}, "not a whole checkpoint"),  # no class is ever unpickled
     ("checkpoint.pt", {"task": "vqa"}, "it is a checkpoint of vqa"),
     ("checkpoint.pt", {"format": "switchbert-3"}, "switchbert-3, expected switchbert-4"),
-    ("metrics.jsonl", lambda whole: whole[:-5], r"not the metrics.jsonl of .*\(near .*20: ")])
+    ("metrics.jsonl", lambda whole: whole[:-5] + b"\n", r"not the metrics.jsonl .*\(near .*20: ")])
 def test_a_damaged_run_is_not_resumed(plain, tmp_path, name, change, message):
     plain("run", "--lr", 1e-12)  # so that the weight is still 1, and its bytes known
     path = tmp_path / "run" / name
