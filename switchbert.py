@@ -333,12 +333,12 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the newest depth starts 3 ahead, at every temperature: it has the weight
-        # e^3 / (e^3 + l), .95 to .65 in twelve layers, so that training begins near the ordinary
-        # stack and departs from it where that pays. Divided by a temperature of 5 as the logits
-        # are, the 3 would be .6, and the newest of twelve depths begin with .14. (tests/ABLATION.md
-        # has what this and other starts gave.)
-        self.gate = Gate(config.hidden_size, layer + 1, start=3.0)
+        # ASSUMPTION A10: the newest depth starts 5 ahead, at every temperature: it has the weight
+        # e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary stack and
+        # departs from it where that pays. Divided by a temperature of 5 as the logits are, the 5
+        # would be 1, and the newest of twelve depths begin with .2. Those 3 ahead soon read older
+        # depths, and masked regions and VQA were worse for it (tests/ABLATION.md).
+        self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""

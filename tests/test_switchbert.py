@@ -339,13 +339,13 @@ def test_layers_before_modalities_meet_may_be_run_on_each_alone(switches, apart,
 @pytest.mark.parametrize("tau", [5.0, 1.0, 0.2])
 def test_training_begins_near_single_whatever_the_temperature(tau, inputs):
     """Gates that know nothing yet: even modes are joint attention, and the newest of l + 1 depths
-    has the weight e^3 / (e^3 + l).
+    has the weight e^5 / (e^5 + l).
     """
     out = setting("learned", initializer_range=0.0)(**inputs, temperature=tau)
     close(out.modes, torch.full((3, 4, 2, 3), 1 / 3))
     for l, weights in enumerate(out.depths):
         assert weights[..., -1].flatten().tolist() == pytest.approx(
-            [math.e**3 / (math.e**3 + l)] * 6)
+            [math.e**5 / (math.e**5 + l)] * 6)
     attention = setting("attention")
     for layer in attention.layers:
         nn.init.zeros_(layer.mode_gate.linear.weight)
