@@ -36,8 +36,8 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
     words cut once               lru_cache of WordPiece: a batch of 64 in 6.2 ms instead of 7.5
     layers compiled one by one   12 layers of toy width in a minute on one core; the whole model was
                                  not ready after three. What it gains is for a GPU to show
-    toy run                      92 s, first code 124 s (.74): batches of like length, 5 x 5 bins in
-                                 the detector, no blind run at its end, faster retrieval
+    toy run                      92 and 95 s, first code 124 s (.75): batches of like length, 5 x 5
+                                 bins in the detector, no blind run at its end, faster retrieval
     channels_last, fused AdamW   the toy detector: a fifth and a fourteenth
 
 All of `train` at base size, frozen `single` = 1: learned 1.00, attention .97, input .97, dual .96,
