@@ -31,7 +31,7 @@ Map of the file (* = read these first)
     7. Processes        one, several on this machine, or several machines
     8. The record       checkpoint, metrics.jsonl, pictures
 
-    python train.py                     the whole toy run: 2 to 5 minutes on two CPU cores
+    python train.py                     the whole toy run: 2 minutes on two CPU cores
     python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
     python train.py --resume            go on with a run that was stopped or killed
     python train.py --blind --epochs 1 --out runs/blind      what would words alone give?
@@ -41,8 +41,8 @@ Map of the file (* = read these first)
 Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and
 evaluates on scenes that nothing was trained on. It prints one line per evaluation, here broken:
 
-    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.72 mrc 2.48 itm 0.50 | words 0.726  match 0.921
-           | 872 pairs/s, 71 s
+    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.73 mrc 2.38 itm 0.41 | words 0.706  match 0.886
+           | 1049 pairs/s, 29 s
 
 tau is the temperature; mlm, mrc and itm are the losses on training pairs since the last line.
 `words` is the share of masked word pieces that were predicted right, `match` the accuracy of

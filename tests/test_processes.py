@@ -26,8 +26,6 @@ def start(store, tokenizer, tmp_path_factory):
 
     def begin(out, *flags, program=PLAIN, task="train"):
         size = ["--batch", 6, "--epochs", 3, "--eval-every", 4, "--threads", 1, "--lr", 1e-3]
-        # A data folder: then no second, blind run follows as it does in the toy world.
-        size += ["--data", store.folder, "--model", "small", "--anneal", 0.9] * (task == "train")
         command = [*program, store.folder, vocab, *task.split(), "--out", out, *size, *flags]
         return subprocess.Popen([str(c) for c in command], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE)
