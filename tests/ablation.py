@@ -220,28 +220,32 @@ def mean_ranks(scores, settings):
     return dict(ranks)
 
 
+def short(mean, error, sign=""):
+    """'.781±.012', '+.020±.010' with sign '+': no zeros in front, no spaces."""
+    return "±".join(f"{value:{form}.3f}".replace("0.", ".", 1) if abs(value) < 1 else
+        f"{value:{form}.3f}" for value, form in ((mean, sign), (error, "")))
+
+
 def table(results):
-    """The README's table: mean +- standard error over seeds; best fixed structure; difference."""
+    """The README's table: mean ± standard error over seeds, the best in bold; and the difference
+    of learned switches to the best fixed structure, paired by seed.
+    """
     scores = scores_of(results)
     settings = [s for s in SETTINGS if s in next(iter(scores.values()))]
     fixed = [s for s in FIXED if s in settings]
-    rows = [["measure", *settings, "learned - best fixed"]]
-    rows.append(["---"] * len(rows[0]))
+    rows = [["measure", *settings, "learned - best fixed"], ["---"] * (len(settings) + 2)]
     for name, each in scores.items():
         means = {s: mean_and_error(each[s].values()) for s in settings}
-        best = (max if MEASURES[name] else min)(fixed, key=lambda s: means[s][0])
-        difference, error = paired(each["learned"], each[best])
-        leader = (max if MEASURES[name] else min)(settings, key=lambda s: means[s][0])
-        cells = [f"{means[s][0]:.3f}" for s in settings]
+        pick = max if MEASURES[name] else min
+        leader, best = (pick(of, key=lambda s: means[s][0]) for of in (settings, fixed))
+        cells = [short(*means[s]) for s in settings]
         cells = [f"**{c}**" if s == leader else c for s, c in zip(settings, cells)]
-        cells = [f"{c} ± {means[s][1]:.3f}" for s, c in zip(settings, cells)]
-        rows.append([name, *cells, f"{difference:+.3f} ± {error:.3f}"])
+        rows.append([name, *cells, short(*paired(each["learned"], each[best]), "+")])
     ranks = mean_ranks(scores, ["learned", *fixed])
-    rows.append(["mean rank of five", *(f"{ranks[s]:.1f}" if s in ranks else "" for s in settings),
-        ""])
+    rows.append(["mean rank", *(f"{ranks[s]:.1f}" if s in ranks else "" for s in settings), ""])
     speeds = {s: np.mean([r["pairs per second"] for r in results if r["setting"] == s])
         for s in settings}
-    rows.append(["pairs per second", *(f"{speeds[s]:.0f}" for s in settings), ""])
+    rows.append(["pairs/s", *(f"{speeds[s]:.0f}" for s in settings), ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -35,10 +35,15 @@ def test_ranks_know_which_direction_is_better():
 def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
     table = ablation.table(RESULTS).splitlines()
     assert table[0] == "| measure | learned | single | dual | learned - best fixed |"
-    assert table[2] == ("| VQA | **0.700** ± 0.100 | 0.500 ± 0.000 | 0.500 ± 0.200 | "
-        "+0.200 ± 0.100 |")
-    assert table[3] == ("| region KL | 1.900 ± 0.100 | **1.500** ± 0.000 | 1.900 ± 0.000 | "
-        "+0.400 ± 0.100 |")
+    assert table[2] == "| VQA | **.700±.100** | .500±.000 | .500±.200 | +.200±.100 |"
+    assert table[3] == "| region KL | 1.900±.100 | **1.500±.000** | 1.900±.000 | +.400±.100 |"
+    assert table[4] == "| mean rank | 1.5 | 1.5 | 2.0 |  |"
+
+
+@pytest.mark.parametrize("mean, error, sign, text", [(0.781, 0.012, "", ".781±.012"),
+    (-0.02, 0.01, "+", "-.020±.010"), (0.02, 0, "+", "+.020±.000"), (10.5, 1.2, "", "10.500±1.200")])
+def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
+    assert ablation.short(mean, error, sign) == text
 
 
 def test_the_picture_has_a_panel_per_measure():
