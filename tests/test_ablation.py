@@ -41,7 +41,7 @@ def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
 
 
 @pytest.mark.parametrize("mean, error, sign, text", [(0.781, 0.012, "", ".781±.012"),
-    (-0.02, 0.01, "+", "-.020±.010"), (0.02, 0, "+", "+.020±.000"), (10.5, 1.2, "", "10.500±1.200")])
+    (-0.02, 0.01, "+", "-.020±.010"), (0.02, 0, "+", "+.020±.000"), (9.5, 1.2, "", "9.500±1.200")])
 def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
     assert ablation.short(mean, error, sign) == text
 
