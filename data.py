@@ -875,7 +875,7 @@ class Captions:
         pairs, self.block = iter(pairs), bytearray()
         ids, sizes, words = [np.zeros(0, "S1")], [np.zeros(1, int)], [np.zeros(0, np.uint16)]
         while part := list(itertools.islice(pairs, 100_000)):  # few objects at a time
-            texts = [text.strip().encode() for _, text in part]
+            texts = [text.strip().encode(errors="surrogatepass") for _, text in part]  # of JSON
             self.block += b"".join(texts)
             ids.append(encode_ids([image_id for image_id, _ in part]))
             sizes.append([len(text) for text in texts])
@@ -889,8 +889,9 @@ class Captions:
 
     def __getitem__(self, which):
         if isinstance(which, (int, np.integer)):
-            text = self.block[self.starts[which] : self.ends[which]].decode()
-            return self.ids[which].decode(errors="surrogateescape"), text
+            text = self.block[self.starts[which] : self.ends[which]]
+            return (self.ids[which].decode(errors="surrogateescape"),
+                text.decode(errors="surrogatepass"))
         some = copy.copy(self)
         some.ids, some.words = self.ids[which], self.words[which]
         some.starts, some.ends = self.starts[which], self.ends[which]

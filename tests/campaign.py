@@ -262,9 +262,9 @@ def make_kinds(home):
             load_bert(SwitchBertForPretraining(SwitchBertConfig.tiny()), bert)
 
     return {"store": (sorted((home / "store").glob("*.*")), read_store), "TSV": ([tsv], read_tsv),
-        "captions": ([plain], lambda: data.read_captions(plain)),
-        "COCO captions": ([coco], lambda: data.read_captions(coco)),
-        "Karpathy's splits": ([karpathy], lambda: data.read_captions(karpathy)),
+        "captions": ([plain], lambda: data.Captions(data.read_captions(plain))),
+        "COCO captions": ([coco], lambda: data.Captions(data.read_captions(coco))),
+        "Karpathy's splits": ([karpathy], lambda: data.Captions(data.read_captions(karpathy))),
         "vocabulary": ([vocab], lambda: data.WordPiece(vocab).encode("a ring", 9)),
         "VQA": ([asked, answered], lambda: finetune.VQA.from_folder(home / "vqa")),
         "RefCOCO": ([refs, instances], lambda: finetune.Refer.from_folder(home / "refer")),

@@ -412,7 +412,8 @@ def test_captions_without_words_or_features_are_counted_and_left_out(store, toke
 
 @pytest.mark.parametrize("count", [0, 1, 7, 100_003])
 def test_captions_read_like_the_list_of_pairs_that_they_hold(count):
-    pairs = [(f"dog_{i}" if i % 2 else i, f" caf\u00e9 {'x ' * (i % 50)}") for i in range(count)]
+    pairs = [(f"dog_{i}" if i % 2 else i, f" caf\u00e9 \ud800 {'x ' * (i % 50)}")
+        for i in range(count)]
     expected = [(str(image_id), text.strip()) for image_id, text in pairs]
     captions = data.Captions(iter(pairs))
     assert list(captions) == expected and len(captions) == count
