@@ -269,7 +269,7 @@ def draw(results, width=230, height=190):
                 pen.ellipse([x - 3, y - 3, x + 3, y + 3], outline=colour, width=1)
             mean = y_of(mean_and_error(each[s].values())[0])
             pen.line([x - 7, mean, x + 7, mean], fill=colour, width=2)
-            pen.text((x, 160 + 12 * (column % 2)), s[:6], "black", ImageFont.load_default(10),
+            pen.text((x, 160 + 12 * (column % 2)), s, "black", ImageFont.load_default(10),
                 anchor="ma")
         panels.append(panel)
     return train.stack(panels, columns=5)
