@@ -864,8 +864,8 @@ class Captions:
     """Pairs (image id, text) in little memory, to read like a list: Captions(pairs)[0], len, for.
 
     The texts lie in one block of bytes, each between its start and its end. A list of 3.3 million
-    tuples takes 0.9 GB; this takes 0.25, and above all loading processes share it. A list they copy
-    page by page: Python counts references inside of objects, so to read a string is to write to it.
+    tuples takes 0.9 GB; this takes 0.25, and loading processes share it. They would copy a list
+    page by page: Python counts references in the objects, so reading a string writes to its page.
 
     ids (N,) bytes: canonical image ids. words (N,): how many spaces a text has. A slice, or an
     array of indices or of bool, selects Captions that share the block.
@@ -875,7 +875,8 @@ class Captions:
         pairs, self.block = iter(pairs), bytearray()
         ids, sizes, words = [np.zeros(0, "S1")], [np.zeros(1, int)], [np.zeros(0, np.uint16)]
         while part := list(itertools.islice(pairs, 100_000)):  # few objects at a time
-            texts = [text.strip().encode(errors="surrogatepass") for _, text in part]  # of JSON
+            # surrogatepass: JSON may hold half of a surrogate pair, which UTF-8 has no bytes for.
+            texts = [text.strip().encode(errors="surrogatepass") for _, text in part]
             self.block += b"".join(texts)
             ids.append(encode_ids([image_id for image_id, _ in part]))
             sizes.append([len(text) for text in texts])

@@ -336,27 +336,26 @@ class SwitchInput(nn.Module):
         # ASSUMPTION A10: the newest depth starts 5 ahead, at every temperature: it has the weight
         # e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary stack and
         # departs from it where that pays. Divided by a temperature of 5 as the logits are, the 5
-        # would be 1, and the newest of twelve depths begin with .2. Those 3 ahead soon read older
-        # depths, and masked regions and VQA were worse for it (tests/ABLATION.md).
+        # would be 1, and the newest of twelve depths would begin with .2. Gates that began 3 ahead
+        # soon read older depths, and masked regions and VQA got worse (tests/ABLATION.md).
         self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
         weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
+        read = range(len(depths))
         if temperature is None:  # one-hot: a depth that nobody in the batch reads costs nothing
             read = weights.any(dim=1).any(dim=0).nonzero().flatten().tolist()
-            depths, weights_read = [depths[i] for i in read], weights[..., read]
-            if len(depths) == 1:
-                return depths[0], weights
-        else:
-            weights_read = weights
+            if len(read) == 1:
+                return depths[read[0]], weights
         kind = modality_of(mask.shape[1], num_text, mask.device)
-        shares = weights_read[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
+        shares = weights[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
         # One fused pass for each depth. Stacked, for a single product, all depths would be copied
         # first: two to five times slower (tests/benchmark.py).
-        mixed = shares[0] * depths[0]
-        for share, depth in zip(shares[1:], depths[1:]):
-            mixed = torch.addcmul(mixed, share, depth)
+        first, *others = read
+        mixed = shares[first] * depths[first]
+        for depth in others:
+            mixed = torch.addcmul(mixed, shares[depth], depths[depth])
         return mixed, weights
 
 
