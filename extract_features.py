@@ -30,7 +30,7 @@ Map of the file (* = read these first)
     2. Visual Genome         Anderson's Faster R-CNN, made of torchvision's parts
     3. Toy detector          a small one, and its training on drawn scenes from scratch
     4. Regions             * which boxes of a picture are kept, and their features
-    5. Pictures and boxes    what to extract: files, lists, published splits, given boxes
+    5. Pictures and boxes    what to extract: folders, lists, given boxes
     6. Extraction          * a store is filled, from scenes or from pictures
     7. Command line          extract, show
 
@@ -38,12 +38,11 @@ Map of the file (* = read these first)
     data/features: 6 of 6 pictures to extract
     data/features: 6 of 6 pictures extracted
 
-    $ python extract_features.py dataset_flickr30k.json -o data/features --weights ...
     $ python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
-IMAGES is a folder, a picture, a text file with a path per line (and perhaps a tab and an id), or a
-JSON file of COCO or of Karpathy's splits. The same command continues an interrupted extraction.
+The first argument is a folder, a picture, or a text file with a path per line (and perhaps a tab
+and an id). The same command continues an interrupted extraction.
 
 Departures from the paper: A13 (which regions are the best 36), D1.
 
@@ -53,6 +52,7 @@ a scene has 6 things at most.
 
 import argparse
 import functools
+import glob
 import hashlib
 import math
 import os
@@ -67,17 +67,16 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torchvision.models import detection, resnet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou, roi_pool
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput,
-    FeatureStore, Scene, canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text,
+from data import (COUNT, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
+    canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text,
     read_class_names, read_json, reading, run, save_png, start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
@@ -109,10 +108,10 @@ def build_detector(name, weights=None, classes=None):
         names = ["background", *read_class_names(classes)]
         if len(names) != head.out_features:
             raise BadInput(f"{classes}: found {len(names) - 1} names, not {head.out_features - 1}")
-    model.confidence = 0.2 if name == "toy" else None  # see select_regions
+    model.confidence = 0.2 if name == "toy" else 0.0  # see select_regions
     model.about = dict(detector=name, class_names=list(names), feature_size=head.in_features,
         weights=Path(weights or "").name, weights_sha256=sha256(weights),
-        class_head=[parameter.detach().numpy() for parameter in (head.weight, head.bias)],
+        class_head=[parameter.detach().numpy() for parameter in head.parameters()],  # W, b
         box_format="x1 y1 x2 y2, pixels of the upright picture",
         versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
     return model
@@ -172,15 +171,17 @@ class VGTransform(nn.Module):
     def forward(self, images, targets=None):
         """(ImageList, targets) of pictures of one size."""
         batch = torch.stack(images)  # (B, 3, H, W)
-        sides = torch.tensor(batch.shape[2:], dtype=torch.float64)
-        sides = self.min_size / sides.min() * sides
-        sides = (sides * min(1, self.max_size / sides.max()) + 0.5).int().clamp(min=1)
+        sides = batch.shape[2:]
+        # In two steps, as published: one product would round some halves the other way.
+        scale = self.min_size / min(sides)
+        shrink = min(1, self.max_size / (scale * max(sides)))
+        sides = [max(1, int(scale * side * shrink + 0.5)) for side in sides]
         batch = 255 * batch.flip(1) - batch.new_tensor(self.mean)[:, None, None]
-        batch = nn.functional.interpolate(batch, sides.tolist(), mode="bilinear")
+        batch = nn.functional.interpolate(batch, sides, mode="bilinear")
         return detection.image_list.ImageList(batch, [batch.shape[2:]] * len(batch)), targets
 
 
-class VGAnchors(nn.Module):
+class VGAnchors(detection.rpn.AnchorGenerator):
     """The 12 anchors (4 scales x 3 ratios) of every cell of the map, 16 pixels apart.
 
     They come with the weights: the ports disagree about half a pixel and about their order, and a
@@ -193,10 +194,8 @@ class VGAnchors(nn.Module):
 
     def forward(self, images, maps):
         """For each image (H W 12, 4), row by row of the map."""
-        y, x = (16 * torch.arange(n, device=self.cells.device) for n in maps[0].shape[-2:])
-        shift = torch.cartesian_prod(y, x).flip(1).repeat(1, 2)  # (H W, 4): x, y, x, y
-        anchors = (shift[:, None] + self.cells).view(-1, 4)  # (H W 12, 4)
-        return [anchors] * len(images.tensors)
+        self.cell_anchors = [self.cells]
+        return self.grid_anchors([maps[0].shape[-2:]], [(16, 16)]) * len(images.tensors)
 
 
 class C4RoIPool(nn.Module):
@@ -239,31 +238,29 @@ def vg_detector():
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals. The other numbers serve training.
     rpn = detection.rpn.RegionProposalNetwork(VGAnchors(), head, 0.7, 0.3, 256, 0.5,
         pre_nms_top_n=dict(testing=6000), post_nms_top_n=dict(testing=300), nms_thresh=0.7)
-    roi_heads = dict(box_roi_pool=C4RoIPool(), box_head=Res5Head(net.layer4),
-        box_predictor=FastRCNNPredictor(2048, 1601))
-    return nn.ModuleDict(dict(transform=VGTransform(), backbone=backbone, rpn=rpn,
-        roi_heads=nn.ModuleDict(roi_heads)))
+    roi_heads = nn.ModuleDict(dict(box_roi_pool=C4RoIPool(), box_head=Res5Head(net.layer4),
+        box_predictor=nn.ModuleDict(dict(cls_score=nn.Linear(2048, 1601)))))
+    return detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, VGTransform())
 
 
 # Hugging Face's names -> torchvision's, replaced one after the other.
-VG_NAMES = {"backbone.stem.conv1.norm.": "backbone.bn1.", "backbone.stem.": "backbone.",
-    "res2.": "layer1.", "res3.": "layer2.", "res4.": "layer3.", "roi_heads.res5.":
-    "roi_heads.box_head.layer4.", "conv1.norm.": "bn1.", "conv2.norm.": "bn2.",
-    "conv3.norm.": "bn3.", "shortcut.norm.": "downsample.1.", "shortcut.": "downsample.0.",
-    "proposal_generator.rpn_head.conv.": "rpn.head.conv.0.",
+VG_NAMES = {"backbone.stem.": "backbone.", "res2.": "layer1.", "res3.": "layer2.",
+    "res4.": "layer3.", "roi_heads.res5.": "roi_heads.box_head.layer4.", "conv1.norm.": "bn1.",
+    "conv2.norm.": "bn2.", "conv3.norm.": "bn3.", "shortcut.norm.": "downsample.1.",
+    "shortcut.": "downsample.0.", "proposal_generator.rpn_head.conv.": "rpn.head.conv.0.",
     "proposal_generator.rpn_head.objectness_logits.": "rpn.head.cls_logits.",
     "proposal_generator.rpn_head.anchor_deltas.": "rpn.head.bbox_pred.",
     "proposal_generator.anchor_generator.cell_anchors.0": "rpn.anchor_generator.cells"}
-# The attribute head ("red", "wooden"), which nothing here reads, and what is no weight.
-VG_UNUSED = ("num_batches_tracked", "pixel_mean", "pixel_std", "box_predictor.cls_embedding.",
-    "box_predictor.fc_attr.", "box_predictor.attr_score.")
+# What nothing here reads: the last correction of the boxes, the attribute head ("red", "wooden"),
+# and what is no weight.
+VG_UNUSED = ("box_predictor.bbox_pred.", "box_predictor.cls_embedding.", "box_predictor.fc_attr.",
+    "box_predictor.attr_score.", "num_batches_tracked", "pixel_mean", "pixel_std")
 
 
 def convert_vg_weights(published):
     """torchvision's state dict of the detector from Hugging Face's.
 
-    There the background is class 1600, the last; here it is class 0. The background has no box
-    correction there, and one of zeros here.
+    There the background is class 1600, the last; here it is class 0.
     """
     converted = {}
     for name, value in published.items():
@@ -271,10 +268,8 @@ def convert_vg_weights(published):
             continue
         for theirs, ours in VG_NAMES.items():
             name = name.replace(theirs, ours)
-        if "box_predictor.cls_score" in name:
+        if "cls_score" in name:
             value = value.roll(1, dims=0)  # (1601, ...)
-        elif "box_predictor.bbox_pred" in name:
-            value = torch.cat([torch.zeros_like(value[:4]), value])  # (4 * 1601, ...)
         converted[name] = value
     return converted
 
@@ -329,9 +324,8 @@ def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3):
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(scenes))
-    order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])
-    batches = order[: iterations * batch].split(batch)
-    for chosen in tqdm(batches, "training the detector", leave=False, disable=None):
+    order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])[: iterations * batch]
+    for chosen in tqdm(order.split(batch), "training the detector", leave=False, disable=None):
         losses = model([images[i] / 255 for i in chosen], [targets[i] for i in chosen])
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -355,39 +349,15 @@ def draw_scenes(numbers):
 def toy_detector(weights, numbers):
     """The toy detector in file `weights`; if there is none, it is trained on these scenes first.
 
-    weights: a Path. What was trained is judged on 200 held-out scenes, in a line that is printed.
+    weights: a Path.
     """
     if not weights.exists():
         started = time.time()
         model = train_toy_detector([Scene(n) for n in numbers], draw_scenes(numbers))
-        quality = detection_quality(model, range(HELD_OUT_SCENES, HELD_OUT_SCENES + 200))
         weights.parent.mkdir(parents=True, exist_ok=True)
         write_whole(weights, lambda file: torch.save(model.state_dict(), file), mode="wb")
-        print(f"detector: trained in {time.time() - started:.0f} s; things in 200 held-out scenes "
-            + ", ".join(f"{share:.3f} {what}" for what, share in quality.items()), flush=True)
+        print(f"detector: trained in {time.time() - started:.0f} s", flush=True)
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
-
-
-def detection_quality(model, numbers):
-    """How well regions cover the things of these scenes: a dict of three shares of all things."""
-    verdicts = []
-    for n in numbers:
-        boxes, _, probs = regions(model, draw_scenes([n]) / 255, TOY_REGIONS)[0]
-        verdicts.append(judge_things(toy_targets(Scene(n)), boxes, probs))
-    shares = torch.cat(verdicts, dim=1).float().mean(dim=1)
-    return dict(zip(("found at IoU .5", "at .75", "named"), shares.tolist()))
-
-
-def judge_things(targets, boxes, probs):
-    """(3, things) bool: found by a region with IoU >= .5, with IoU >= .75, and named.
-
-    A thing is named if the best-ranked region with IoU >= .5 has its class.
-    """
-    iou = box_iou(targets["boxes"], boxes)  # (things, n)
-    best = iou.amax(dim=1)
-    first = (iou >= 0.5).float().argmax(dim=1)
-    named = probs[first, 1:].argmax(dim=1) + 1 == targets["labels"]
-    return torch.stack([best >= 0.5, best >= 0.75, (best >= 0.5) & named])
 
 
 # name: (builds the model, class names where they are known, makes its state dict of a file's)
@@ -406,48 +376,51 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @torch.no_grad()
 def regions(model, images, num_regions, boxes=None, precision="fp32"):
-    """The best regions of B pictures: B x (boxes (n, 4), features (n, F), probs (n, C)), n <= R.
+    """The best regions of B pictures: B x [boxes (n, 4), features (n, F), probs (n, C)], n <= R.
 
     images: float tensors (3, H, W) in [0, 1], all of one size: a smaller one would be padded, and
     its border of zeros would leak into the features beside it. boxes: None, or for each picture the
     (n, 4) whose features are wanted, all of them and in this order. Boxes are x1, y1, x2, y2 in
     pixels of the picture, best first. A feature is that of the proposal: no box is corrected.
+    The result is numpy arrays.
 
     precision: of the convolutions. Of given boxes bf16 changes a feature by less than 1 % of the
     largest one, fp16 by less than .2 %.
     """
-    weight = model.roi_heads.box_predictor.cls_score.weight
-    images = torch.stack([image.to(weight.device) for image in images])  # (B, 3, H, W)
-    with torch.autocast(images.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    device = next(model.parameters()).device
+    images = torch.stack(list(images)).to(device)  # (B, 3, H, W)
+    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
         prepared, _ = model.transform(list(images))
         maps = model.backbone(prepared.tensors)
         maps = {"0": maps} if torch.is_tensor(maps) else maps  # (B, c, H/s, W/s), one or several
         (h, w), (height, width) = prepared.image_sizes[0], images.shape[2:]
-        scale = torch.tensor([w / width, h / height] * 2, device=weight.device)
+        scale = torch.tensor([w / width, h / height] * 2, device=device)
         if boxes is None:
             proposals, _ = model.rpn(prepared, maps)  # B x (P, 4), in pixels of `prepared`
             places = [proposal / scale for proposal in proposals]
         else:
-            places = [box.to(weight.device) for box in boxes]
+            places = [torch.as_tensor(given, device=device) for given in boxes]
             proposals = [place * scale for place in places]
         pooled = model.roi_heads.box_roi_pool(maps, proposals, prepared.image_sizes)
-        features = model.roi_heads.box_head(pooled).to(weight.dtype)  # (B P, F)
-    probs = model.roi_heads.box_predictor(features)[0].softmax(dim=-1)  # (B P, C)
+        features = model.roi_heads.box_head(pooled).float()  # (B P, F)
+    probs = model.roi_heads.box_predictor.cls_score(features).softmax(dim=-1)  # (B P, C)
     counts = [len(place) for place in places]
-    found = list(zip(places, features.split(counts), probs.split(counts)))
-    for i, proposal in enumerate([] if boxes else proposals):
-        kept = select_regions(proposal, found[i][2], num_regions, model.confidence)
-        found[i] = tuple(values[kept] for values in found[i])
+    found = []
+    for proposal, *values in zip(proposals, places, features.split(counts), probs.split(counts)):
+        if boxes is None:
+            kept = select_regions(proposal, values[2], num_regions, model.confidence)
+            values = [value[kept] for value in values]
+        found.append([value.cpu().numpy() for value in values])
     return found
 
 
-def select_regions(boxes, probs, most, confidence=None):
+def select_regions(boxes, probs, most, confidence=0.0):
     """Anderson's choice of regions: indices (n,), best first, n <= most. ASSUMPTION A13.
 
     In every foreground class the proposals compete: one that overlaps a better one (IoU > .3) is
     struck from that class. A proposal then ranks by its best class in which it survived. So of ten
     boxes around one red star only one ranks high, while a shirt and the man in it, two classes,
-    both stay. confidence: keep only those that rank above it, one at least.
+    both stay. confidence: keep only those that rank so high, one at least.
 
     All classes are suppressed in one pass: step k looks at the k-th best box of every class at once
     and, if it is still alive, strikes its rivals. (A rival that ranks higher was struck before, or
@@ -460,16 +433,14 @@ def select_regions(boxes, probs, most, confidence=None):
     for best in scores.argsort(dim=0, descending=True, stable=True):  # one box per class
         alive &= ~(rivals[:, best] & alive.gather(0, best[None]))
     rank, order = (scores * alive).amax(dim=1).sort(descending=True, stable=True)  # (P,)
-    if confidence is not None:
-        most = min(most, max(1, int((rank > confidence).sum())))
-    return order[:most]
+    sure = int((rank >= confidence).sum())
+    return order[: max(1, min(most, sure))]
 
 
 def picture_regions(model, path, num_regions):
     """A picture file's (PIL image, boxes (n, 4), features (n, F), probs (n, C)), as numpy."""
     image = open_picture(path)
-    found = regions(model, [pil_to_tensor(image) / 255], num_regions)[0]
-    return image, *(values.cpu().numpy() for values in found)
+    return image, *regions(model, [pil_to_tensor(image) / 255], num_regions)[0]
 
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
@@ -495,90 +466,43 @@ def open_picture(path):
     return image
 
 
-def find_pictures(source, split=None):
-    """[(image id, path)] of a folder (recursive), a picture, a list file or a published JSON file.
+def find_pictures(source):
+    """[(image id, path)] of a folder (recursive), a picture, or a list file.
 
-    A list has a path per line, relative to its own folder, and after a tab an id if it is not the
-    file's name. A JSON file is COCO's (captions, instances, image info) or Karpathy's, of which
-    `split` may name one. Missing files are listed too, and fail when they are opened.
+    Hidden files, such as the '._1.jpg' of macOS, are left out; links are followed. A list has a
+    path per line, relative to its own folder, and after a tab an id if it is not the file's name.
+    Missing files are listed too, and fail when they are opened.
     """
     source = Path(source)
-    suffix = source.suffix.lower()
-    if suffix == ".json":
-        return published_pictures(source, split)
-    if split:
-        raise BadInput(f"{source}: --split {split}: only JSON files have splits")
-    if source.is_dir() or suffix in SUFFIXES:
-        files = files_below(source) if source.is_dir() else [source]
-        return [(canonical_id(p.name), p) for p in files if p.suffix.lower() in SUFFIXES]
+    if source.is_dir():
+        below = sorted(source / name for name in glob.glob("**", root_dir=source, recursive=True))
+        return [(canonical_id(p), p) for p in below if p.suffix.lower() in SUFFIXES]
+    if source.suffix.lower() in SUFFIXES:
+        return [(canonical_id(source), source)]
     with reading(source, "a list with a path per line, and perhaps a tab and an id"):
         with open_text(source) as file:
             rows = [line.rstrip("\r\n").partition("\t") for line in file if line.strip()]
     return [(canonical_id(name or path), source.parent / path) for path, _, name in rows]
 
 
-def files_below(folder):
-    """All paths below a folder, in order, without hidden files such as the '._1.jpg' of macOS.
-
-    Links to other folders are followed, but none twice, and none that leads upwards.
-    """
-    root, seen, files = Path(folder).resolve(), set(), []
-    for at, folders, names in os.walk(folder, followlinks=True):
-        here = Path(at).resolve()
-        if here in seen or here in root.parents:
-            folders.clear()  # os.walk then goes no deeper
-            continue
-        seen.add(here)
-        files += [Path(at, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def published_pictures(source, split):
-    """[(image id, path)] of COCO's or Karpathy's JSON, each looked for below the JSON's folder.
-
-    A file is found by its name, or by its folder's and its own; if two files fit, by neither.
-    """
-    below, pictures = {}, []
-    for path in files_below(source.parent):
-        for name in (path.name, f"{path.parent.name}/{path.name}"):
-            below[name] = None if name in below else path
-    with reading(source, "a list of images, as COCO's or Karpathy's") as at:
-        for at.entry, image in enumerate(read_json(source, dict)["images"]):
-            name = image.get("file_name") or image["filename"]
-            path = below.get(f"{image.get('filepath')}/{name}") or below.get(name)
-            # Captions, questions and boxes go by COCO's ids, whatever its files are called.
-            image_id = canonical_id(image.get("cocoid", image.get("id", name)))
-            # Karpathy's "restval": the 30,504 images of val2014 that all papers train on, too.
-            part = "train" if image.get("split") == "restval" else image.get("split")
-            if split in (None, part):
-                pictures.append((image_id, path or source.parent / name))
-    return pictures
-
-
 def read_boxes(path):
-    """({image id: boxes (n, 4) float32, x1 y1 x2 y2 in pixels}, were they detected?) of a file.
+    """{image id: boxes (n, 4) float32, x1 y1 x2 y2 in pixels} of a JSON file.
 
-    Detections, as MAttNet's: a list of {image_id, box [x, y, w, h], score}. COCO's and RefCOCO's
-    instances.json: annotations with {image_id, bbox [x, y, w, h]}. Yours, with corners:
-    {"391895": [[x1, y1, x2, y2], ...]}. Detections come the surest first, other boxes as they are.
+    Detections, as MAttNet's: a list of {image_id, box [x, y, w, h], score}; the surest come first.
+    COCO's and RefCOCO's instances.json: annotations with {image_id, bbox [x, y, w, h]}, in order.
     """
     content, boxes = read_json(path), defaultdict(list)
-    with reading(path, "a file of boxes; expected detections with image_id, box and score, "
-            'annotations with image_id and bbox, or {"id": [[x1, y1, x2, y2]]}') as at:
-        records = content if isinstance(content, list) else content.get("annotations")
-        if records is None:
-            rows = [(i, [x, y, x2 - x, y2 - y]) for i, each in content.items()
-                for x, y, x2, y2 in each]
-        else:
-            records = sorted(records, key=lambda r: -r.get("score", 0))  # stable: ties keep order
-            rows = [(r["image_id"], r.get("box") or r["bbox"]) for r in records]
-        for at.entry, (image_id, box) in enumerate(rows):
-            x, y, w, h = map(float, box)
-            if not math.isfinite(x + y + w + h):  # RoI pooling would index memory with it
-                raise ValueError(f"image {image_id}: {box}")
-            boxes[canonical_id(image_id)].append([x, y, x + w, y + h])
-    detected = isinstance(content, list)
-    return {image_id: np.float32(each) for image_id, each in boxes.items()}, detected
+    with reading(path, "a file of boxes; expected a list of detections with image_id, box and "
+            "score, or annotations with image_id and bbox") as at:
+        records = content if isinstance(content, list) else content["annotations"]
+        # A stable sort: without scores, boxes keep their order.
+        surest = sorted(enumerate(records), key=lambda item: -item[1].get("score", 0))
+        for at.entry, record in surest:
+            x, y, w, h = record.get("box") or record["bbox"]
+            if not math.hypot(x, y, w, h) < 1e6:  # RoI pooling would index memory with NaN
+                raise ValueError(f"a box of {[x, y, w, h]}")
+            boxes[canonical_id(record["image_id"])].append([x, y, x + w, y + h])
+    return {image_id: np.float32(each) for image_id, each in boxes.items()}
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
@@ -592,77 +516,66 @@ def read_boxes(path):
 def extract_scenes(model, numbers, folder):
     """A feature store of these scenes; continues one that was interrupted."""
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
-    batches = sorted({row // 16 for row in writer.pending()})
-    for batch in tqdm(batches, "extracting", leave=False, disable=None):
-        rows = range(len(numbers))[16 * batch : 16 * batch + 16]
-        images = draw_scenes([numbers[row] for row in rows])
-        for row, found in zip(rows, regions(model, images / 255, TOY_REGIONS)):
-            boxes, features, _ = (values.numpy() for values in found)
+    starts = sorted({row - row % 16 for row in writer.pending()})
+    for start in tqdm(starts, "extracting", leave=False, disable=None):
+        images = draw_scenes(numbers[start : start + 16])
+        found = regions(model, images / 255, TOY_REGIONS)
+        for row, (boxes, features, _) in enumerate(found, start):
             writer.write(row, features, boxes, (SCENE_PIXELS, SCENE_PIXELS))
     return writer.finish()
 
 
 def prepare(args):
     """(model, writer, pictures, boxes) of these flags: the same in each of several processes."""
-    boxes, detected = read_boxes(args.boxes) if args.boxes else (None, True)
-    pictures = find_pictures(args.images, args.split)
-    pictures = [p for p in pictures if boxes is None or p[0] in boxes]
+    pictures, boxes = find_pictures(args.images), None
+    most = args.regions or 36
+    if args.boxes:
+        boxes = read_boxes(args.boxes)
+        pictures = [p for p in pictures if p[0] in boxes]
+        most = args.regions or max(map(len, boxes.values()), default=0)
     if not pictures:
-        raise BadInput(f"{args.images}: found no pictures of --split {args.split} and --boxes "
-            f"{args.boxes}; do the ids agree?")
+        raise BadInput(f"{args.images}: found no pictures of --boxes {args.boxes}; do the ids "
+            "agree?")
     model = build_detector(args.detector, args.weights, args.classes)
-    most = TOY_REGIONS if args.detector == "toy" else 36
-    if not detected:  # of true boxes all are wanted
-        most = max(len(boxes[image_id]) for image_id, _ in pictures)
-    writer = FeatureStore.create(args.out, [p[0] for p in pictures], args.regions or most,
-        precision=args.precision, boxes=sha256(args.boxes),
-        selection="given boxes" if boxes else "Anderson: best class, NMS at .3", **model.about)
+    writer = FeatureStore.create(args.out, [p[0] for p in pictures], most,
+        precision=args.precision, boxes=sha256(args.boxes), **model.about)
     return model, writer, pictures, boxes
 
 
-def open_row(pictures, row):
-    """(row, its picture uint8 (3, H, W) or its BadInput), opened in a loading process."""
+def open_row(item):
+    """A row of the store, its id, and its picture uint8 (3, H, W), or the BadInput in its place.
+
+    Called in a loading process, with (row, id, path).
+    """
+    row, image_id, path = item
     try:
-        return row, pil_to_tensor(open_picture(pictures[row][1]))
+        return row, image_id, pil_to_tensor(open_picture(path))
     except BadInput as error:
-        return row, error
+        return row, image_id, error
 
 
 def extract_part(args, model, writer, pictures, boxes):
-    """Extract the pending pictures that fall to this process, one of WORLD_SIZE, on its device.
+    """Extract the pending pictures that fall to this process, one of --gpus, on its device.
 
     They are dealt out by row number. Their place among the pending rows would not do: a process
     that starts late finds fewer of them.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    model.to(device)
-    most = writer.meta["num_regions"]
-    rows = [row for row in writer.pending() if row % world == rank]
-    loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=args.workers,
-        collate_fn=functools.partial(open_row, pictures))
-    for row, image in tqdm(loader, "extracting", leave=False, disable=rank > 0 or None):
+    rank, most = int(os.environ.get("RANK", 0)), writer.meta["num_regions"]
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.gpus))
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    model.to(f"cuda:{rank}" if torch.cuda.is_available() else device)
+    items = [(row, *pictures[row]) for row in writer.pending() if row % args.gpus == rank]
+    loader = torch.utils.data.DataLoader(items, batch_size=None, num_workers=args.workers,
+        collate_fn=open_row)
+    for row, image_id, image in tqdm(loader, "extracting", leave=False, disable=rank > 0 or None):
         try:
             if isinstance(image, BadInput):
                 raise image
-            size = (image.shape[2], image.shape[1])
-            given = boxes and [clip_boxes(boxes[pictures[row][0]][:most], size)]
-            found = regions(model, [image / 255], most, given, args.precision)[0]
-            places, features, _ = (values.cpu().numpy() for values in found)
-            writer.write(row, features, places, size)
+            given = boxes and [boxes[image_id][:most]]
+            places, features, _ = regions(model, [image / 255], most, given, args.precision)[0]
+            writer.write(row, features, places, (image.shape[2], image.shape[1]))
         except BadInput as error:
             writer.fail(row, str(error))
-
-
-def clip_boxes(boxes, size):
-    """Given boxes (n, 4), cut to a picture of size (W, H). A box that lies wholly beside it comes
-    out with x2 < x1 or y2 < y1, which the store refuses.
-    """
-    corners = [boxes[:, :2].clip(min=0), np.minimum(boxes[:, 2:], size)]
-    return torch.tensor(np.hstack(corners), dtype=torch.float32)
 
 
 def extract(args):
@@ -670,18 +583,16 @@ def extract(args):
     with only_run_in(args.out):
         model, writer, pictures, boxes = prepare(args)
         total = len(pictures)
-        if args.detector == "coco":
-            print("note: this detector was trained on pictures that RefCOCO+ tests on")
         print(f"{args.out}: {len(writer.pending()):,} of {total:,} pictures to extract", flush=True)
         if args.gpus > 1:
             start_processes(args.gpus)
         else:
             extract_part(args, model, writer, pictures, boxes)
-        failed = int((writer.finish().counts == 0).sum())
-    result = f"{args.out}: {total - failed:,} of {total:,} pictures extracted"
-    if failed:
-        result += f", {failed:,} failed: see {args.out}/failed.txt; to try again, remove the store"
-    if failed == total:
+        extracted = int((writer.finish().counts > 0).sum())
+    result = f"{args.out}: {extracted:,} of {total:,} pictures extracted"
+    if extracted < total:
+        result += f"; {args.out}/failed.txt lists the others; to try again, remove the store"
+    if not extracted:
         raise BadInput(result)
     print(result)
 
@@ -698,13 +609,13 @@ def show(folder, which):
     which: a picture file whose name gives the id, or an id alone. Scenes are then drawn anew, and
     other boxes are drawn on grey. Raises BadInput.
     """
-    store, path = FeatureStore(folder), Path(which)
+    store = FeatureStore(folder)
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
     boxes, size, best = store[row]["boxes"], store[row]["size"], store.best_classes(row)
-    if path.is_file():
-        image = open_picture(path)
+    if Path(which).is_file():
+        image = open_picture(which)
     elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     else:
@@ -714,21 +625,22 @@ def show(folder, which):
     return draw_regions(image, boxes, size, labels)
 
 
-def draw_regions(image, boxes, size, labels=None, side=500):
-    """A dimmed copy of a PIL image, its longer side 2 `side` pixels, with boxes (n, 4) and labels.
+def draw_regions(image, boxes, size, labels=None):
+    """A dimmed copy of a PIL image, its longer side 1000 pixels, with boxes (n, 4) and labels.
 
-    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy. torchvision's
-    letters are ten pixels high and have no background: on a dimmed picture of half the size, which
-    is enlarged afterwards, they can be read.
+    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy.
     """
-    scale = side / max(size)
-    image = image.resize([max(1, round(s * scale)) for s in size]).point(lambda value: value // 2)
-    # 137 degrees around the circle of colours: neighbours never look alike.
-    colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))]
-    boxes = torch.from_numpy(boxes[::-1] * scale)  # the best comes last, on top
-    labels = labels and labels[::-1]
-    drawn = to_pil_image(draw_bounding_boxes(pil_to_tensor(image), boxes, labels, colours[::-1]))
-    return drawn.resize([2 * s for s in drawn.size])
+    scale = 1000 / max(size)
+    image = image.resize([round(s * scale) for s in size]).point(lambda value: value // 2)
+    draw = ImageDraw.Draw(image)
+    for i in reversed(range(len(boxes))):  # the best comes last, on top
+        # 137 degrees around the circle of colours: neighbours never look alike.
+        colour = f"hsl({137 * i % 360}, 90%, 75%)"
+        box = (boxes[i] * scale).tolist()
+        draw.rectangle(box, outline=colour, width=2)
+        if labels:
+            draw.text((box[0] + 5, box[1] + 2), labels[i], colour, font_size=20)
+    return image
 
 
 def parse_args(argv=None):
@@ -743,15 +655,14 @@ def parse_args(argv=None):
         add("which", help="a picture file, or an image's id")
         add("-o", "--out", type=file_to_write, default="regions.png", help="the picture to write")
         return p.parse_args(argv)
-    add("images", help="folder, picture, list file, or JSON file of COCO or Karpathy's splits")
+    add("images", help="folder, picture, or list file")
     add("-o", "--out", type=folder_to_write, required=True, help="the store to write")
     add("--detector", choices=DETECTORS, default="vg",
         help="default: vg; coco was trained on pictures that RefCOCO+ tests on")
     add("--weights", help="file of the detector's weights; coco can download its own")
     add("--classes", help="vg: file of class names, one per line, without background")
     add("--boxes", help="JSON file of the boxes whose features are wanted")
-    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36; toy 8; --boxes all)")
-    add("--split", help="of a JSON file with splits: train, val or test")
+    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36; all of --boxes)")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
     flag(p, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
     add("--precision", choices=PRECISIONS, default="fp32")

@@ -456,7 +456,7 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
                 maps = {"0": model.backbone(image.tensors)}
                 boxes, _ = model.rpn(image, maps)
                 pooled = model.roi_heads.box_roi_pool(maps, boxes, image.image_sizes)
-                model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
+                model.roi_heads.box_predictor.cls_score(model.roi_heads.box_head(pooled))
 
     def extraction(turn):
         args = extract_features.parse_args([str(folder / "images"), "-o", str(folder / f"s{turn}"),

@@ -210,13 +210,11 @@ def test_features_and_classes_are_those_of_the_published_network(detector, seen,
     features = reference_stage(pooled, published, "roi_heads.res5", 1, dilation=2).mean((2, 3))
     found = detector.roi_heads.box_head(pooled)
     torch.testing.assert_close(found, features, rtol=1e-3, atol=1e-4)
-    logits, deltas = detector.roi_heads.box_predictor(features)
-    theirs, moves = (F.linear(features, *(published[f"roi_heads.box_predictor.{layer}.{k}"]
-        for k in ("weight", "bias"))) for layer in ("cls_score", "bbox_pred"))
+    logits = detector.roi_heads.box_predictor.cls_score(features)
+    theirs = F.linear(features, *(published[f"roi_heads.box_predictor.cls_score.{k}"]
+        for k in ("weight", "bias")))
     torch.testing.assert_close(logits[:, 1:], theirs[:, :-1])
     torch.testing.assert_close(logits[:, 0], theirs[:, -1])
-    torch.testing.assert_close(deltas[:, 4:], moves)
-    assert not deltas[:, :4].any()
 
 
 @torch.no_grad()
@@ -297,8 +295,8 @@ def test_as_many_regions_are_kept_as_were_asked_for(detector, picture, found, mo
 def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector, picture, found):
     boxes, features, _ = found
     same, again, _ = regions(detector, [picture], 36, boxes=[boxes[[7, 0, 20]]])[0]
-    assert torch.equal(same, boxes[[7, 0, 20]])
-    torch.testing.assert_close(again, features[[7, 0, 20]], rtol=1e-4, atol=1e-5)
+    assert np.array_equal(same, boxes[[7, 0, 20]])
+    np.testing.assert_allclose(again, features[[7, 0, 20]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision, tolerance", [
@@ -309,7 +307,7 @@ def test_lower_precision_changes_features_by_less_than_is_said(
     boxes = [torch.tensor([[0.0, 0, 83, 61], [10, 10, 40, 50], [50, 5, 80, 25]])]
     whole = regions(detector, [picture], 36, boxes)[0][1]
     half = regions(detector, [picture], 36, boxes, precision)[0][1]
-    assert 0 < (half - whole).abs().max() < tolerance * whole.abs().max()
+    assert 0 < np.abs(half - whole).max() < tolerance * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("change, problem", [
