@@ -133,7 +133,7 @@ def test_the_toy_detector_finds_and_names_the_things_of_held_out_scenes(tmp_path
 
 def test_cocos_detector_gives_regions_in_the_same_way(tmp_path):
     """With random weights in torchvision's own layout."""
-    torch.save(extract_features.coco_detector(weights=None).state_dict(), tmp_path / "coco.pth")
+    torch.save(extract_features.coco_detector().state_dict(), tmp_path / "coco.pth")
     model = build_detector("coco", tmp_path / "coco.pth")
     model.transform.min_size, model.transform.max_size = (100,), 160
     image = torch.rand(3, 61, 83)
