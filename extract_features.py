@@ -71,8 +71,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data import (COUNT, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text,
-    read_class_names, read_json, reading, run, save_png, start_processes, write_whole)
+    canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text, read_class_names,
+    read_json, reading, run, save_png, start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 #
@@ -107,7 +107,8 @@ def build_detector(name, weights=None, classes=None):
     model.about = dict(detector=name, class_names=list(names), feature_size=head.in_features,
         weights=Path(weights or "").name, weights_sha256=sha256(weights),
         class_head=[parameter.detach().numpy() for parameter in head.parameters()],
-        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__))
+        box_format="x1 y1 x2 y2, pixels of the upright picture",
+        versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
     return model
 
 
@@ -143,14 +144,8 @@ def coco_detector():
 # The detector of Anderson et al. [2018, the paper's reference 1], trained in Caffe on the 1,600
 # object classes of Visual Genome; detectron2 and Hugging Face have ports of it. It is a Faster
 # R-CNN from before feature pyramids, "C4": the first four blocks of a ResNet-101 see the picture
-# once, at stride 16, and the fifth sees every proposal by itself:
-#
-#     picture (3, 600, 1000)  BGR 0..255 minus its mean
-#         conv1, layer1-3 --> map (1024, 38, 63)
-#                                 |-- RPN: 12 anchors per cell --> 300 proposals
-#                                 +-- RoIPool --> (300, 1024, 14, 14)
-#                                                     layer4 --> (300, 2048, 14, 14)
-#                                                     mean   --> features (300, 2048)
+# once and make a map of it, (3, 600, 1000) -> (1024, 38, 63). The fifth block sees each of 300
+# proposals by itself, (1024, 14, 14) -> (2048, 14, 14); the mean of that is the feature.
 #
 # torchvision has the parts, but its defaults are of another time. Each difference below changes
 # every feature; RoIAlign in place of RoIPool alone, by 40 %.
@@ -162,7 +157,8 @@ class VGTransform(nn.Module):
     """
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
-    min_size, max_size = 600, 1000
+    min_size = 600
+    max_size = 1000
 
     def forward(self, images):
         """(ImageList, None) of pictures of one size; in torchvision targets come second."""
@@ -223,7 +219,8 @@ def vg_detector():
     # layer4 keeps its 14 x 14: stride 1, and dilation 2 in its place.
     net = resnet.resnet101(norm_layer=FrozenBatchNorm2d,
         replace_stride_with_dilation=[False, False, True])
-    net.layer4[0].conv2.dilation = net.layer4[0].conv2.padding = (2, 2)  # torchvision: only 1 and 2
+    net.layer4[0].conv2.dilation = (2, 2)  # torchvision dilates only the blocks after the first
+    net.layer4[0].conv2.padding = (2, 2)
     net.maxpool = nn.MaxPool2d(3, stride=2, padding=0, ceil_mode=True)  # Caffe's
     for layer in (net.layer2, net.layer3):  # Caffe's blocks stride in their first convolution
         layer[0].conv1.stride = (2, 2)
@@ -297,9 +294,9 @@ def toy_network():
     # (P, 64, 5, 5) -> (P, 128): one more convolution, and its mean.
     box_head = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    predictor = detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES))
     return detection.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_roi_pool=pool,
-        box_head=box_head,
-        box_predictor=detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES)),
+        box_head=box_head, box_predictor=predictor,
         min_size=SCENE_PIXELS, max_size=SCENE_PIXELS, rpn_nms_thresh=0.5,
         rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=40,
         rpn_pre_nms_top_n_test=100, rpn_post_nms_top_n_test=16,
@@ -341,8 +338,7 @@ def draw_scenes(numbers):
 
 
 def toy_detector(weights, numbers):
-    """The toy detector in file `weights`, a Path; if it is missing, trained on these scenes first.
-    """
+    """The toy detector in file `weights`, a Path; without that file these scenes train it first."""
     if not weights.exists():
         started = time.time()
         model = train_toy_detector([Scene(n) for n in numbers], draw_scenes(numbers))
@@ -375,7 +371,7 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     (n, 4) whose features are wanted, all of them and in this order. precision: of the convolutions;
     bf16 changes a feature by less than 1 % of the largest one, fp16 by less than .2 %.
 
-    Found are numpy arrays, the best region first; boxes are x1, y1, x2, y2 in pixels of the
+    The results are numpy arrays, the best region first; boxes are x1, y1, x2, y2 in pixels of the
     picture. A feature is that of the proposal: no box is corrected.
     """
     device = next(model.parameters()).device
@@ -384,7 +380,8 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         prepared, _ = model.transform(list(images))
         maps = model.backbone(prepared.tensors)
         maps = {"0": maps} if torch.is_tensor(maps) else maps  # (B, c, H/s, W/s), one or several
-        (h, w), (height, width) = prepared.image_sizes[0], images.shape[2:]
+        h, w = prepared.image_sizes[0]
+        height, width = images.shape[2:]
         scale = torch.tensor([w / width, h / height] * 2, device=device)
         if boxes is None:
             proposals, _ = model.rpn(prepared, maps)  # B x (P, 4), in pixels of `prepared`
@@ -464,8 +461,9 @@ def find_pictures(source):
     """
     source = Path(source)
     if source.is_dir():
-        below = sorted(source / name for name in glob.glob("**", root_dir=source, recursive=True))
-        return [(canonical_id(p), p) for p in below if p.suffix.lower() in SUFFIXES]
+        names = glob.glob("**/*", root_dir=source, recursive=True)
+        paths = sorted(source / name for name in names)
+        return [(canonical_id(p), p) for p in paths if p.suffix.lower() in SUFFIXES]
     if source.suffix.lower() in SUFFIXES:
         return [(canonical_id(source), source)]
     with reading(source, "a list with a path per line, and perhaps a tab and an id"):
@@ -480,7 +478,8 @@ def read_boxes(path):
     Detections, as MAttNet's: a list of {image_id, box [x, y, w, h], score}; the surest come first.
     COCO's and RefCOCO's instances.json: annotations with {image_id, bbox [x, y, w, h]}, in order.
     """
-    content, boxes = read_json(path), defaultdict(list)
+    content = read_json(path)
+    boxes = defaultdict(list)
     with reading(path, "a file of boxes; expected a list of detections with image_id, box and "
             "score, or annotations with image_id and bbox") as at:
         records = content if isinstance(content, list) else content["annotations"]
@@ -516,14 +515,16 @@ def extract_scenes(model, numbers, folder):
 
 def prepare(args):
     """(model, writer, pictures, boxes) of these flags: the same in each of several processes."""
-    pictures, boxes, most = find_pictures(args.images), None, 36
+    pictures = find_pictures(args.images)
+    boxes = None
+    most = 36
     if args.boxes:
         boxes = read_boxes(args.boxes)
         pictures = [p for p in pictures if p[0] in boxes]
         most = max(map(len, boxes.values()), default=0)
     if not pictures:
-        raise BadInput(f"{args.images}: found no pictures of --boxes {args.boxes}; do the ids "
-            "agree?")
+        raise BadInput(f"{args.images}: found no pictures, or none with an id of --boxes "
+            f"{args.boxes}")
     model = build_detector(args.detector, args.weights, args.classes)
     writer = FeatureStore.create(args.out, [p[0] for p in pictures], args.regions or most,
         precision=args.precision, boxes=sha256(args.boxes), **model.about)
@@ -541,7 +542,8 @@ def picture_or_error(path):
 def extract_part(args, model, writer, pictures, boxes):
     """Extract the pending pictures that fall to this process, one of --gpus, on its device.
 
-    They are dealt out by row number: of the pending rows a process that starts late finds fewer.
+    They are dealt out by row number, not by place among the pending rows: a process that starts
+    late finds fewer of those.
     """
     rank = int(os.environ.get("RANK", 0))
     torch.set_num_threads(max(1, torch.get_num_threads() // args.gpus))
@@ -599,7 +601,7 @@ def show(folder, which):
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
-    boxes, size, best = store[row]["boxes"], store[row]["size"], store.best_classes(row)
+    size = store[row]["size"]
     if Path(which).is_file():
         image = open_picture(which)
     elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
@@ -607,8 +609,9 @@ def show(folder, which):
     else:
         image = Image.new("RGB", size, "grey")
     names = dict(enumerate(store.class_names))
+    best = store.best_classes(row)
     labels = best and [f"{names.get(c, f'class {c}')} {p:.2f}" for c, p in zip(*best)]
-    return draw_regions(image, boxes, size, labels)
+    return draw_regions(image, store[row]["boxes"], size, labels)
 
 
 def draw_regions(image, boxes, size, labels=None):

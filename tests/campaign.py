@@ -236,7 +236,7 @@ def make_kinds(home):
         split="train", sentences=[dict(sent="ring", sent_id=i)]) for i in range(9)], protocol=2))
     instances = write("refer/instances.json",
         {"annotations": [dict(id=i, bbox=[1, 1, 5, 5]) for i in range(9)]})
-    boxes = write("boxes.json", {str(i): [[1, 1, 9, 9]] for i in range(5)})
+    boxes = write("boxes.json", [dict(image_id=i, box=[1, 1, 8, 8], score=0.5) for i in range(5)])
     picture = home / "pictures" / "1.png"
     picture.parent.mkdir()
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(picture)
