@@ -100,7 +100,8 @@ def picture():
 @pytest.mark.parametrize("size, prepared", [
     ((480, 640), (600, 800)), ((427, 640), (600, 899)), ((333, 500), (600, 901)),
     ((100, 500), (200, 1000)), ((500, 100), (1000, 200)), ((2000, 3000), (600, 900)),
-    ((1, 3000), (1, 1000))])  # 899.3, 900.9: to the nearest; a side is never 0
+    ((1, 3000), (1, 1000)), ((360, 640), (562, 1000))])  # 899.3, 900.9: to the nearest; never 0;
+# 562.4999 in the double precision of Detectron
 def test_the_short_side_becomes_600_and_the_long_one_at_most_1000(size, prepared):
     found = VGTransform()([torch.zeros(3, *size)])[0]
     assert tuple(found.image_sizes[0]) == prepared == found.tensors.shape[2:]
