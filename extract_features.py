@@ -63,11 +63,12 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import detection, resnet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou, roi_pool
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from data import (COUNT, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
@@ -617,19 +618,17 @@ def show(folder, which):
 def draw_regions(image, boxes, size, labels=None):
     """A dimmed copy of a PIL image, its longer side 1000 pixels, with boxes (n, 4) and labels.
 
-    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy.
+    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy. torchvision's
+    letters are ten pixels high: they are drawn on half of the size, which is enlarged afterwards.
     """
-    scale = 1000 / max(size)
-    image = image.resize([round(s * scale) for s in size]).point(lambda value: value // 2)
-    draw = ImageDraw.Draw(image)
-    for i in reversed(range(len(boxes))):  # the best comes last, on top
-        # 137 degrees around the circle of colours: neighbours never look alike.
-        colour = f"hsl({137 * i % 360}, 90%, 75%)"
-        box = (boxes[i] * scale).tolist()
-        draw.rectangle(box, outline=colour, width=2)
-        if labels:
-            draw.text(box[:2], f" {labels[i]}", colour, font_size=20)
-    return image
+    scale = 500 / max(size)
+    image = image.resize([max(1, round(s * scale)) for s in size]).point(lambda value: value // 2)
+    # 137 degrees around the circle of colours: neighbours never look alike.
+    colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))]
+    boxes = torch.from_numpy(boxes[::-1] * scale)  # the best comes last, on top
+    labels = labels and labels[::-1]
+    drawn = to_pil_image(draw_bounding_boxes(pil_to_tensor(image), boxes, labels, colours[::-1]))
+    return drawn.resize([2 * s for s in drawn.size])
 
 
 def parse_args(argv=None):

@@ -449,7 +449,7 @@ def test_regions_are_drawn_where_they_are():
 def test_show_draws_a_picture_or_a_scene_or_grey_with_the_best_classes(
         undisturbed, detector, pictures, tmp_path, monkeypatch):
     main(["show", str(undisturbed), "3", "-o", str(tmp_path / "r.png")])
-    assert Image.open(tmp_path / "r.png").size == (1000, 667)
+    assert Image.open(tmp_path / "r.png").size == (1000, 666)
     with pytest.raises(BadInput, match="has no features of an image '77'"):
         show(undisturbed, "77")
     monkeypatch.setattr(extract_features, "draw_regions", lambda *args: args)
