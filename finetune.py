@@ -83,7 +83,7 @@ TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
 def parse_args(argv=None):
     """(settings, checkpoint to resume from or None) of a task, or of a question about pictures.
 
-    A task's defaults depend on --data, so train.parse_settings parses twice.
+    A task's defaults depend on --data: train.parse_settings.
     """
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, and ask it.")
@@ -211,33 +211,35 @@ class Task(torch.utils.data.Dataset):
     """Texts about images: training examples, held-out splits, and what is made of them.
 
     splits: {name: items}, with "train" among them. Training items whose image has no features are
-    left out; a held-out item without features is answered from its text alone, so that a result
-    covers every question. Both are counted in `missing`. Raises BadInput if no training item is
-    left. labels: the answers that a checkpoint's head chooses from.
+    left out; a held-out one is answered from its text alone, so that a result covers every
+    question. Both are counted in `missing`. Raises BadInput if no training item is left. labels:
+    the answers that a checkpoint's head chooses from.
 
     A subclass says: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
-    from_scenes -> splits; of one item: targets, score_item, describe; and how it replies to `ask`.
-    Targets are shares, 0 to 1, and the loss is binary cross entropy; Retrieval, which ranks,
-    replaces both.
+    from_scenes -> splits; of one item: targets, score_item, describe; and its reply to `ask`.
+    Targets are shares, 0 to 1, and the loss is binary cross entropy; Retrieval replaces both.
     """
 
     full, toy = FULL, TOY
     clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0  # A7, supp. 2
     # Gates learn as fast as the rest: a pretrained gate that is right 9 times out of 10 makes one
     # sample in three of a four-layer model noise, until it decides (A10 speaks of the time before).
-    gate_rate, evaluates_at_start = 1.0, True
-    loss_names, looked_at = ("loss",), 1000  # held-out items that are evaluated while training
+    gate_rate = 1.0
+    loss_names = ("loss",)
+    evaluates_at_start = True
+    looked_at = 1000  # items of val that are evaluated while training
     needs_features = False  # True: held-out items without features are left out
 
     def __init__(self, store, tokenizer, splits, args, labels=None):
         self.store, self.tokenizer, self.labels = store, tokenizer, labels
-        self.seed, self.blind, self.examples = args.seed, args.blind, self
+        self.seed, self.blind = args.seed, args.blind
+        self.examples = self  # as fit calls them
         self.missing, self.held_out = {}, {}
         for name, items in splits.items():
             rows = store.rows([item["image_id"] for item in items])
             found = [item for item, row in zip(items, rows) if row >= 0]
-            if len(found) < len(items):
-                self.missing[name] = len(items) - len(found)
+            self.missing[name] = len(items) - len(found)
+            if self.missing[name]:
                 say(f"{name}: {self.missing[name]} of {len(items)} {self.unit} have no features")
             if name == "train" or self.needs_features:
                 items = found
@@ -328,9 +330,7 @@ class Task(torch.utils.data.Dataset):
         return *self.score(items, choices), switches
 
     def evaluate(self, model):
-        """Hard scores, and what the switches chose: while training, on items of the split val, or
-        where there is none on training items.
-        """
+        """Hard scores and what the switches chose, of the split val or else of training items."""
         items = self.held_out.get("val", self.items)[: self.looked_at]
         scores, _, switches = self.evaluate_items(model, items)
         return scores, switches
@@ -356,7 +356,9 @@ class VQA(Task):
     the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
     """
 
-    name, unit, max_tokens, model_class = "vqa", "questions", 23, SwitchBertForVQA
+    name, unit = "vqa", "questions"
+    model_class = SwitchBertForVQA
+    max_tokens = 23
     files = "features/ and VQA v2's questions and annotations (*.json)"
 
     @staticmethod
@@ -364,29 +366,25 @@ class VQA(Task):
         """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them.
 
         The subset train2014 is the split train. Questions without annotations keep their subset's
-        name: test-dev2015 is a part of test2015, and each has its own submission. Raises BadInput,
-        also for an entry that is no text: then "" + entry is a TypeError.
+        name: test-dev2015 is a part of test2015, and each has its own submission. Raises BadInput:
+        "" + entry is a TypeError where an entry is no text.
         """
         asked, truths, splits = [], {}, defaultdict(list)
         for path in sorted(folder.glob("*.json")):
             content = read_json(path, dict)
-            kind = "annotations" if "annotations" in content else "questions"
-            with reading(path, f"{kind} of VQA v2") as at:
-                for at.entry, x in enumerate(content[kind]):
-                    number = int(x["question_id"])
-                    if kind == "questions":
-                        question = dict(image_id=x["image_id"], text="" + x["question"])
-                        asked.append(("" + content["data_subtype"], number, question))
-                    else:
-                        answers = ["" + given["answer"] for given in x["answers"]]
-                        truths[number] = dict(answers=answers,
-                            majority="" + x["multiple_choice_answer"],
-                            answer_type="" + x["answer_type"],
-                            question_type="" + x["question_type"])
-        for subset, number, question in asked:
-            truth = truths.get(number, {"answers": []})
-            split = subset.rstrip("0123456789") if number in truths else subset
-            splits[split].append(dict(question, question_id=number, **truth))
+            with reading(path, "questions or annotations of VQA v2") as at:
+                for at.entry, x in enumerate(content.get("questions", [])):
+                    item = dict(image_id=x["image_id"], text="" + x["question"],
+                        question_id=int(x["question_id"]), answers=[])
+                    asked.append(("" + content["data_subtype"], item))
+                for at.entry, x in enumerate(content.get("annotations", [])):
+                    answers = ["" + given["answer"] for given in x["answers"]]
+                    truths[int(x["question_id"])] = dict(answers=answers,
+                        majority="" + x["multiple_choice_answer"],
+                        answer_type="" + x["answer_type"], question_type="" + x["question_type"])
+        for subset, item in asked:
+            item |= truths.get(item["question_id"], {})
+            splits[subset.rstrip("0123456789") if item["answers"] else subset].append(item)
         return splits
 
     @staticmethod
@@ -416,7 +414,8 @@ class VQA(Task):
         evaluation does. (hengyuan-hu's published targets, which most papers use, look the raw
         answers up; the two differ where annotators disagree in articles or contractions.)
         """
-        targets, (table, _) = np.zeros(len(self.labels)), accuracy_table(item["answers"])
+        targets = np.zeros(len(self.labels))
+        table, _ = accuracy_table(item["answers"])
         for answer in table.keys() & self.index.keys():
             targets[self.index[answer]] = table[answer]
         return targets
@@ -430,7 +429,7 @@ class VQA(Task):
         if not item["answers"]:
             return prediction, {}
         accuracy = answer_accuracy(answer, item["answers"])
-        return prediction, {"accuracy": accuracy, "ceiling": max(self.targets(item)),
+        return prediction, {"accuracy": accuracy, "ceiling": self.targets(item).max(),
             item["answer_type"]: accuracy, item["question_type"]: accuracy}
 
     def describe(self, item, prediction):
@@ -456,10 +455,14 @@ class Retrieval(Task):
     images, where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
     """
 
-    name, unit, max_tokens, model_class = "retrieval", "captions", 30, SwitchBertForRetrieval
+    name, unit = "retrieval", "captions"
+    model_class = SwitchBertForRetrieval
+    max_tokens = 30
     files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
-    full, toy = {**FULL, "batch": 64}, {**TOY, "epochs": 1, "batch": 32}
-    looked_at, needs_features = 100, True  # a pair without an image cannot be ranked
+    full = FULL | {"batch": 64}
+    toy = TOY | {"epochs": 1, "batch": 32}
+    looked_at = 100
+    needs_features = True  # a pair without an image cannot be ranked
 
     @staticmethod
     def from_folder(folder):
@@ -478,12 +481,12 @@ class Retrieval(Task):
         return {"train": items(training), "val": items(held_out[100:150]),
             "test": items(held_out[:100])}
 
-    def __init__(self, store, tokenizer, splits, args, labels=None):
-        super().__init__(store, tokenizer, splits, args)
+    def __init__(self, *args):
+        super().__init__(*args)
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
-            raise BadInput(f"{store.folder}: captions of {len(self.images)} images; at least three "
-                "are needed, since a caption is trained against other images'")
+            raise BadInput(f"{self.store.folder}: captions of less than three images; a caption is "
+                "trained against other images and their captions")
         self.nearest = self.nearest_images()
 
     def nearest_images(self):
@@ -494,7 +497,8 @@ class Retrieval(Task):
         """
         rows = tqdm(self.store.rows(self.images), "features", leave=False, disable=quiet())
         means = [self.store[row]["features"].mean(axis=0, dtype=np.float32) for row in rows]
-        means, nearest = F.normalize(torch.from_numpy(np.stack(means)).to(device())), []
+        means = F.normalize(torch.from_numpy(np.stack(means)).to(device()))
+        nearest = []
         for block in means.split(1000):
             # The nearest of all is the image itself, the second the nearest other one.
             nearest += (block @ means.T).topk(2).indices[:, 1].tolist()
@@ -506,7 +510,8 @@ class Retrieval(Task):
         """
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
-        item, own, other = self.items[index], self.own[index], index
+        item, own = self.items[index], self.own[index]
+        other = index
         while self.own[other] == own:
             other = rng.integers(len(self))
         number = len(self.images)
@@ -534,7 +539,8 @@ class Retrieval(Task):
     def evaluate_items(self, model, items, tau=None):
         """Recalls over the full matrix of some texts and all of their images."""
         images, own = images_of(items)
-        own, ks = torch.tensor(own), (1, 5, 10)
+        own = torch.tensor(own)
+        ks = (1, 5, 10)
         self.scores = self.score_matrix(model, [item["text"] for item in items], images, tau)
         recalls = recall_at(self.scores, own, ks)
         if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
@@ -543,9 +549,8 @@ class Retrieval(Task):
                 texts = own // 1000 == k
                 folds.append(recall_at(fold[texts], own[texts] % 1000, ks))
             recalls |= {f"1K {name}": np.mean([fold[name] for fold in folds]) for name in recalls}
-        best = self.scores.topk(min(10, len(images)), dim=1).indices.tolist()
-        predictions = [item | {"found": [images[k] for k in ranked]}
-            for item, ranked in zip(items, best)]
+        best = self.scores.argmax(dim=1).tolist()
+        predictions = [item | {"found": images[k]} for item, k in zip(items, best)]
         return recalls, predictions, self.predict(model, items, tau)[1]
 
     def score_matrix(self, model, texts, images, tau, block=100):
@@ -553,7 +558,8 @@ class Retrieval(Task):
 
         No store has an image "": blind, it stands for every image.
         """
-        images, columns = [""] * len(images) if self.blind else images, []
+        images = [""] * len(images) if self.blind else images
+        columns = []
         for k in tqdm(range(0, len(images), block), "scoring", leave=False, disable=quiet()):
             columns.append(match_scores(model, self.store, self.tokenizer, texts,
                 images[k : k + block], self.max_tokens, tau))
@@ -562,8 +568,8 @@ class Retrieval(Task):
     def describe(self, item, prediction):
         """(image to show, boxes, lines, right) of an example: the image that was found."""
         own, found = item["image_id"], prediction["found"]
-        lines = [item["text"], f"of {own}, found: {', '.join(found[:3])}"]
-        return found[0], {}, lines, found[0] == own
+        lines = [item["text"], f"found {found}, right is {own}"]
+        return found, {}, lines, found == own
 
     @staticmethod
     def reply(logits, boxes, labels):
@@ -576,14 +582,15 @@ class Refer(Task):
 
     An item has also: box, the one that is meant, corners x1, y1, x2, y2 in pixels; ref_id, sent_id;
     kind, in the toy world attribute or relation; and there alike, how many things have its shape.
-
-    torchvision's detector ("coco") has seen the pictures that RefCOCO+ tests on.
+    Beware: torchvision's detector ("coco") has seen the pictures that RefCOCO+ tests on.
     """
 
-    name, unit, max_tokens, model_class = "refer", "expressions", 20, SwitchBertForReferring
+    name, unit = "refer", "expressions"
+    model_class = SwitchBertForReferring
+    max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
     # Pointing is learned in 100 steps, so it is evaluated often: what pretraining gives is a start.
-    toy = {**TOY, "epochs": 1, "eval_every": 25}
+    toy = TOY | {"epochs": 1, "eval_every": 25}
 
     @staticmethod
     def from_folder(folder):
@@ -599,9 +606,10 @@ class Refer(Task):
             with open(path, "rb") as file:
                 refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
             for at.entry, ref in enumerate(refs):
-                splits[ref["split"]] += [dict(image_id=ref["image_id"], text="" + s["sent"],
-                    box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"],
-                    kind="expression") for s in ref["sentences"]]
+                for s in ref["sentences"]:
+                    splits[ref["split"]].append(dict(image_id=ref["image_id"], text="" + s["sent"],
+                        box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"],
+                        kind="expression"))
         splits["test"] = splits["testA"] + splits["testB"]
         return splits
 
@@ -656,16 +664,16 @@ class Refer(Task):
 
     def describe(self, item, prediction):
         """(image to show, boxes, lines, IoU) of an example: meant white, chosen magenta."""
-        boxes, iou = {"white": item["box"], "magenta": prediction["box"]}, prediction["iou"]
+        boxes = {"white": item["box"], "magenta": prediction["box"]}
+        iou = prediction["iou"]
         return item["image_id"], boxes, [item["text"], f"IoU {iou:.2f}"], iou
 
     @staticmethod
     def reply(logits, boxes, labels):
         """The box that the phrase means: the IoU that the model expects, and its corners."""
         best = logits.argmax()
-        box = boxes[best].tolist()
-        line = f"{logits[best].sigmoid():.2f}  box " + " ".join(f"{c:.0f}" for c in box)
-        return [line], {"magenta": box}
+        box = [round(corner) for corner in boxes[best].tolist()]
+        return [f"{logits[best].sigmoid():.2f}  box {box}"], {"magenta": box}
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
@@ -763,42 +771,37 @@ def write_results(args, task, results, predictions):
     """The files of a result, and its table. A split without answers becomes a submission.
 
     result.json holds settings and scores, predictions.json every answer, a submission the answers
-    in the form that the evaluation server takes. examples.png shows the first split with answers.
+    in the form that the evaluation server takes. examples.png is of the split val.
     """
-    out, answered = args.out, [split for split in results if results[split]["hard"]]
-    steps = args.epochs * (len(task) // args.batch)
+    out, held_out = args.out, task.held_out
     write_json(out / "predictions.json", predictions)
-    write_json(out / "result.json", vars(args) | dict(task=task.name, steps=steps,
-        without_features=task.missing, results=results))
+    write_json(out / "result.json",
+        vars(args) | {"without_features": task.missing, "results": results})
     for split, found in results.items():
-        if split in answered:
-            say(f"{split:32s}            hard            soft")
-            for name, hard in found["hard"].items():
-                say(f"  {name:30s}{hard:16.3f}{found['soft'][name]:16.3f}")
-        else:
+        say(f"{split:32s}            hard            soft")
+        for name, hard in found["hard"].items():
+            say(f"  {name:30s}{hard:16.3f}{found['soft'][name]:16.3f}")
+        if not found["hard"]:
             write_json(out / f"submission-{split}.json", predictions[split])
-            say(f"{split}: no answers to compare with; the model's are in submission-{split}.json")
-    for split in answered[:1]:
-        examples = zip(task.held_out[split], predictions[split])
+            say(f"  no answers to compare with; the model's are in submission-{split}.json")
+    if "val" in held_out:
+        examples = zip(held_out["val"], predictions["val"])
         draw_examples(out / "examples.png", task, examples, args.data)
     if args.data is None:
         for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
             save_png(out / f"scene-{number}.png", Scene(number).draw())
-    say(f"{out}: result.json, predictions.json, examples.png and the record of the run")
+    say(f"the results are in {out}")
 
 
 # --- 5. Pictures ----------------------------------------------------------------------------------
 #
-# A score says how often a model is right; its answers show where it is wrong. examples.png has four
-# that are right and four that are wrong, if there are so many. ask draws with the same panel.
+# A score says how often a model is right; its answers show where it is wrong.
 
-GREEN, RED, SIDE = (40, 150, 60), (200, 50, 50), 230  # frames of right and wrong; pixels
+SIDE = 230  # pixels of a picture in its frame
 
 
 def picture_of(image_id, folder):
-    """The picture of an image: of the data folder's images/, or grey where it has none; folder
-    None: a drawn scene.
-    """
+    """A picture of the data folder's images/, or grey without one; folder None: a drawn scene."""
     if folder is None:
         return Scene(int(image_id)).draw()
     for path in (folder / "images").rglob("*.*"):
@@ -823,18 +826,15 @@ def panel(image, boxes, lines, frame="white"):
 
 
 def draw_examples(path, task, examples, folder):
-    """The first four examples that were right and four that were wrong, each of another image.
-
-    examples: (item, prediction) pairs.
-    """
-    panels, shown = {GREEN: [], RED: []}, set()
+    """The first four right and the first four wrong (item, prediction) pairs, one per image."""
+    panels, shown = {"green": [], "red": []}, set()
     for item, prediction in examples:
         image_id, boxes, lines, right = task.describe(item, prediction)
-        frame = GREEN if right >= 0.5 else RED
+        frame = "green" if right >= 0.5 else "red"
         if len(panels[frame]) < 4 and image_id not in shown:
             shown.add(image_id)
             panels[frame].append(panel(picture_of(image_id, folder), boxes, lines, frame))
-    save_png(path, stack(panels[GREEN] + panels[RED], columns=4))
+    save_png(path, stack(panels["green"] + panels["red"], columns=4))
 
 
 # --- 6. Your own pictures -------------------------------------------------------------------------
@@ -846,9 +846,7 @@ def draw_examples(path, task, examples, folder):
 
 @torch.no_grad()
 def ask(args):
-    """Put a text to a finetuned model with every picture: print and draw what it says, the picture
-    with the highest score first.
-    """
+    """Print and draw what a finetuned model says of a text and each picture, best score first."""
     from extract_features import build_detector, picture_regions  # training needs no torchvision
 
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run

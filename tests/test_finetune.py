@@ -150,7 +150,7 @@ def test_recall_is_over_all_texts_and_images_in_blocks(make, pretrained):
     own = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3])
     assert found == train.recall_at(scores, own, (1, 5, 10))
     assert [p["image_id"] for p in predictions] == [images[k] for k in own]
-    assert [p["found"][0] for p in predictions] == [images[k] for k in scores.argmax(dim=1)]
+    assert [p["found"] for p in predictions] == [images[k] for k in scores.argmax(dim=1)]
     torch.testing.assert_close(task.score_matrix(model, texts, images, None, block=3), scores)
     assert not task.score_matrix(model, texts, images, 1.0).equal(scores)  # soft switches
 
@@ -260,9 +260,8 @@ VQA_FILES, REFER_FILES = vqa_files(), {"refs(unc).p": pickle.dumps(REFS), "insta
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 REFUSED = [
-    (VQA, {"q.json": {"images": []}}, "q.json: not questions of VQA v2"),
     (VQA, changed(VQA_FILES, ANNOTATIONS, question_id=None),
-        "val2014_annotations.json: not annotations .*near .*6: KeyError 'question_id'"),
+        "val2014_annotations.json: not .*annotations .*near .*6: KeyError 'question_id'"),
     *((VQA, changed(VQA_FILES, QUESTIONS, **{key: value}),
         f"val2014_questions.json: not questions .*near .*6: {error}")
         for key, value, error in (("image_id", None, "KeyError"), ("question", 5, "TypeError"))),
@@ -337,7 +336,7 @@ def test_images_without_features_leave_training_and_ranking_but_not_the_answers(
     (VQA, [], "no training questions .*expected features/ and VQA v2's"),
     (VQA, [question(99, k) for k in range(20)], "no training questions whose image is in"),
     (VQA, [question(k, k) for k in range(8)], "no answer of nine"),
-    (Retrieval, [dict(image_id=i, text="a") for i in (1, 2, 99)], "captions of 2 imag")])
+    (Retrieval, [dict(image_id=i, text="a") for i in (1, 2, 99)], "captions of less than three")])
 def test_training_sets_from_which_nothing_is_learned_are_refused(make, kind, training, message):
     with pytest.raises(BadInput, match=message):
         make(kind, train=training)
@@ -386,9 +385,9 @@ def test_a_run_leaves_its_record_and_resumed_gives_the_same(
         taus.add(tau) or predict(self, model, items, tau)))
     results, out, said = run(task), tmp_path / task, capsys.readouterr().out
     record, found = read(out / "result.json"), results["val"]
-    assert (record["task"], record["steps"], record["results"]) == (task, steps, {"val": found})
-    assert (record["batch"], record.get("boxes")) == (10, "detected" if task == "refer" else None)
-    assert record["without_features"] == ({"val": 1} if task == "vqa" else {})
+    assert (record["command"], record["batch"], record["results"]) == (task, 10, {"val": found})
+    assert record.get("boxes") == ("detected" if task == "refer" else None)
+    assert record["without_features"] == {"train": 0, "val": int(task == "vqa")}
     assert [*found] == ["hard", "soft"]
     assert found["hard"].keys() == found["soft"].keys() and taus == {None, 0.2}
     assert re.search(r"val +hard +soft\n  [\w @]+( +[01]\.\d{3}){2}\n", said)
@@ -417,7 +416,7 @@ def test_a_test_set_without_answers_gets_a_complete_submission(make, run, tmp_pa
     submission = read(tmp_path / "vqa" / "submission-test2015.json")
     assert [s.pop("question_id") for s in submission] == [1007, 2007, 99007]
     assert all(s.keys() == {"answer"} and s["answer"] in task.labels for s in submission)
-    assert "test2015: no answers to compare with" in capsys.readouterr().out
+    assert "no answers to compare with; the model's are in subm" in capsys.readouterr().out
 
 
 def test_no_step_is_zero_shot_or_from_scratch_also_with_fewer_examples_than_a_batch(
@@ -485,7 +484,8 @@ def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkey
     ranked = ask("retrieval", "a red ring", *pictures, scale=1e4)  # whatever their order
     assert ranked == ask("retrieval", "a red ring", *pictures[::-1])
     assert float(ranked[1]) > float(ranked[3])
-    assert ask("refer", "a ring", pictures[0])[1].endswith(("box 0 0 50 50", "10 10 90 60"))
+    found = ask("refer", "a ring", pictures[0])[1]
+    assert found.endswith(("box [0, 0, 50, 50]", "box [10, 10, 90, 60]"))
     assert "note" in ask("vqa", "a", pictures[0], detector="toy")[0]  # a photo is no scene
     with pytest.raises(BadInput, match="trained with the vg detector; give its weights with --w"):
         ask("vqa", "a", pictures[0], detector="vg")
