@@ -27,7 +27,7 @@ model, its loss and its scores; the loop, the processes, stopping and resuming a
 prints one line per evaluation, and at the end a table:
 
     step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
-    val, detected boxes                         hard            soft
+    val                                         hard            soft
       accuracy                                 0.994           0.994
 
 Map of the file (* = read these first)
@@ -65,9 +65,9 @@ from data import (HELD_OUT_SCENES, SCENE_PIXELS, TRAIN_SCENES, BadInput, Feature
     read_json, reading, region_inputs, run, save_png, write_json, write_whole)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
-from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits,
-    device, first_process_first, fit, launch, load_checkpoint, match_scores, parse_settings, quiet,
-    rank, recall_at, say, share_of, stack, to_device, total, toy_world)
+from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device,
+    first_process_first, fit, launch, load_checkpoint, match_scores, parse_settings, quiet, rank,
+    recall_at, say, share_of, stack, to_device, total, toy_world)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
@@ -485,8 +485,8 @@ class Retrieval(Task):
         super().__init__(*args)
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
-            raise BadInput(f"{self.store.folder}: captions of less than three images; a caption is "
-                "trained against other images and their captions")
+            raise BadInput(f"{self.store.folder}: captions of fewer than three images here; a caption "
+                "is trained against other images and their captions")
         self.nearest = self.nearest_images()
 
     def nearest_images(self):
@@ -758,6 +758,8 @@ def finetune(args, checkpoint=None):
 def load_task(kind, args):
     """(store, splits) of a task's folder, or of the toy world."""
     if args.data is None:
+        if kind is Refer and args.boxes == "gt":
+            raise BadInput("--boxes gt: the toy world has detected boxes only")
         with first_process_first():
             store = toy_world().store
         training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)

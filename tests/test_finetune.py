@@ -336,7 +336,7 @@ def test_images_without_features_leave_training_and_ranking_but_not_the_answers(
     (VQA, [], "no training questions .*expected features/ and VQA v2's"),
     (VQA, [question(99, k) for k in range(20)], "no training questions whose image is in"),
     (VQA, [question(k, k) for k in range(8)], "no answer of nine"),
-    (Retrieval, [dict(image_id=i, text="a") for i in (1, 2, 99)], "captions of less than three")])
+    (Retrieval, [dict(image_id=i, text="a") for i in (1, 2, 99)], "captions of fewer than three")])
 def test_training_sets_from_which_nothing_is_learned_are_refused(make, kind, training, message):
     with pytest.raises(BadInput, match=message):
         make(kind, train=training)
@@ -448,6 +448,11 @@ def test_what_does_not_fit_is_refused(run, checkpoint, tmp_path, monkeypatch, ta
 def test_flags_that_a_command_does_not_know_are_refused(argv):
     with pytest.raises(SystemExit, match="2"):
         finetune.parse_args(argv.split())
+
+
+def test_the_toy_world_has_no_true_boxes():
+    with pytest.raises(BadInput, match="--boxes gt: the toy world"):
+        finetune.load_task(Refer, finetune.parse_args(["refer", "--boxes", "gt"])[0])
 
 
 def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkeypatch, capsys):
