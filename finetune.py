@@ -485,8 +485,8 @@ class Retrieval(Task):
         super().__init__(*args)
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
-            raise BadInput(f"{self.store.folder}: captions of fewer than three images here; a caption "
-                "is trained against other images and their captions")
+            raise BadInput(f"{self.store.folder}: captions of fewer than three images here; a "
+                "caption is trained against other images and their captions")
         self.nearest = self.nearest_images()
 
     def nearest_images(self):
