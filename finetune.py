@@ -191,12 +191,12 @@ def answer_accuracy(prediction, answers):
     return table.get(strip_answer(prediction) if exact else normalise_answer(prediction), 0.0)
 
 
-def answer_vocabulary(questions, least=9):
-    """The answers that a model chooses from: each is the majority answer of `least` questions,
+def answer_vocabulary(questions):
+    """The answers that a model chooses from: each is the majority answer of nine questions or more,
     normalised (so without commas), the most frequent first. On VQA v2's train and val: 3,129.
     """
     counts = Counter(normalise_answer(q["majority"]) for q in questions)
-    return sorted((a for a, n in counts.items() if n >= least), key=lambda a: (-counts[a], a))
+    return sorted((a for a, n in counts.items() if n >= 9), key=lambda a: (-counts[a], a))
 
 
 # --- 3. Tasks -------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class Task(torch.utils.data.Dataset):
         for part in tqdm(parts, leave=False, disable=quiet()):
             inputs = model_inputs([self.example(items[i]) for i in part])
             logits, out = model(**to_device(inputs), temperature=tau)
-            chosen[torch.from_numpy(part)] = logits.argmax(dim=-1)
+            chosen[part] = logits.argmax(dim=-1)
             switches.add(out)
         model.train()
         return total(chosen), switches.shares()
@@ -529,7 +529,7 @@ class Retrieval(Task):
 
     def collate(self, examples):
         """The encoder's inputs of 4 B pairs, and targets (B,): which of four is right."""
-        inputs = model_inputs([pair for four in examples for pair in four])
+        inputs = model_inputs(sum(examples, []))
         return {**inputs, "targets": torch.zeros(len(examples), dtype=torch.long)}
 
     def loss(self, scores, batch):
@@ -874,12 +874,12 @@ def ask(args):
         example = dict(input_ids=ids, region_features=features, region_boxes=places)
         logits, _ = model(**model_inputs([example]))
         lines, found = task.reply(logits[0], boxes, labels)
-        drawn = panel(image, found, [args.text, picture, *lines])
-        replies.append((logits.max().item(), [picture, *lines], drawn))
+        lines = [f"{picture}: {args.text}", *lines]
+        replies.append((logits.max().item(), lines, panel(image, found, lines)))
     replies.sort(key=lambda reply: reply[0], reverse=True)
     for _, lines, _ in replies:
         print(*lines, sep="\n  ")
-    save_png(args.out, stack([reply[2] for reply in replies], columns=4))
+    save_png(args.out, stack([drawn for _, _, drawn in replies], columns=4))
     print(args.out)
 
 

@@ -482,7 +482,8 @@ def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkey
         return capsys.readouterr().out.splitlines()
 
     lines = ask("vqa", "a red ring", *pictures)
-    assert len(lines) == 9 and {lines[0], lines[4]} == {*pictures} and lines[8] == str(drawn)
+    assert {lines[0], lines[4]} == {f"{picture}: a red ring" for picture in pictures}
+    assert len(lines) == 9 and lines[8] == str(drawn)
     for answers in (lines[1:4], lines[5:8]):
         assert answers == sorted(answers, reverse=True)
         assert {line.split()[1] for line in answers} == {"2", "blue", "star"}
