@@ -967,20 +967,20 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
-def load_checkpoint(path, task):
-    """A checkpoint of this task: a dict of plain values and tensors. Raises BadInput.
+def load_checkpoint(path, *tasks):
+    """A checkpoint of one of these tasks: a dict of plain values and tensors. Raises BadInput.
 
     torch does not verify the checksums of its file, so a flipped bit would load as another number:
     the zip reader does. weights_only refuses whatever a pickle could run.
     """
-    with reading(path, f"a whole checkpoint of {task}"):
+    with reading(path, f"a whole checkpoint of {' or '.join(tasks)}"):
         with zipfile.ZipFile(path) as file:
             if broken := file.testzip():
                 raise ValueError(f"{broken} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
-        if checkpoint["task"] != task:
+        if checkpoint["task"] not in tasks:
             raise ValueError(f"it is a checkpoint of {checkpoint['task']}")
     return checkpoint
 
