@@ -800,12 +800,15 @@ def write_results(args, task, results, predictions):
 # A score says how often a model is right; its answers show where it is wrong.
 
 SIDE = 230  # pixels of a picture in its frame
+ZOOM = 4  # of a scene
 
 
 def picture_of(image_id, folder):
-    """A picture of the data folder's images/, or grey without one; folder None: a drawn scene."""
+    """A picture of the data folder's images/, or grey without one; folder None: a drawn scene,
+    ZOOM times as large as the model sees it: a circle of 14 pixels would look like a square.
+    """
     if folder is None:
-        return Scene(int(image_id)).draw()
+        return Scene(int(image_id)).draw(ZOOM)
     for path in (folder / "images").rglob("*.*"):
         if canonical_id(path.name) == canonical_id(image_id):
             return Image.open(path).convert("RGB")
@@ -832,6 +835,8 @@ def draw_examples(path, task, examples, folder):
     panels, shown = {"green": [], "red": []}, set()
     for item, prediction in examples:
         image_id, boxes, lines, right = task.describe(item, prediction)
+        zoom = ZOOM if folder is None else 1
+        boxes = {colour: np.multiply(box, zoom) for colour, box in boxes.items()}
         frame = "green" if right >= 0.5 else "red"
         if len(panels[frame]) < 4 and image_id not in shown:
             shown.add(image_id)
