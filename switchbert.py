@@ -77,29 +77,31 @@ MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0
 #
 # Field names are BERT's, so that Hugging Face's config.json reads the same.
 
-# The mode of a frozen layer, for both modalities: l is its number from 0, n the number of layers.
-# Any other path is a string with two letters per layer, for text and for vision: "II,XX,JJ,IJ".
+# The modes of a frozen model are a path: two letters per layer, for text and for vision, each I (own
+# modality, INTRA), X (across, INTER) or J (both, JOINT). A path shorter than the model repeats.
 FROZEN = {
-    "intra": lambda l, n: INTRA,  # two encoders that never meet
-    "single": lambda l, n: JOINT,  # UNITER, VisualBERT: one stream
-    "dual": lambda l, n: INTRA if l % 2 == 0 else INTER,  # ViLBERT: inside and across in turn
-    # LXMERT: apart in the first half, then across and inside in turn
-    "late": lambda l, n: INTER if l >= n // 2 and (l - n // 2) % 2 == 0 else INTRA,
+    "intra": "II",  # two encoders that never meet
+    "single": "JJ",  # UNITER, VisualBERT: one stream
+    "dual": "II,XX",  # ViLBERT: inside and across in turn
+    "late": None,  # LXMERT: apart in the first half, then across and inside in turn
 }
 LEARNED = ("learned", "attention", "input")  # both switches, modes alone, depths alone
-LETTERS = dict(zip("IXJ", range(3)))  # I: own modality, INTRA; X: across, INTER; J: both, JOINT
+LETTERS = "IXJ"  # of MODES, in their order
 
 
 def frozen_modes(switches, num_layers):
     """[(mode of text, mode of vision)] of every layer; joint where modes are learned, or unused.
 
-    >>> frozen_modes("dual", 2), frozen_modes("IJ,XX", 2)
-    ([(0, 0), (1, 1)], [(0, 2), (1, 1)])
+    >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
+    ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
     """
-    if switches in LEARNED or switches in FROZEN:
-        plan = FROZEN.get(switches, FROZEN["single"])
-        return [(plan(layer, num_layers),) * 2 for layer in range(num_layers)]
-    return [tuple(LETTERS[letter] for letter in layer) for layer in switches.split(",")]
+    if switches == "late":
+        path = ["II"] * (num_layers // 2) + ["XX", "II"] * num_layers
+    elif switches in LEARNED:
+        path = ["JJ"] * num_layers
+    else:
+        path = FROZEN.get(switches, switches).split(",") * num_layers
+    return [tuple(map(LETTERS.index, letters)) for letters in path[:num_layers]]
 
 
 @dataclass
@@ -123,12 +125,11 @@ class SwitchBertConfig:
     switches: str = "learned"  # or "attention", "input"; or frozen: "single", "II,XX", ...
 
     def __post_init__(self):
-        layers = self.num_hidden_layers
-        path = ",".join(["[IXJ]{2}"] * layers)
+        path = rf"([IXJ]{{2}},){{0,{self.num_hidden_layers - 1}}}[IXJ]{{2}}"
         if self.switches not in (*LEARNED, *FROZEN) and not re.fullmatch(path, self.switches):
             raise ValueError(f"switches={self.switches!r}: expected one of "
-                f"{', '.join((*LEARNED, *FROZEN))}, or two letters of I, X, J for each of {layers} "
-                "layers, as in II,XX,JJ")
+                f"{', '.join((*LEARNED, *FROZEN))}, or two letters of I, X, J for each of at most "
+                f"{self.num_hidden_layers} layers, as in II,XX")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}")
@@ -623,14 +624,12 @@ class PretrainingOutput:
     """The three losses of a batch as sums and counts, so that several batches join exactly.
 
     sums (3,) float32, counts three integers: for MLM (predicted pieces), MRC (predicted regions)
-    and ITM (pairs). correct (2,): pieces and pairs that were predicted right. match_probability:
-    (B,).
+    and ITM (pairs). correct (2,): pieces and pairs that were predicted right.
     """
 
     sums: torch.Tensor
     counts: tuple
     correct: torch.Tensor
-    match_probability: torch.Tensor
     encoder: SwitchBertOutput
 
     @property
@@ -695,8 +694,7 @@ class SwitchBertForPretraining(nn.Module):
         right = [(scores.argmax(dim=-1) == labels).sum()
             for scores, labels in ((words, mlm_labels), (itm, itm_labels))]
         return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)]),
-            (len(words), len(mrc_positions), len(itm)), torch.stack(right).float(),
-            itm.softmax(dim=-1)[:, MATCH], out)
+            (len(words), len(mrc_positions), len(itm)), torch.stack(right).float(), out)
 
 
 class TaskModel(nn.Module):

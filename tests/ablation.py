@@ -82,8 +82,7 @@ def measure_pretraining(folder, store):
         texts, ids = [Scene(n).captions(1)[0] for n in fold], [str(n) for n in fold]
         found = train.match_scores(ranker, store, tokenizer, texts, ids)
         recalls.append(train.recall_at(found, torch.arange(len(fold)), (1,)))
-    letters = {mode: letter for letter, mode in LETTERS.items()}
-    path = ",".join("".join(letters[int(np.argmax(shares))] for shares in layer)
+    path = ",".join("".join(LETTERS[int(np.argmax(shares))] for shares in layer)
         for layer in switches["modes"])
     return {"image R@1": np.mean([r["image R@1"] for r in recalls]),
         "text R@1": np.mean([r["text R@1"] for r in recalls]), "masked words": scores["words"],
