@@ -666,58 +666,19 @@ def zero_shot(model, data, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the model. What a text or an image is by itself is computed once: its
-    embedding, and the layers before modalities meet, if there are such (frozen "late": half of
-    them). Texts of one length meet images of one number of regions, so that no pair is padded. The
-    processes share the texts. temperature: as in the model, None for hard switches.
+    Every pair goes through the model, some texts of like length with all images at a time: 200
+    pairs, or as many as there are images. The processes share the texts. temperature: as in the
+    model, None for hard switches.
     """
     model.eval()
-    images = [region_inputs(store, store.row(i)) for i in image_ids]
-    words = [torch.tensor(tokenizer.encode(text, max_tokens)) for text in texts]
-    scores = torch.zeros(len(texts), len(image_ids), device=device())
-    for columns in equal_groups([len(image["region_boxes"]) for image in images]):
-        vision, region_mask = vision_alone(model.bert, [images[i] for i in columns])
-        n = len(columns)
-        for rows in equal_groups([len(ids) for ids in words]):
-            for part in list(rows.split(max(1, 200 // n)))[rank() :: world_size()]:  # 200 pairs
-                text, text_mask = text_alone(model.bert, torch.stack([words[i] for i in part]))
-                k = len(part)
-                out = model.bert.encode(text.repeat_interleave(n, 0), vision.repeat(k, 1, 1),
-                    text_mask.repeat_interleave(n, 0), region_mask.repeat(k, 1), temperature,
-                    first=len(model.bert.layers_apart()))
-                found = model.classifier(out.pooled).float().view(k, n)
-                scores[part[:, None], columns] = found
+    images = [region_inputs(store, store.row(image_id)) for image_id in image_ids]
+    words = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
+    scores = torch.zeros(len(texts), len(images), device=device())
+    for part in share_of([len(ids) for ids in words], max(1, 200 // len(images))):
+        pairs = [dict(image, input_ids=words[i]) for i in part for image in images]
+        found, _ = model(**to_device(model_inputs(pairs)), temperature=temperature)
+        scores[part] = found.view(len(part), -1)
     return total(scores)
-
-
-def equal_groups(sizes):
-    """Which of these sizes are equal: a tensor of indices for each size, from the least on."""
-    order, sizes = torch.tensor(sizes).sort(stable=True).indices, torch.tensor(sizes)
-    return order.split(torch.unique(sizes, return_counts=True)[1].tolist())
-
-
-def text_alone(bert, input_ids):
-    """States (B, T, D) of texts of one length before they meet a picture, and their mask (B, T)."""
-    input_ids = input_ids.to(device())
-    mask, states = torch.ones_like(input_ids), bert.text_embeddings(input_ids)
-    for layer in bert.layers_apart():
-        states = layer([states], mask, mask.shape[1], None)[0]
-    return states, mask
-
-
-def vision_alone(bert, images):
-    """States (B, 1+R, D) of images before they meet a text, and the mask (B, R) of their regions.
-
-    images: what region_inputs gives of each, with equally many regions.
-    """
-    none = np.zeros(0, dtype=np.int64)
-    inputs = to_device(model_inputs([dict(image, input_ids=none) for image in images]))
-    states = bert.region_embeddings(*(inputs[name] for name in ("region_features",
-        "region_boxes", "region_mask")))
-    mask = torch.cat([torch.ones_like(inputs["region_mask"][:, :1]), inputs["region_mask"]], dim=1)
-    for layer in bert.layers_apart():
-        states = layer([states], mask, 0, None)[0]
-    return states, inputs["region_mask"]
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):

@@ -26,9 +26,6 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  of frozen `single`, which has no switch at all
     batches of like length       captions of 12 pieces: 1.93 x the pairs per second of padding to
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
-    retrieval in equal groups    2,850 -> 4,000 pairs per second (1.4 x) on the toy world; frozen
-                                 `late`, half of it once per text and image, 2.0 x. Two thirds of
-                                 the rest are matrix products: 3 x is out of reach
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
                                  a GPU; on a CPU no difference
     captions in one block        3.3 million: 8 s and .48 GB before the first step (first code 44 s,
@@ -144,7 +141,11 @@ def plain_bert(config):
     encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=False)
     encoder.to(train.device()).train()
 
-    def encode(text, vision, text_mask, region_mask, temperature=None):
+    def encode(input_ids, text_mask, region_features, region_boxes, region_mask, temperature=None,
+            region_hidden=None):
+        text = model.bert.text_embeddings(input_ids)
+        vision = model.bert.region_embeddings(
+            region_features, region_boxes, region_mask, region_hidden)
         ones = torch.ones_like(region_mask[:, :1])
         padding = torch.cat([text_mask, ones, region_mask], dim=1) == 0
         states = encoder(torch.cat([text, vision], dim=1), src_key_padding_mask=padding)
@@ -152,7 +153,7 @@ def plain_bert(config):
         pooled = model.bert.pooler(states[:, 0], states[:, n])
         return SwitchBertOutput(states[:, :n], states[:, n + 1 :], pooled, None, None)
 
-    model.bert.layers, model.bert.encode, model.plain = nn.ModuleList(), encode, encoder
+    model.bert.layers, model.bert.forward, model.plain = nn.ModuleList(), encode, encoder
     return model
 
 
