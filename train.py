@@ -266,10 +266,6 @@ class Pretraining:
         """How good the model is, for the printed line: shares of words and of pairs, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
-    def image_of(self, index):
-        """The image of an example, for messages."""
-        return self.store.ids[self.examples.rows[index]].decode()
-
     def about(self):
         """What finetuning must know beside weights, vocabulary and regions: nothing."""
         return {}
@@ -299,7 +295,7 @@ def model_config(size, store, tokenizer, switches):
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, about(), image_of(index)     for the checkpoint and for messages
+#     store, tokenizer, about()          for the checkpoint
 
 
 def fit(args, task, checkpoint=None):
@@ -331,9 +327,9 @@ def fit(args, task, checkpoint=None):
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
-    speed = Speed(args, model)
+    timed_from, timed_since = first, time.time()
 
-    with Stop() as stop:
+    with stop_signals() as stop_asked:
         for step in tqdm(range(first, steps), "training", initial=first, total=steps, leave=False,
                 disable=quiet()):
             # 3. Learning rate and temperature are functions of the step, and of nothing else.
@@ -346,11 +342,10 @@ def fit(args, task, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
-            speed.add(batches)
 
             # 5. Clip the gradient, and step.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
-            check_finite(args, task, step, dict(zip(task.loss_names, losses), gradient=norm))
+            check_finite(done, dict(zip(task.loss_names, losses), gradient=norm))
             optimizer.step()
             interval += torch.cat([losses, torch.ones(1)])
             if done % math.ceil(steps / 30) == 0:
@@ -358,19 +353,19 @@ def fit(args, task, checkpoint=None):
 
             # 6. Now and then: evaluate, print a line, record it, draw the switches, save.
             if done % args.eval_every == 0 or done == steps:
-                rates = speed.read()
+                speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
                 # No loss here starts above 100: a thousand means weights that are lost.
-                check_finite(args, task, step, {**means, **scores}, bound=1e3)
-                report(args, task, steps, step=done, lr=lr, temperature=tau, **rates,
+                check_finite(done, {**means, **scores}, bound=1e3)
+                report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, model, optimizer, done, interval)
-                speed = Speed(args, model)  # evaluations are no training time
+                timed_from, timed_since = done, time.time()  # evaluations are no training time
 
             # 7. Was any process asked to stop? Then all stop here, and --resume goes on from here.
-            elif total(torch.tensor(float(stop.asked()))) > 0:
+            elif total(torch.tensor(float(stop_asked()))) > 0:
                 save_checkpoint(args, task, model, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume goes on from here")
                 return None
@@ -434,11 +429,6 @@ def number_of_steps(args, num_examples):
     return args.epochs * (num_examples // args.batch)
 
 
-def part_numbers(args):
-    """The numbers of this process's parts among all parts of a step."""
-    return range(rank() * args.accum, (rank() + 1) * args.accum)
-
-
 def part_keys(args, examples, step):
     """This process's parts of a step, each a list of (epoch, index).
 
@@ -447,8 +437,8 @@ def part_keys(args, examples, step):
     """
     epoch, k = divmod(step, len(examples) // args.batch)
     batch = epoch_batches(args.seed, epoch, args.batch, examples)[k]
-    parts = batch.reshape(world_size() * args.accum, -1)  # (parts, examples of each)
-    return [[(epoch, int(i)) for i in parts[number]] for number in part_numbers(args)]
+    parts = batch.reshape(world_size(), args.accum, -1)[rank()]  # (parts, examples of each)
+    return [[(epoch, int(i)) for i in part] for part in parts]
 
 
 @functools.lru_cache(2)  # every step asks; data are loaded ahead, into the next epoch
@@ -498,13 +488,12 @@ def forward_backward(args, task, model, batches, step, tau):
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
-    numbers = part_numbers(args)
-    for number, batch in zip(numbers, batches):
+    for number, batch in enumerate(batches, rank() * args.accum):
         # The noise of dropout and switches belongs to the part, whichever process computes it.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
         # Processes exchange gradients once per step, after their last part.
-        wait = world_size() > 1 and number != numbers[-1]
+        wait = world_size() > 1 and batch is not batches[-1]
         with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
                 device().type, torch.bfloat16, enabled=args.precision == "bf16")):
             part, out = task.sums(model, to_device(batch), tau)
@@ -526,67 +515,12 @@ def compile_layers(model):
     return model
 
 
-class Speed:
-    """How fast this process trains, from now on."""
-
-    def __init__(self, args, model):
-        self.args, self.model, self.steps, self.flops = args, model, 0, 0
-        self.started = time.time()
-
-    def add(self, batches):
-        """A step was made on these batches."""
-        self.steps += 1
-        if device().type == "cuda":
-            self.flops += sum(flops_of(self.model, batch) for batch in batches)
-
-    def read(self):
-        """{"per_second": examples of all processes} and on a GPU "mfu", the model's use of it: its
-        operations per second as a share of those of a large matrix product.
-        """
-        seconds = time.time() - self.started
-        rates = {"per_second": self.steps * self.args.batch / seconds}
-        if self.flops:
-            kind = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
-            rates["mfu"] = self.flops / seconds / matmul_rate(kind)
-        return rates
-
-
-def flops_of(model, batch):
-    """Floating-point operations of forward and backward on a batch, without its padding.
-
-    Every weight of the layers meets every token once forward and twice backward, with a product
-    and a sum each time: 6 per weight and token. The two L x L products of attention add 12 L D per
-    token and layer. Embeddings and heads, 3 % of the base model, are left out.
-    """
-    layers, hidden = model.bert.layers, model.config.hidden_size
-    tokens = 1 + batch["text_mask"].sum(dim=1) + batch["region_mask"].sum(dim=1)  # (B,), of L
-    weights = sum(parameter.numel() for parameter in layers.parameters())
-    attention = 12 * hidden * len(layers) * (tokens**2).sum()
-    return (6 * weights * tokens.sum() + attention).item()
-
-
-@functools.cache
-def matmul_rate(dtype):
-    """Operations per second of a large matrix product on this device: what can be reached."""
-    n, repeats = (8192, 20) if device().type == "cuda" else (1024, 3)
-    a, seconds = torch.randn(n, n, device=device(), dtype=dtype), []
-    for _ in range(3):  # the first time is warming up
-        started = time.time()
-        for _ in range(repeats):
-            product = a @ a
-        product[0, 0].item()  # waits for all of them
-        seconds.append(time.time() - started)
-    return 2 * n**3 * repeats / min(seconds)
-
-
-def check_finite(args, task, step, numbers, bound=math.inf):
-    """Raise BadInput, with the images of the step, unless each of {name: number} is below bound."""
+def check_finite(step, numbers, bound=math.inf):
+    """Raise BadInput unless the size of each of {name: number} is below the bound."""
     if not all(abs(number) < bound for number in numbers.values()):  # NaN is below nothing
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        keys = part_keys(args, task.examples, step)
-        images = " ".join(task.image_of(index) for part in keys for _, index in part)
-        raise BadInput(f"step {step + 1}: diverged ({found}); the last good checkpoint is kept; "
-            f"lower --lr, or check the data of this step: {images}")
+        raise BadInput(f"step {step}: diverged ({found}); the last good checkpoint is kept; "
+            "lower --lr, or check the data")
 
 
 # --- 5. Evaluation --------------------------------------------------------------------------------
@@ -800,9 +734,7 @@ def launch(args, work):
     """
     if args.gpus > 1 and "RANK" not in os.environ:
         return start_processes(args.gpus)
-    # Containers and job schedulers allow a process fewer cores than there are.
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    torch.set_num_threads(args.threads or max(1, len(allowed) // args.gpus))
+    torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.gpus))
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -871,29 +803,26 @@ def first_process_first():
         dist.barrier()
 
 
-class Stop:
-    """In this block SIGTERM and Ctrl-C only ask the loop to stop; a second Ctrl-C ends at once.
+@contextlib.contextmanager
+def stop_signals():
+    """In this block SIGTERM and Ctrl-C only ask to stop; a second Ctrl-C ends at once.
 
-    A step is never cut in two, so what is saved is what an undisturbed run would have at that step.
-    The end of the process that started this one (a launcher that was killed) asks too.
+    Yields a function that says whether any asked. A step is never cut in two, so what is saved is
+    what an undisturbed run would have at that step. The end of the process that started this one (a
+    launcher that was killed) asks, too.
     """
+    signalled, parent = [], os.getppid()
 
-    def __enter__(self):
-        self.signalled, self.parent = False, os.getppid()
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        self.signalled = True
+    def ask(number, frame):
+        signalled.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def asked(self):
-        """True once a signal came, or the parent has ended."""
-        return self.signalled or os.getppid() != self.parent
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(signalled) or os.getppid() != parent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- 8. The record --------------------------------------------------------------------------------
@@ -970,24 +899,26 @@ def begin_record(args, task, first, steps):
     """
     if rank() > 0:
         return
-    out, n = args.out, 1
-    if first == 0 and (out / "checkpoint.pt").exists():
-        while (aside := Path(f"{out}-{n}")).exists():
+    out, kept = args.out, []
+    if first > 0:
+        kept = [line for line in read_metrics(out) if line["step"] <= first]
+    elif (out / "checkpoint.pt").exists():
+        n = 1
+        while Path(f"{out}-{n}").exists():
             n += 1
-        out.rename(aside)
-        say(f"the run that was in {out} is now in {aside}")
+        out.rename(f"{out}-{n}")
+        say(f"the run that was in {out} is now in {out}-{n}")
     out.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_metrics(out) if line["step"] <= first] if first else []
     text = "".join(json.dumps(line) + "\n" for line in kept)
     write_whole(out / "metrics.jsonl", lambda file: file.write(text))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
         "data": task.store.folder, "examples": len(task.examples), "processes": world_size(),
         "torch": torch.__version__, "numpy": np.__version__})
-    blind, n = " without pictures" * args.blind, world_size()
-    parameters, threads = sum(p.numel() for p in task.model.parameters()), torch.get_num_threads()
-    say(f"{task.name}{blind}: {len(task.examples)} {task.unit}, {parameters:,} parameters, {steps} "
-        f"steps of {args.batch}, {n} process{'es' * (n > 1)} on {device().type}, {threads} thread"
-        f"{'s' * (threads > 1)}, {args.precision}" + f"; resuming after step {first}" * (first > 0))
+    parameters = sum(p.numel() for p in task.model.parameters())
+    say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
+        f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "
+        f"{device().type}; processes: {world_size()}, threads: {torch.get_num_threads()}"
+        + f"; resuming after step {first}" * (first > 0))
 
 
 def record(args, **line):
@@ -1003,11 +934,10 @@ def report(args, task, steps, **line):
     A loss of exactly 0 is not printed: this run has none of its kind, as a blind one has no MRC.
     """
     record(args, examples=line["step"] * args.batch, **line)
-    mfu = f"mfu {line['mfu']:.2f}, " if "mfu" in line else ""
-    line["losses"] = " ".join(f"{name} {x:.2f}" for name, x in line["losses"].items() if x)
+    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
-        "{per_second:.0f} {unit}/s, {use}{seconds:.0f} s".format(
-            **line, use=mfu, steps=steps, headline=task.headline(line["scores"]), unit=task.unit))
+        "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(**line, steps=steps, losses=losses,
+            headline=task.headline(line["scores"]), unit=task.unit))
     if rank() == 0:
         save_png(args.out / "switches.png", draw_switches([args.out]))
 
@@ -1018,12 +948,9 @@ def read_metrics(folder):
     A last line without its end was cut off by a kill: it is left out, and a resumed run writes it.
     """
     path = folder / "metrics.jsonl"
-    with reading(path, "the metrics.jsonl of a run") as at, open(path, encoding="utf-8") as file:
-        lines = []
-        for at.entry, line in enumerate(file, 1):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-    return lines
+    with reading(path, "the metrics.jsonl of a run", "line") as at:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for at.entry, line in enumerate(whole.splitlines(), 1)]
 
 
 MODE_COLOURS = dict(zip(MODES, ((66, 114, 196), (237, 125, 49), (112, 173, 71))))

@@ -476,6 +476,33 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
 # --- gpu ------------------------------------------------------------------------------------------
 
 
+def flops_of(model, batch):
+    """Floating-point operations of forward and backward on a batch, without its padding.
+
+    Every weight of the layers meets every token once forward and twice backward, with a product
+    and a sum each time: 6 per weight and token. The two L x L products of attention add 12 L D per
+    token and layer. Embeddings and heads, 3 % of the base model, are left out.
+    """
+    layers, hidden = model.bert.layers, model.config.hidden_size
+    tokens = 1 + batch["text_mask"].sum(dim=1) + batch["region_mask"].sum(dim=1)  # (B,), of L
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    attention = 12 * hidden * len(layers) * (tokens**2).sum()
+    return (6 * weights * tokens.sum() + attention).item()
+
+
+def matmul_rate(dtype):
+    """Operations per second of a large matrix product on this device: what can be reached."""
+    n, repeats = (8192, 20) if train.device().type == "cuda" else (1024, 3)
+    a, seconds = torch.randn(n, n, device=train.device(), dtype=dtype), []
+    for _ in range(3):  # the first time is warming up
+        started = time.time()
+        for _ in range(repeats):
+            product = a @ a
+        product[0, 0].item()  # waits for all of them
+        seconds.append(time.time() - started)
+    return 2 * n**3 * repeats / min(seconds)
+
+
 def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("train.py",
         "finetune.py vqa", "finetune.py retrieval", "finetune.py refer"), pictures=64):
     """Everything that the README says of a GPU, in one go; at small sizes it runs on a CPU."""
@@ -487,14 +514,14 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
     # 1. A step in fp32, bf16, and compiled, against a large matrix product in bf16.
     models = {name: build(make(switches=name)) for name in ("learned", "single")}
     compiled = train.compile_layers(build(make()))
-    half, rate = torch.bfloat16, train.matmul_rate(torch.bfloat16)
+    half, rate = torch.bfloat16, matmul_rate(torch.bfloat16)
     steps_of = {"fp32": stepper(models["learned"], batch),
         "bf16": stepper(models["learned"], batch, dtype=half),
         "bf16, frozen single": stepper(models["single"], batch, dtype=half),
         "bf16, compiled": stepper(compiled, batch, dtype=half),
         "bare products in bf16": matrix_products(make(), pairs, length, half)}
     seconds = take_turns(steps_of, rounds)
-    flops = train.flops_of(models["learned"], {k: v.cpu() for k, v in batch.items()
+    flops = flops_of(models["learned"], {k: v.cpu() for k, v in batch.items()
         if torch.is_tensor(v)})
     show("gpu: pairs per second", "1/s", {n: pairs / s for n, s in seconds.items()})
     show("gpu: share of a large bf16 product's rate", f"of {rate / 1e12:.0f} TFLOP/s",

@@ -1,6 +1,5 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -31,7 +30,7 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start = 0.1, False
-    image_of, headline, about = "image-{}".format, str, dict
+    headline, about = str, dict
     score, stop_at, not_a_number = 0.5, None, None
 
     def __init__(self, store, tokenizer):
@@ -182,39 +181,10 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(plain, tmp_path):
     with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=math.nan)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    with pytest.raises(BadInput, match=r"step 7: .*diverged.*all nan.*lower --lr") as error:
+    with pytest.raises(BadInput, match=r"step 7: .*diverged.*all nan.*lower --lr"):
         plain("run", not_a_number=keys[0])
-    assert set(re.findall(r"image-(\d+)", str(error.value))) == {str(i) for _, i in keys}
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
-
-
-def test_operations_of_a_step_are_six_per_weight_and_token_and_attentions_products(model):
-    """By hand for 4 layers x 128: two pairs of 3 + 2 and 5 + 1 tokens, padded to 5 and 2."""
-    batch = dict(text_mask=torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
-        region_mask=torch.tensor([[1, 1], [1, 0]]))
-    weights = sum(p.numel() for p in model.bert.layers.parameters())
-    tokens = [3 + 1 + 2, 5 + 1 + 1]  # and the global region
-    attention = sum(3 * 2 * 2 * 4 * 128 * n * n for n in tokens)  # forward, and twice backward
-    assert train.flops_of(model, batch) == 6 * weights * sum(tokens) + attention
-
-
-def test_on_a_gpu_the_line_of_a_step_shows_how_well_it_is_used(model, monkeypatch, capsys):
-    monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(train, "matmul_rate", lambda dtype: 1e6)
-    args = SimpleNamespace(batch=2, precision="bf16", out=Path("unused"))
-    speed = train.Speed(args, model)
-    speed.add([dict(text_mask=torch.ones(2, 3), region_mask=torch.ones(2, 1))])
-    speed.started -= 100
-    rates = speed.read()
-    assert rates["per_second"] == pytest.approx(2 / 100, rel=0.01)
-    assert rates["mfu"] == pytest.approx(speed.flops / 100 / 1e6, rel=0.01)
-    for name in ("record", "draw_switches", "save_png"):
-        monkeypatch.setattr(train, name, lambda *_, **__: None)
-    task = SimpleNamespace(headline=str, unit="pairs")
-    train.report(args, task, 9, step=1, lr=1, temperature=1, losses={}, scores={}, seconds=7,
-        per_second=4, mfu=0.414)
-    assert "4 pairs/s, mfu 0.41, 7 s" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -545,8 +515,6 @@ def test_training_needs_no_torchvision():
 @pytest.mark.parametrize("loss, good", [(999.0, True), (1e3, False), (1e30, False),
     (float("nan"), False)])
 def test_weights_that_have_diverged_are_refused_also_where_their_loss_is_finite(loss, good):
-    args, _ = train.parse_args([])
-    task = argparse.Namespace(examples=made_up(np.zeros(64)), image_of=str)
     refused = pytest.raises(BadInput, match="step 3: diverged")
     with contextlib.nullcontext() if good else refused:
-        train.check_finite(args, task, 2, {"mlm": loss}, bound=1e3)
+        train.check_finite(3, {"mlm": loss}, bound=1e3)
