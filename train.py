@@ -63,7 +63,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -87,7 +86,7 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, Ba
     FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate, flag, folder_to_write,
     model_inputs, only_run_in, read_captions, reading, region_inputs, run, save_png,
     start_processes, write_json, write_whole)
-from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
+from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ FIXED = ("model", "switches", "epochs", "batch", "lr", "eval_every", "anneal", "
     "blind", "scratch", "boxes")
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The settings of a run, and the checkpoint that it resumes from, or None."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -149,10 +148,10 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
     the run take their place; a flag that contradicts them raises BadInput. The flags are parsed
     first without --help, to learn what the defaults depend on: so --help shows those that hold.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    plain, owner = [word for word in argv if word not in ("-h", "--help")], subparser or parser
-    owner.set_defaults(**defaults_of(parser.parse_known_args(plain)[0]))
-    known, checkpoint, saved = parser.parse_known_args(plain)[0], None, {}
+    plain = [word for word in argv if word not in ("-h", "--help")]
+    owner, checkpoint, saved = subparser or parser, None, {}
+    owner.set_defaults(**defaults_of(parser.parse_args(plain)))
+    known = parser.parse_args(plain)
     if known.resume:
         checkpoint = load_checkpoint(known.out / "checkpoint.pt", task)
         saved = checkpoint["settings"]
@@ -183,7 +182,7 @@ def pretrain(args, checkpoint=None):
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. Regions, captions and words: made if this is the toy world, read if there is a folder.
-    data = load_data(args.data, args.out, args.limit)
+    data = load_data(args.data, args.limit)
 
     # 2. The task: what its examples are, its model, its losses, its evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
@@ -193,7 +192,7 @@ def pretrain(args, checkpoint=None):
 
     # 3. What has it learned? Retrieval without any training for it, on images it has never seen.
     if not args.blind:
-        scores |= zero_shot(task.model, data)
+        scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
     say(f"{args.out}: " + ", ".join(RECORD))
@@ -239,9 +238,8 @@ class Pretraining:
         if bert and not checkpoint and (args.bert or bert.is_dir()):
             with reading(bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, bert)  # A6
-            new = dict.fromkeys(re.sub(r"\.\d+|\.(weight|bias)$", "", name) for name in missing)
-            say(f"started from {bert}; new in this model: {', '.join(new)}; not used of BERT: "
-                f"{', '.join(unused) or 'nothing'}")
+            say(f"started from {bert}; new in this model: {len(missing)} parameters; not used of "
+                f"BERT: {', '.join(unused) or 'nothing'}")
 
     @staticmethod
     def counts(batch):
@@ -544,23 +542,22 @@ class SwitchShares:
     """
 
     def __init__(self, config):
-        layers = config.num_hidden_layers
-        shapes = [(layers, 2, 3), *((2, l + 1) for l in range(layers))]
-        self.samples, self.sums = torch.zeros(1), [torch.zeros(s, device=device()) for s in shapes]
+        layers = range(config.num_hidden_layers)
+        modes, depths = torch.zeros(len(layers), 2, 3), [torch.zeros(2, l + 1) for l in layers]
+        self.sums = [part.to(device()) for part in (modes, *depths)]
 
     def add(self, out):
         """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
         for kept, new in zip(self.sums, (out.modes, *out.depths)):
             kept += new.detach().sum(dim=0)
-        self.samples += len(out.pooled)
 
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
 
         Every process must call it: it adds up over all of them.
         """
-        samples = total(self.samples)
-        modes, *depths = [(total(part) / samples).tolist() for part in self.sums]
+        sums = [total(part) for part in self.sums]  # the options of a switch add up to the samples
+        modes, *depths = [(part / part.sum(dim=-1, keepdim=True)).tolist() for part in sums]
         return {"modes": modes, "depths": depths}
 
 
@@ -575,24 +572,22 @@ def evaluate(model, dataset, batch_size=200):
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
-        found += torch.cat([out.sums, found.new_tensor(out.counts), out.correct])
+        found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
     model.train()
-    sums, counts, correct = total(found).split([3, 3, 2])
-    means = [*(sums / counts.clamp(min=1)), *(correct / counts[[0, 2]].clamp(min=1))]
-    names = ("mlm", "mrc", "itm", "words", "match")
-    return dict(zip(names, torch.stack(means).tolist())), switches.shares()
+    sums, counts = total(found).split([5, 3])
+    means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
+    return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
 
-def zero_shot(model, data, most=100):
+def zero_shot(task, most=100):
     """Recalls with the pretrained matching head, one caption each for the first held-out images."""
     # Backwards, so that the first caption of an image is the one that stays.
-    first = {image_id: text for image_id, text in reversed(data.held_out_captions)
-        if data.store.row(image_id) is not None}
-    ids = sorted(first, key=str)[:most]
+    first = dict(reversed(task.whole.captions))
+    ids, model = sorted(first)[:most], task.model
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
-    texts = [first[i] for i in ids]
-    scores = match_scores(ranker, data.store, data.tokenizer, texts, ids)
+    texts = [first[image_id] for image_id in ids]
+    scores = match_scores(ranker, task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
 
@@ -650,7 +645,7 @@ class Data:
     tokenizer: WordPiece
 
 
-def load_data(folder, out, limit=None):
+def load_data(folder, limit=None):
     """The Data of a folder, or of the toy world where it is None; `limit` training captions of it.
 
     A folder holds features/ (a store), captions (*.tsv, *.json, or folders as img2dataset leaves
@@ -683,10 +678,10 @@ def split_captions(folder):
             "pictures with *.txt, beside features/")
     training, held_out = (Captions(pair for path in files for pair in read_captions(path, split))
         for split in ("train", "val"))
-    if len(training) and not len(held_out):
-        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32, len(training))
-        each = np.unique(codes)
-        chosen = codes <= each[min(len(each), max(5, len(each) // 100)) - 1]
+    if not len(held_out):
+        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32)
+        images = np.unique(codes)
+        chosen = np.isin(codes, images[: max(5, len(images) // 100)])
         training, held_out = training[~chosen], training[chosen]
     return training, held_out[:1000]
 
@@ -697,27 +692,26 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
     A scene's id is its number, which is also the seed it is drawn from: held-out scenes have other
     numbers than all scenes that the detector or the model is trained on.
     """
-    numbers = [*range(TRAIN_SCENES, TRAIN_SCENES + num_scenes),
-        *range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)]
-    features = folder / f"features-{num_scenes}"
+    training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
+    held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
+    features, vocab = folder / f"features-{num_scenes}", folder / "vocab.txt"
     if not FeatureStore.is_complete(features):
         from extract_features import extract_scenes, toy_detector  # a store needs no torchvision
 
-        detector = toy_detector(folder / "detector.pt", numbers[:num_scenes])
-        extract_scenes(detector, numbers, features)
-    vocab = folder / "vocab.txt"
+        detector = toy_detector(folder / "detector.pt", training)
+        extract_scenes(detector, [*training, *held_out], features)
     if not vocab.exists():
         # Finetuning reads these words, too: so everything that can be said about some scenes.
         texts = []
-        for scene in map(Scene, range(TRAIN_SCENES, TRAIN_SCENES + 1000)):
+        for scene in map(Scene, training[:1000]):
             texts += scene.captions()
             texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
             texts += [expression for expression, _, _ in scene.expressions()]
         pieces = build_vocab(texts)
         write_whole(vocab, lambda file: file.writelines(piece + "\n" for piece in pieces))
-    training = Captions((n, text) for n in numbers[:num_scenes] for text in Scene(n).captions(4))
-    held_out = Captions((n, text) for n in numbers[num_scenes:] for text in Scene(n).captions(2))
-    return Data(FeatureStore(features), training, held_out, WordPiece(vocab))
+    captions, held_out_captions = (Captions((n, text) for n in numbers
+        for text in Scene(n).captions(count)) for numbers, count in ((training, 4), (held_out, 2)))
+    return Data(FeatureStore(features), captions, held_out_captions, WordPiece(vocab))
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
@@ -953,10 +947,6 @@ def read_metrics(folder):
         return [json.loads(line) for at.entry, line in enumerate(whole.splitlines(), 1)]
 
 
-MODE_COLOURS = dict(zip(MODES, ((66, 114, 196), (237, 125, 49), (112, 173, 71))))
-CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 120  # pixels
-
-
 def draw_switches(folders):
     """A picture of what every layer chose at the end of these runs, one below the other.
 
@@ -975,13 +965,15 @@ def draw_switches(folders):
     return stack(pictures)
 
 
-def write_gif(path, folders, width=800):
+def write_gif(path, folders):
     """How the switches of runs closed as the temperature fell: thirty frames, under 300 KB."""
-    runs, frames = [[x for x in read_metrics(f) if "mixture" in x] for f in folders], []
+    runs = [[line for line in read_metrics(f) if "mixture" in line] for f in folders]
+    frames = []
     for lines in zip(*runs):
         frame = stack([switches_picture(line["mixture"], f"{folder}: step {line['step']}, "
             f"temperature {line['temperature']:.2f}") for folder, line in zip(folders, lines)])
-        frames.append(frame.resize((width, frame.height * width // frame.width), Image.LANCZOS))
+        frame.thumbnail((800, frame.height))  # pixels wide, and as high as that makes it
+        frames.append(frame)
     if frames:
         # One palette without dithering: what does not change between frames costs nothing.
         palette = frames[-1].quantize(16)
@@ -1000,6 +992,12 @@ def stack(images, columns=1):
     return whole
 
 
+LEGEND = {"intra: attends to its own modality": (66, 114, 196),
+    "inter: to the other one": (237, 125, 49), "joint: to both": (112, 173, 71),
+    "squares: how often this depth is read (0: embeddings)": (0, 0, 0)}
+CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 110  # pixels
+
+
 def switches_picture(switches, title):
     """What every layer chose: bars for modes, squares for depths; text left, vision right.
 
@@ -1008,39 +1006,35 @@ def switches_picture(switches, title):
     """
     layers = len(switches["modes"])
     panel = LEFT + BAR + 90 + CELL * layers  # the width of a modality
-    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 30), "white")
+    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 20), "white")
     draw = ImageDraw.Draw(image)
-    write = functools.partial(draw.text, fill="black", font=ImageFont.load_default(13))
-    write((20, 12), title, font=ImageFont.load_default(18))
-    meaning = ("intra: attends to its own modality", "inter: to the other one", "joint: to both")
-    for x, text, colour in zip(range(20, 725, 235), meaning, MODE_COLOURS.values()):
-        draw.rectangle([x, 46, x + 14, 60], fill=colour)
-        write((x + 20, 45), text)
-    write((725, 45), "squares: how often this depth is read (0: embeddings)")
+    draw.font = ImageFont.load_default(13)
+    draw.text((20, 12), title, "black")
+    for k, (text, colour) in enumerate(LEGEND.items()):
+        draw.text((20 + 235 * k, 42), text, colour)
     for modality, name in enumerate(MODALITIES):
         left = modality * panel + LEFT
         squares = left + BAR + 40
-        write((left, TOP - 30), f"{name}: attention")
-        write((squares, TOP - 30), "reads depth")
+        draw.text((left, TOP - 25), f"{name}: attention", "black")
+        draw.text((squares, TOP - 25), "reads depth", "black")
         for layer in range(layers):
             x, y = left, TOP + layer * ROW
-            write((x - 70, y + 9), f"layer {layer + 1}")
-            for share, colour in zip(switches["modes"][layer][modality], MODE_COLOURS.values()):
+            draw.text((x - 70, y + 9), f"layer {layer + 1}", "black")
+            for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
                 draw_share(draw, x, y, share * BAR, share, colour)
                 x += share * BAR
             for depth, share in enumerate(switches["depths"][layer][modality]):
                 shade = int(255 * (1 - share))  # black: all samples read this depth
-                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3, "grey")
+                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3)
     return image
 
 
-def draw_share(draw, x, y, width, share, colour, outline=None):
-    """A filled box, with its percentage if it is wide enough (pixels) and the share is not 0."""
-    draw.rectangle([x, y, x + width, y + CELL - 2], fill=colour, outline=outline)
-    if width > 25 and share > 0.005:
+def draw_share(draw, x, y, width, share, colour):
+    """A box `width` pixels wide, with its share in percent unless that is less than 5."""
+    draw.rectangle([x, y, x + width, y + CELL - 2], colour, "grey")
+    if share > 0.05:
         ink = "white" if sum(colour) < 450 else "black"
-        draw.text((x + width / 2, y + 8), f"{100 * share:.0f}", ink, ImageFont.load_default(13),
-            anchor="ma")
+        draw.text((x + width / 2, y + CELL / 2), f"{100 * share:.0f}", ink, anchor="mm")
 
 
 def show(argv):

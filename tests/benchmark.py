@@ -349,7 +349,7 @@ def memory(pid="self"):
 def corpus_child(folder, loaders=4, batches=200):
     """In a process of its own: read the corpus as train.py does, and load some thousand pairs."""
     start, before = time.perf_counter(), memory()
-    data = train.load_data(folder, folder)
+    data = train.load_data(folder)
     pairs = PretrainingDataset(data.store, data.captions, data.tokenizer)
     args, _ = train.parse_args(["--data", str(folder), "--workers", str(loaders)])
     train.part_keys(args, pairs, 0)

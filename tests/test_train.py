@@ -310,11 +310,12 @@ def test_words_are_scored_on_masked_pairs_and_matching_on_whole_ones(data, monke
     assert task.evaluate(None) == ({"words": True, "match": False}, "switches")
 
 
-def test_zero_shot_retrieval_asks_for_the_first_caption_of_each_image(model, data, monkeypatch):
+def test_zero_shot_retrieval_asks_for_the_first_caption_of_each_image(data, monkeypatch):
     data.held_out_captions = pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
+    task = train.Pretraining(train.parse_args([])[0], data)
     monkeypatch.setattr(train, "match_scores", lambda model, store, tokenizer, texts, ids:
         torch.tensor([[float((i, text) in pairs[:3]) for i in ids] for text in texts]))
-    found = train.zero_shot(model, data)
+    found = train.zero_shot(task)
     assert found.pop("images") == 2 and set(found.values()) == {1.0}
 
 
@@ -407,7 +408,7 @@ def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, tmp
     words = [*SPECIALS, *(f"word{i}" for i in range(55))]
     write_bert(folder / "bert", bert_weights())
     (folder / "bert" / "vocab.txt").write_text("".join(w + "\n" for w in words))
-    args, found = folder_flags(folder, tmp_path)[0], train.load_data(folder, tmp_path)
+    args, found = folder_flags(folder, tmp_path)[0], train.load_data(folder)
     assert list(found.tokenizer.pieces) == words
     with pytest.raises(BadInput, match="hidden_size"):
         train.Pretraining(args, found)
@@ -489,7 +490,7 @@ def test_the_picture_shows_each_share_as_a_length():
     """A line of pixels through layer 1: text 25 % own and 75 % both, vision all the other."""
     switches = {"modes": [[[0.25, 0, 0.75], [0, 1.0, 0]]], "depths": [[[1.0], [1.0]]]}
     pixels = np.asarray(train.switches_picture(switches, "title"))
-    counts = np.stack([(pixels == c).all(axis=2).sum(axis=1) for c in train.MODE_COLOURS.values()])
+    counts = np.stack([(pixels == c).all(axis=2).sum(axis=1) for c in [*train.LEGEND.values()][:3]])
     own, other, both = max((row for row in counts.T.tolist() if row[1] > 100), key=sum)
     assert (own / other, both / other) == pytest.approx((0.25, 0.75), abs=0.02)
 
