@@ -98,8 +98,7 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 # What makes a run what it is: a resumed run keeps these. All other flags say how it is computed.
-FIXED = ("model", "switches", "epochs", "batch", "lr", "eval_every", "anneal", "seed", "limit",
-    "blind", "scratch", "boxes")
+FIXED = (*TOY, "switches", "seed", "limit", "blind", "scratch", "boxes")
 
 
 def parse_args(argv):
@@ -271,15 +270,14 @@ class Pretraining:
 
 def model_config(size, store, tokenizer, switches):
     """The model of a run: the paper's, or the toy run's, under a million parameters."""
-    known = dict(vocab_size=len(tokenizer), switches=switches,
-        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
-    if size == "base":
-        return SwitchBertConfig.base(**known)
     # BERT's std .02 at 768 inputs, kept at 128: .02 sqrt(768 / 128). With .02 matching was learned
     # only after 450 steps, with .05 after 225.
-    return SwitchBertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=256, max_position_embeddings=40, pooler_size=128, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, **known)
+    small = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+        intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05)
+    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches,
+        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes,
+        **(small if size == "small" else {}))
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
@@ -617,14 +615,14 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     have any number. "image" finds the image for a text, "text" one of its texts for an image. Ties
     count against the model: one that scores all pairs alike has recall 0, not 1.
     """
-    texts, images = scores.shape
-    right = image_of_text[:, None] == torch.arange(images)  # (texts, images)
-    own = scores[torch.arange(texts), image_of_text]  # (texts,)
-    image_rank = ((scores >= own[:, None]) & ~right).sum(dim=1)  # 0 is best
-    best = scores.masked_fill(~right, -math.inf).amax(dim=0)  # (images,)
-    text_rank = ((scores >= best) & ~right).sum(dim=0)
-    return {f"{name} R@{k}": (rank < k).float().mean().item()
-        for name, rank in (("image", image_rank), ("text", text_rank)) for k in ks}
+    wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
+    right, recalls = scores.masked_fill(wrong, -math.inf), {}
+    for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
+        best = right.amax(dim=candidates, keepdim=True)
+        rank = ((scores >= best) & wrong).sum(dim=candidates)  # 0 is best
+        for k in ks:
+            recalls[f"{name} R@{k}"] = (rank < k).float().mean().item()
+    return recalls
 
 
 # --- 6. Data of a run -----------------------------------------------------------------------------
@@ -687,31 +685,28 @@ def split_captions(folder):
 
 
 def toy_world(folder=Path("runs/world"), num_scenes=3600):
-    """Data of the toy world; makes what is missing of it: detector, store, vocabulary.
+    """Data of the toy world; makes what is missing of it: detector, feature store.
 
     A scene's id is its number, which is also the seed it is drawn from: held-out scenes have other
     numbers than all scenes that the detector or the model is trained on.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
-    features, vocab = folder / f"features-{num_scenes}", folder / "vocab.txt"
+    features = folder / f"features-{num_scenes}"
     if not FeatureStore.is_complete(features):
         from extract_features import extract_scenes, toy_detector  # a store needs no torchvision
 
         detector = toy_detector(folder / "detector.pt", training)
         extract_scenes(detector, [*training, *held_out], features)
-    if not vocab.exists():
-        # Finetuning reads these words, too: so everything that can be said about some scenes.
-        texts = []
-        for scene in map(Scene, training[:1000]):
-            texts += scene.captions()
-            texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
-            texts += [expression for expression, _, _ in scene.expressions()]
-        pieces = build_vocab(texts)
-        write_whole(vocab, lambda file: file.writelines(piece + "\n" for piece in pieces))
+    # Finetuning reads these words, too: so everything that can be said about some scenes.
+    texts = []
+    for scene in map(Scene, training[:1000]):
+        texts += scene.captions()
+        texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
+        texts += [expression for expression, _, _ in scene.expressions()]
     captions, held_out_captions = (Captions((n, text) for n in numbers
         for text in Scene(n).captions(count)) for numbers, count in ((training, 4), (held_out, 2)))
-    return Data(FeatureStore(features), captions, held_out_captions, WordPiece(vocab))
+    return Data(FeatureStore(features), captions, held_out_captions, WordPiece(build_vocab(texts)))
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
