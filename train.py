@@ -376,7 +376,7 @@ def fit(args, task, checkpoint=None):
 # step is the same step in any number of processes and after any number of restarts.
 
 
-def learning_rate(step, total, peak, warmup=0.1):
+def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear up over the first 10 %, linear down to 0.
 
     of 1,000 steps, step  0     49   99   550  775   1,000
@@ -385,7 +385,7 @@ def learning_rate(step, total, peak, warmup=0.1):
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
     """
-    rise = max(1, round(warmup * total))
+    rise = max(1, round(0.1 * total))
     return peak * min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
@@ -448,7 +448,7 @@ def epoch_batches(seed, epoch, size, examples, window=100):
     same in every process and after every restart.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(np.arange(len(examples), dtype=np.int32))
+    order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # what is left over waits for another epoch
     for start in range(0, len(order), window * size):
         part = order[start : start + window * size]
@@ -704,9 +704,12 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
         texts += scene.captions()
         texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
         texts += [expression for expression, _, _ in scene.expressions()]
-    captions, held_out_captions = (Captions((n, text) for n in numbers
-        for text in Scene(n).captions(count)) for numbers, count in ((training, 4), (held_out, 2)))
-    return Data(FeatureStore(features), captions, held_out_captions, WordPiece(build_vocab(texts)))
+
+    def captions(numbers, count):
+        return Captions((n, text) for n in numbers for text in Scene(n).captions(count))
+
+    return Data(FeatureStore(features), captions(training, 4), captions(held_out, 2),
+        WordPiece(build_vocab(texts)))
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
@@ -751,10 +754,10 @@ def world_size():
 
 
 def device():
-    """Where this process computes: its own GPU, Apple's, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Where this process computes: its own GPU (launch has chosen it), Apple's, or the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
 def total(tensor):
@@ -768,10 +771,10 @@ def total(tensor):
     return tensor.cpu()
 
 
-def say(*words):
+def say(text):
     """Print once, not once per process, and at once."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(text, flush=True)
 
 
 def quiet():
@@ -827,7 +830,6 @@ def stop_signals():
 
 RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
 CHECKPOINT_FORMAT = "switchbert-4"
-STORE_FACTS = ("feature_size", "detector", "num_region_classes", "num_regions")
 
 
 def save_checkpoint(args, task, model, optimizer, step, interval):
@@ -841,8 +843,8 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
             "settings": {k: v for k, v in vars(args).items() if k in FIXED},
             "config": asdict(model.config), "vocab": task.tokenizer.pieces,
-            "store": {k: task.store.meta[k] for k in STORE_FACTS}, "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "interval": interval, **task.about()}
+            "store": task.store.meta, "model": model.state_dict(), "interval": interval,
+            "optimizer": optimizer.state_dict(), **task.about()}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
@@ -868,7 +870,7 @@ def check_fits(checkpoint, store, tokenizer=None, more=()):
     """Raise BadInput if a checkpoint was trained on other regions or words than these.
 
     The same feature size is not enough: another detector's features mean something else. more:
-    further STORE_FACTS that must be equal; a resumed run needs its region classes, too.
+    further entries of store.json that must be equal; a resumed run needs its region classes, too.
     """
     for key in ("feature_size", "detector", *more):
         ours, theirs = store.meta[key], checkpoint["store"][key]
@@ -901,8 +903,7 @@ def begin_record(args, task, first, steps):
     text = "".join(json.dumps(line) + "\n" for line in kept)
     write_whole(out / "metrics.jsonl", lambda file: file.write(text))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
-        "data": task.store.folder, "examples": len(task.examples), "processes": world_size(),
-        "torch": torch.__version__, "numpy": np.__version__})
+        "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
     parameters = sum(p.numel() for p in task.model.parameters())
     say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
         f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "

@@ -257,7 +257,7 @@ def test_pretraining_leaves_its_record(pretrain, data, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["model"]["switches"] == "learned" and config["settings"]["batch"] == 14
     saved = train.load_checkpoint(out / "checkpoint.pt", "pretraining")
-    assert (saved["vocab"], saved["store"]) == (data.tokenizer.pieces, FACTS)
+    assert (saved["vocab"], saved["store"]) == (data.tokenizer.pieces, data.store.meta)
     rebuilt = SwitchBertForPretraining(SwitchBertConfig(**saved["config"]))
     rebuilt.load_state_dict(saved["model"])
     held_out = PretrainingDataset(data.store, data.held_out_captions, data.tokenizer, seed=1)
