@@ -202,8 +202,8 @@ def pretrain(args, checkpoint=None):
 class Pretraining:
     """Masked words, masked regions and matching, on captions: a task for `fit`. [supp. 1]
 
-    data: a Data. checkpoint: the run to resume, or None for a new model, started from the BERT in
-    --bert or in the data folder if there is one. Raises BadInput if data and checkpoint differ.
+    data: a Data. checkpoint: the run to resume, or None: a new model, started from BERT if there is
+    one in --bert or in the data folder. Raises BadInput if data and checkpoint differ.
     """
 
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
@@ -298,8 +298,7 @@ def fit(args, task, checkpoint=None):
     """Train a task: the scores of its last evaluation, or None if it was asked to stop.
 
     args: settings, as parse_settings returns them. checkpoint: where to go on, or None. Raises
-    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite or, at an
-    evaluation, far too large.
+    BadInput if the batch does not fit, or if training diverges.
     """
     # 1. The model, AdamW, and where an earlier run stopped.
     model = task.model.to(device())
@@ -318,7 +317,7 @@ def fit(args, task, checkpoint=None):
         compile_layers(model)
     trained = DistributedDataParallel(
         model, broadcast_buffers=False) if dist.is_initialized() else model
-    rate, scores = temperature_rate(args, steps, task.initial_temperature), None
+    rate = temperature_rate(args, steps, task.initial_temperature)
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -366,7 +365,7 @@ def fit(args, task, checkpoint=None):
                 say(f"stopped after step {done}; --resume goes on from here")
                 return None
     if rank() == 0:
-        write_gif(args.out / "switches.gif", [args.out])
+        write_gif(args.out)
     return scores
 
 
@@ -378,9 +377,6 @@ def fit(args, task, checkpoint=None):
 
 def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear up over the first 10 %, linear down to 0.
-
-    of 1,000 steps, step  0     49   99   550  775   1,000
-    rate / peak           0.01  0.5  1    0.5  0.25  0
 
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
@@ -425,19 +421,7 @@ def number_of_steps(args, num_examples):
     return args.epochs * (num_examples // args.batch)
 
 
-def part_keys(args, examples, step):
-    """This process's parts of a step, each a list of (epoch, index).
-
-    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
-    of `accum` parts: so the batch is the same for any number of processes.
-    """
-    epoch, k = divmod(step, len(examples) // args.batch)
-    batch = epoch_batches(args.seed, epoch, args.batch, examples)[k]
-    parts = batch.reshape(world_size(), args.accum, -1)[rank()]  # (parts, examples of each)
-    return [[(epoch, int(i)) for i in part] for part in parts]
-
-
-@functools.lru_cache(2)  # every step asks; data are loaded ahead, into the next epoch
+@functools.lru_cache(1)  # every step asks
 def epoch_batches(seed, epoch, size, examples, window=100):
     """(batches, size) indices: the examples of an epoch in batches of like length.
 
@@ -459,12 +443,19 @@ def epoch_batches(seed, epoch, size, examples, window=100):
 def load_parts(args, task, first, steps):
     """An iterator over this process's batches, `accum` per step, from step `first` on.
 
-    With --workers, other processes prepare them in advance. A key, (epoch, index), is all that they
-    need: they hold no state that a resumed run would have to restore.
+    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
+    of `accum` parts: so the batch is the same for any number of processes. With --workers, other
+    processes prepare them in advance. They hold no state that a resumed run would have to restore:
+    a key, (epoch, index), is all that they need.
     """
-    keys = (part for step in range(first, steps)
-        for part in part_keys(args, task.examples, step))
-    return iter(DataLoader(task.examples, batch_sampler=keys, collate_fn=task.collate,
+    def keys():
+        for step in range(first, steps):
+            epoch, k = divmod(step, len(task.examples) // args.batch)
+            batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
+            for part in batch.reshape(world_size(), args.accum, -1)[rank()]:
+                yield [(epoch, int(i)) for i in part]
+
+    return iter(DataLoader(task.examples, batch_sampler=keys(), collate_fn=task.collate,
         num_workers=args.workers, pin_memory=device().type == "cuda"))
 
 
@@ -501,10 +492,10 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile the layers of a model in place, and return it.
+    """Compile a model in place, layer by layer, and return it.
 
-    One layer at a time: the compiled code serves all twelve, and is ready in a minute. The whole
-    model at once takes several, and again for every setting of the switches.
+    The code of one layer serves all twelve, and is ready in a minute; that of the whole model takes
+    several.
     """
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
@@ -534,10 +525,7 @@ def share_of(lengths, batch_size=200):
 
 
 class SwitchShares:
-    """What the switches chose, as shares of all samples: add outputs, then ask for shares().
-
-    The sums stay where the model computes until then.
-    """
+    """What the switches chose, as shares of all samples: add outputs, then ask for shares()."""
 
     def __init__(self, config):
         layers = range(config.num_hidden_layers)
@@ -720,10 +708,7 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
 
 def launch(args, work):
-    """Run work() here, or in --gpus processes; as a member, if this is one of several already.
-
-    Returns work()'s result where it ran alone; a member ends here.
-    """
+    """The result of work(), run here; with --gpus in several processes, which end here."""
     if args.gpus > 1 and "RANK" not in os.environ:
         return start_processes(args.gpus)
     torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.gpus))
@@ -761,10 +746,7 @@ def device():
 
 
 def total(tensor):
-    """The sum of this tensor over all processes, for every one of them, on the CPU.
-
-    Every process must call it, with the same shape: the others wait for the one that does not.
-    """
+    """The sum of a tensor over all processes, on the CPU. They wait until all have called it."""
     if dist.is_initialized():
         tensor = tensor.to(device())  # NCCL adds up nothing that lies on the CPU
         dist.all_reduce(tensor)
@@ -784,10 +766,7 @@ def quiet():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process runs the block alone; the others run it afterwards, and find it done.
-
-    For work that leaves a file behind: no two processes may write it at the same time.
-    """
+    """The first process runs the block, and writes its files; the others run it afterwards."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -799,9 +778,8 @@ def first_process_first():
 def stop_signals():
     """In this block SIGTERM and Ctrl-C only ask to stop; a second Ctrl-C ends at once.
 
-    Yields a function that says whether any asked. A step is never cut in two, so what is saved is
-    what an undisturbed run would have at that step. The end of the process that started this one (a
-    launcher that was killed) asks, too.
+    Yields a function: was it asked? No step is cut in two, so what is saved is what an undisturbed
+    run would have. The end of the process that started this one (a killed launcher) asks, too.
     """
     signalled, parent = [], os.getppid()
 
@@ -837,7 +815,7 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
 
     model, optimizer, step and interval (losses since the last evaluation) say where the run stands,
     settings (the FIXED ones) how it goes on, config, vocab and store what the model was made for.
-    Nothing is said of random generators: every step seeds its own.
+    No random generator has a state: every step seeds its own.
     """
     if rank() == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
@@ -869,8 +847,8 @@ def load_checkpoint(path, task):
 def check_fits(checkpoint, store, tokenizer=None, more=()):
     """Raise BadInput if a checkpoint was trained on other regions or words than these.
 
-    The same feature size is not enough: another detector's features mean something else. more:
-    further entries of store.json that must be equal; a resumed run needs its region classes, too.
+    Another detector's features mean something else, even of the same size. more: further entries of
+    store.json that must be equal.
     """
     for key in ("feature_size", "detector", *more):
         ours, theirs = store.meta[key], checkpoint["store"][key]
@@ -883,7 +861,7 @@ def check_fits(checkpoint, store, tokenizer=None, more=()):
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line. The first process alone does it.
+    """Make a run's folder and print its opening line: the first process.
 
     Results of another run in the folder move aside, to the first free name. On resume, the lines
     of metrics.jsonl after step `first` go: the run writes them again.
@@ -900,8 +878,8 @@ def begin_record(args, task, first, steps):
         out.rename(f"{out}-{n}")
         say(f"the run that was in {out} is now in {out}-{n}")
     out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_whole(out / "metrics.jsonl", lambda file: file.write(text))
+    write_whole(out / "metrics.jsonl",
+        lambda file: file.writelines(json.dumps(line) + "\n" for line in kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
         "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -919,10 +897,7 @@ def record(args, **line):
 
 
 def report(args, task, steps, **line):
-    """Print an evaluation, add it to metrics.jsonl, draw switches.png.
-
-    A loss of exactly 0 is not printed: this run has none of its kind, as a blind one has no MRC.
-    """
+    """Print an evaluation (without losses of 0, as MRC of a blind run), record it, draw it."""
     record(args, examples=line["step"] * args.batch, **line)
     losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
@@ -946,8 +921,7 @@ def read_metrics(folder):
 def draw_switches(folders):
     """A picture of what every layer chose at the end of these runs, one below the other.
 
-    A finetuned run shows its start, too: what the task changed. Raises BadInput for a run without
-    an evaluation.
+    A finetuned run shows its start, too: what did the task change? Raises BadInput.
     """
     pictures = []
     for folder in folders:
@@ -961,21 +935,21 @@ def draw_switches(folders):
     return stack(pictures)
 
 
-def write_gif(path, folders):
-    """How the switches of runs closed as the temperature fell: thirty frames, under 300 KB."""
-    runs = [[line for line in read_metrics(f) if "mixture" in line] for f in folders]
+def write_gif(folder):
+    """switches.gif: how a run's switches closed as the temperature fell, in under 300 KB."""
     frames = []
-    for lines in zip(*runs):
-        frame = stack([switches_picture(line["mixture"], f"{folder}: step {line['step']}, "
-            f"temperature {line['temperature']:.2f}") for folder, line in zip(folders, lines)])
-        frame.thumbnail((800, frame.height))  # pixels wide, and as high as that makes it
-        frames.append(frame)
+    for line in read_metrics(folder):
+        if "mixture" in line:
+            title = f"{folder}: step {line['step']}, temperature {line['temperature']:.2f}"
+            frames.append(switches_picture(line["mixture"], title))
+            frames[-1].thumbnail((800, 800))
     if frames:
         # One palette without dithering: what does not change between frames costs nothing.
         palette = frames[-1].quantize(16)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        write_whole(path, lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
-            append_images=frames[1:], duration=[150] * (len(frames) - 1) + [3000]), mode="wb")
+        durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
+        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", save_all=True,
+            append_images=frames[1:], duration=durations, loop=0), mode="wb")
 
 
 def stack(images, columns=1):
@@ -995,10 +969,9 @@ CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 110  # pixels
 
 
 def switches_picture(switches, title):
-    """What every layer chose: bars for modes, squares for depths; text left, vision right.
+    """What every layer chose, as a PIL image: bars for modes, squares for depths.
 
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
-    Modes are intra, inter, joint; depth 0 is the embeddings. Returns a PIL image.
     """
     layers = len(switches["modes"])
     panel = LEFT + BAR + 90 + CELL * layers  # the width of a modality
@@ -1036,14 +1009,15 @@ def draw_share(draw, x, y, width, share, colour):
 def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
     p = argparse.ArgumentParser(prog="train.py show", description="Draw what the switches chose.")
-    p.add_argument("runs", nargs="+", type=Path, help="folders of runs, drawn one below the other")
-    p.add_argument("-o", "--out", type=Path, help="picture to write, beside it a .gif; default: "
-        "switches.png in the first folder")
+    p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets its switches.gif")
+    p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
+        "default: switches.png in the first folder")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
     save_png(out, draw_switches(args.runs))
-    write_gif(out.with_suffix(".gif"), args.runs)
-    print(out, out.with_suffix(".gif"), sep="\n")
+    for folder in args.runs:
+        write_gif(folder)
+    print(out)
 
 
 def main(argv=None):

@@ -352,7 +352,7 @@ def corpus_child(folder, loaders=4, batches=200):
     data = train.load_data(folder)
     pairs = PretrainingDataset(data.store, data.captions, data.tokenizer)
     args, _ = train.parse_args(["--data", str(folder), "--workers", str(loaders)])
-    train.part_keys(args, pairs, 0)
+    train.epoch_batches(args.seed, 0, args.batch, pairs)
     seconds, after = time.perf_counter() - start, memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     task = argparse.Namespace(examples=pairs, collate=collate)
