@@ -658,7 +658,7 @@ def split_captions(folder):
     most 1,000 captions.
     """
     files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json") or (
-        p.is_dir() and p.name not in ("features", "bert") and next(p.rglob("*.txt"), None)))
+        p.is_dir() and p.name not in ("features", "bert") and any(p.rglob("*.txt"))))
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
@@ -856,8 +856,8 @@ def check_fits(checkpoint, store, tokenizer=None, more=()):
             raise BadInput(f"{store.folder}: its {key} is {ours!r}, but the checkpoint was trained "
                 f"with {theirs!r}; use the store that it was trained on, or start anew")
     if tokenizer and tokenizer.pieces != checkpoint["vocab"]:
-        raise BadInput(f"the vocabulary of {len(tokenizer)} pieces is not the checkpoint's, of "
-            f"{len(checkpoint['vocab'])}; use the vocabulary that it was trained with")
+        raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the captions "
+            "that it was trained with")
 
 
 def begin_record(args, task, first, steps):
@@ -1008,7 +1008,7 @@ def draw_share(draw, x, y, width, share, colour):
 
 def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
-    p = argparse.ArgumentParser(prog="train.py show", description="Draw what the switches chose.")
+    p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets its switches.gif")
     p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
         "default: switches.png in the first folder")
