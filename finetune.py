@@ -340,10 +340,6 @@ class Task(torch.utils.data.Dataset):
         """The part of the printed line that says how good it is."""
         return f"held-out {next(iter(scores.values())):.3f}"
 
-    def image_of(self, index):
-        """The image of an example, for messages."""
-        return str(self.items[index]["image_id"])
-
     def about(self):
         """What `ask` must know beside weights, vocabulary and regions."""
         return {"labels": self.labels}

@@ -55,7 +55,6 @@ and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switch
 (places).
 """
 
-import itertools
 import json
 import math
 import re
@@ -531,24 +530,16 @@ class SwitchBert(nn.Module):
 
     def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask,
             temperature=None, region_hidden=None):
+        if self.training and temperature is None:
+            temperature = 1.0
         text = self.text_embeddings(input_ids)  # (B, T, D)
         vision = self.region_embeddings(
             region_features, region_boxes, region_mask, region_hidden)  # (B, 1+R, D)
-        return self.encode(text, vision, text_mask, region_mask, temperature)
-
-    def encode(self, text, vision, text_mask, region_mask, temperature=None, first=0):
-        """SwitchBertOutput of states of depth `first`: text (B, T, D), vision (B, 1+R, D).
-
-        first > 0: the layers below are frozen, so that nothing reads what came before them; `modes`
-        and `depths` are then those of the other layers.
-        """
-        if self.training and temperature is None:
-            temperature = 1.0
-        depths = [None] * first + [torch.cat([text, vision], dim=1)]  # (B, L, D)
+        depths = [torch.cat([text, vision], dim=1)]  # (B, L, D)
         global_mask = torch.ones_like(region_mask[:, :1])
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text, modes, depth_weights = text.shape[1], [], []
-        for layer in self.layers[first:]:
+        for layer in self.layers:
             states, mode, weights = layer(depths, mask, num_text, temperature)
             depths.append(states)
             modes.append(mode)
@@ -557,13 +548,6 @@ class SwitchBert(nn.Module):
         pooled = self.pooler(text[:, 0], vision[:, 0])
         modes = torch.stack(modes, dim=1)  # (B, layers, 2, 3)
         return SwitchBertOutput(text, vision[:, 1:], pooled, modes, depth_weights)
-
-    def layers_apart(self):
-        """The first layers, as far as they are frozen to look inside one modality; not the last."""
-        def apart(layer):
-            switched = layer.mode_gate or layer.switch_input
-            return not switched and layer.frozen_modes == (INTRA, INTRA)
-        return list(itertools.takewhile(apart, self.layers[:-1]))
 
 
 def init_weights(module, std):

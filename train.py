@@ -63,7 +63,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -87,7 +86,7 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, Ba
     FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate, flag, folder_to_write,
     model_inputs, only_run_in, read_captions, reading, region_inputs, run, save_png,
     start_processes, write_json, write_whole)
-from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
+from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -99,11 +98,10 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 # What makes a run what it is: a resumed run keeps these. All other flags say how it is computed.
-FIXED = ("model", "switches", "epochs", "batch", "lr", "eval_every", "anneal", "seed", "limit",
-    "blind", "scratch", "boxes")
+FIXED = (*TOY, "switches", "seed", "limit", "blind", "scratch", "boxes")
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The settings of a run, and the checkpoint that it resumes from, or None."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -149,10 +147,10 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
     the run take their place; a flag that contradicts them raises BadInput. The flags are parsed
     first without --help, to learn what the defaults depend on: so --help shows those that hold.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    plain, owner = [word for word in argv if word not in ("-h", "--help")], subparser or parser
-    owner.set_defaults(**defaults_of(parser.parse_known_args(plain)[0]))
-    known, checkpoint, saved = parser.parse_known_args(plain)[0], None, {}
+    plain = [word for word in argv if word not in ("-h", "--help")]
+    owner, checkpoint, saved = subparser or parser, None, {}
+    owner.set_defaults(**defaults_of(parser.parse_args(plain)))
+    known = parser.parse_args(plain)
     if known.resume:
         checkpoint = load_checkpoint(known.out / "checkpoint.pt", task)
         saved = checkpoint["settings"]
@@ -183,7 +181,7 @@ def pretrain(args, checkpoint=None):
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. Regions, captions and words: made if this is the toy world, read if there is a folder.
-    data = load_data(args.data, args.out, args.limit)
+    data = load_data(args.data, args.limit)
 
     # 2. The task: what its examples are, its model, its losses, its evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
@@ -193,7 +191,7 @@ def pretrain(args, checkpoint=None):
 
     # 3. What has it learned? Retrieval without any training for it, on images it has never seen.
     if not args.blind:
-        scores |= zero_shot(task.model, data)
+        scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
     say(f"{args.out}: " + ", ".join(RECORD))
@@ -204,8 +202,8 @@ def pretrain(args, checkpoint=None):
 class Pretraining:
     """Masked words, masked regions and matching, on captions: a task for `fit`. [supp. 1]
 
-    data: a Data. checkpoint: the run to resume, or None for a new model, started from the BERT in
-    --bert or in the data folder if there is one. Raises BadInput if data and checkpoint differ.
+    data: a Data. checkpoint: the run to resume, or None: a new model, started from BERT if there is
+    one in --bert or in the data folder. Raises BadInput if data and checkpoint differ.
     """
 
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
@@ -239,9 +237,8 @@ class Pretraining:
         if bert and not checkpoint and (args.bert or bert.is_dir()):
             with reading(bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, bert)  # A6
-            new = dict.fromkeys(re.sub(r"\.\d+|\.(weight|bias)$", "", name) for name in missing)
-            say(f"started from {bert}; new in this model: {', '.join(new)}; not used of BERT: "
-                f"{', '.join(unused) or 'nothing'}")
+            say(f"started from {bert}; new in this model: {len(missing)} parameters; not used of "
+                f"BERT: {', '.join(unused) or 'nothing'}")
 
     @staticmethod
     def counts(batch):
@@ -266,10 +263,6 @@ class Pretraining:
         """How good the model is, for the printed line: shares of words and of pairs, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
-    def image_of(self, index):
-        """The image of an example, for messages."""
-        return self.store.ids[self.examples.rows[index]].decode()
-
     def about(self):
         """What finetuning must know beside weights, vocabulary and regions: nothing."""
         return {}
@@ -277,15 +270,14 @@ class Pretraining:
 
 def model_config(size, store, tokenizer, switches):
     """The model of a run: the paper's, or the toy run's, under a million parameters."""
-    known = dict(vocab_size=len(tokenizer), switches=switches,
-        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
-    if size == "base":
-        return SwitchBertConfig.base(**known)
     # BERT's std .02 at 768 inputs, kept at 128: .02 sqrt(768 / 128). With .02 matching was learned
     # only after 450 steps, with .05 after 225.
-    return SwitchBertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=256, max_position_embeddings=40, pooler_size=128, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, **known)
+    small = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+        intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05)
+    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches,
+        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes,
+        **(small if size == "small" else {}))
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
@@ -299,15 +291,14 @@ def model_config(size, store, tokenizer, switches):
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, about(), image_of(index)     for the checkpoint and for messages
+#     store, tokenizer, about()          for the checkpoint
 
 
 def fit(args, task, checkpoint=None):
     """Train a task: the scores of its last evaluation, or None if it was asked to stop.
 
     args: settings, as parse_settings returns them. checkpoint: where to go on, or None. Raises
-    BadInput if the batch does not fit, or if a loss, a gradient or a score is not finite or, at an
-    evaluation, far too large.
+    BadInput if the batch does not fit, or if training diverges.
     """
     # 1. The model, AdamW, and where an earlier run stopped.
     model = task.model.to(device())
@@ -326,14 +317,14 @@ def fit(args, task, checkpoint=None):
         compile_layers(model)
     trained = DistributedDataParallel(
         model, broadcast_buffers=False) if dist.is_initialized() else model
-    rate, scores = temperature_rate(args, steps, task.initial_temperature), None
+    rate = temperature_rate(args, steps, task.initial_temperature)
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
-    speed = Speed(args, model)
+    timed_from, timed_since = first, time.time()
 
-    with Stop() as stop:
+    with stop_signals() as stop_asked:
         for step in tqdm(range(first, steps), "training", initial=first, total=steps, leave=False,
                 disable=quiet()):
             # 3. Learning rate and temperature are functions of the step, and of nothing else.
@@ -346,11 +337,10 @@ def fit(args, task, checkpoint=None):
             optimizer.zero_grad(set_to_none=True)
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
-            speed.add(batches)
 
             # 5. Clip the gradient, and step.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
-            check_finite(args, task, step, dict(zip(task.loss_names, losses), gradient=norm))
+            check_finite(done, dict(zip(task.loss_names, losses), gradient=norm))
             optimizer.step()
             interval += torch.cat([losses, torch.ones(1)])
             if done % math.ceil(steps / 30) == 0:
@@ -358,24 +348,24 @@ def fit(args, task, checkpoint=None):
 
             # 6. Now and then: evaluate, print a line, record it, draw the switches, save.
             if done % args.eval_every == 0 or done == steps:
-                rates = speed.read()
+                speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
                 # No loss here starts above 100: a thousand means weights that are lost.
-                check_finite(args, task, step, {**means, **scores}, bound=1e3)
-                report(args, task, steps, step=done, lr=lr, temperature=tau, **rates,
+                check_finite(done, {**means, **scores}, bound=1e3)
+                report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, model, optimizer, done, interval)
-                speed = Speed(args, model)  # evaluations are no training time
+                timed_from, timed_since = done, time.time()  # evaluations are no training time
 
             # 7. Was any process asked to stop? Then all stop here, and --resume goes on from here.
-            elif total(torch.tensor(float(stop.asked()))) > 0:
+            elif total(torch.tensor(float(stop_asked()))) > 0:
                 save_checkpoint(args, task, model, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume goes on from here")
                 return None
     if rank() == 0:
-        write_gif(args.out / "switches.gif", [args.out])
+        write_gif(args.out)
     return scores
 
 
@@ -385,16 +375,13 @@ def fit(args, task, checkpoint=None):
 # step is the same step in any number of processes and after any number of restarts.
 
 
-def learning_rate(step, total, peak, warmup=0.1):
+def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear up over the first 10 %, linear down to 0.
-
-    of 1,000 steps, step  0     49   99   550  775   1,000
-    rate / peak           0.01  0.5  1    0.5  0.25  0
 
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
     """
-    rise = max(1, round(warmup * total))
+    rise = max(1, round(0.1 * total))
     return peak * min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
@@ -434,24 +421,7 @@ def number_of_steps(args, num_examples):
     return args.epochs * (num_examples // args.batch)
 
 
-def part_numbers(args):
-    """The numbers of this process's parts among all parts of a step."""
-    return range(rank() * args.accum, (rank() + 1) * args.accum)
-
-
-def part_keys(args, examples, step):
-    """This process's parts of a step, each a list of (epoch, index).
-
-    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
-    of `accum` parts: so the batch is the same for any number of processes.
-    """
-    epoch, k = divmod(step, len(examples) // args.batch)
-    batch = epoch_batches(args.seed, epoch, args.batch, examples)[k]
-    parts = batch.reshape(world_size() * args.accum, -1)  # (parts, examples of each)
-    return [[(epoch, int(i)) for i in parts[number]] for number in part_numbers(args)]
-
-
-@functools.lru_cache(2)  # every step asks; data are loaded ahead, into the next epoch
+@functools.lru_cache(1)  # every step asks
 def epoch_batches(seed, epoch, size, examples, window=100):
     """(batches, size) indices: the examples of an epoch in batches of like length.
 
@@ -462,7 +432,7 @@ def epoch_batches(seed, epoch, size, examples, window=100):
     same in every process and after every restart.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(np.arange(len(examples), dtype=np.int32))
+    order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # what is left over waits for another epoch
     for start in range(0, len(order), window * size):
         part = order[start : start + window * size]
@@ -473,12 +443,19 @@ def epoch_batches(seed, epoch, size, examples, window=100):
 def load_parts(args, task, first, steps):
     """An iterator over this process's batches, `accum` per step, from step `first` on.
 
-    With --workers, other processes prepare them in advance. A key, (epoch, index), is all that they
-    need: they hold no state that a resumed run would have to restore.
+    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
+    of `accum` parts: so the batch is the same for any number of processes. With --workers, other
+    processes prepare them in advance. They hold no state that a resumed run would have to restore:
+    a key, (epoch, index), is all that they need.
     """
-    keys = (part for step in range(first, steps)
-        for part in part_keys(args, task.examples, step))
-    return iter(DataLoader(task.examples, batch_sampler=keys, collate_fn=task.collate,
+    def keys():
+        for step in range(first, steps):
+            epoch, k = divmod(step, len(task.examples) // args.batch)
+            batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
+            for part in batch.reshape(world_size(), args.accum, -1)[rank()]:
+                yield [(epoch, int(i)) for i in part]
+
+    return iter(DataLoader(task.examples, batch_sampler=keys(), collate_fn=task.collate,
         num_workers=args.workers, pin_memory=device().type == "cuda"))
 
 
@@ -498,13 +475,12 @@ def forward_backward(args, task, model, batches, step, tau):
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
-    numbers = part_numbers(args)
-    for number, batch in zip(numbers, batches):
+    for number, batch in enumerate(batches, rank() * args.accum):
         # The noise of dropout and switches belongs to the part, whichever process computes it.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
         # Processes exchange gradients once per step, after their last part.
-        wait = world_size() > 1 and number != numbers[-1]
+        wait = world_size() > 1 and batch is not batches[-1]
         with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
                 device().type, torch.bfloat16, enabled=args.precision == "bf16")):
             part, out = task.sums(model, to_device(batch), tau)
@@ -516,77 +492,22 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile the layers of a model in place, and return it.
+    """Compile a model in place, layer by layer, and return it.
 
-    One layer at a time: the compiled code serves all twelve, and is ready in a minute. The whole
-    model at once takes several, and again for every setting of the switches.
+    The code of one layer serves all twelve, and is ready in a minute; that of the whole model takes
+    several.
     """
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
     return model
 
 
-class Speed:
-    """How fast this process trains, from now on."""
-
-    def __init__(self, args, model):
-        self.args, self.model, self.steps, self.flops = args, model, 0, 0
-        self.started = time.time()
-
-    def add(self, batches):
-        """A step was made on these batches."""
-        self.steps += 1
-        if device().type == "cuda":
-            self.flops += sum(flops_of(self.model, batch) for batch in batches)
-
-    def read(self):
-        """{"per_second": examples of all processes} and on a GPU "mfu", the model's use of it: its
-        operations per second as a share of those of a large matrix product.
-        """
-        seconds = time.time() - self.started
-        rates = {"per_second": self.steps * self.args.batch / seconds}
-        if self.flops:
-            kind = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
-            rates["mfu"] = self.flops / seconds / matmul_rate(kind)
-        return rates
-
-
-def flops_of(model, batch):
-    """Floating-point operations of forward and backward on a batch, without its padding.
-
-    Every weight of the layers meets every token once forward and twice backward, with a product
-    and a sum each time: 6 per weight and token. The two L x L products of attention add 12 L D per
-    token and layer. Embeddings and heads, 3 % of the base model, are left out.
-    """
-    layers, hidden = model.bert.layers, model.config.hidden_size
-    tokens = 1 + batch["text_mask"].sum(dim=1) + batch["region_mask"].sum(dim=1)  # (B,), of L
-    weights = sum(parameter.numel() for parameter in layers.parameters())
-    attention = 12 * hidden * len(layers) * (tokens**2).sum()
-    return (6 * weights * tokens.sum() + attention).item()
-
-
-@functools.cache
-def matmul_rate(dtype):
-    """Operations per second of a large matrix product on this device: what can be reached."""
-    n, repeats = (8192, 20) if device().type == "cuda" else (1024, 3)
-    a, seconds = torch.randn(n, n, device=device(), dtype=dtype), []
-    for _ in range(3):  # the first time is warming up
-        started = time.time()
-        for _ in range(repeats):
-            product = a @ a
-        product[0, 0].item()  # waits for all of them
-        seconds.append(time.time() - started)
-    return 2 * n**3 * repeats / min(seconds)
-
-
-def check_finite(args, task, step, numbers, bound=math.inf):
-    """Raise BadInput, with the images of the step, unless each of {name: number} is below bound."""
+def check_finite(step, numbers, bound=math.inf):
+    """Raise BadInput unless the size of each of {name: number} is below the bound."""
     if not all(abs(number) < bound for number in numbers.values()):  # NaN is below nothing
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        keys = part_keys(args, task.examples, step)
-        images = " ".join(task.image_of(index) for part in keys for _, index in part)
-        raise BadInput(f"step {step + 1}: diverged ({found}); the last good checkpoint is kept; "
-            f"lower --lr, or check the data of this step: {images}")
+        raise BadInput(f"step {step}: diverged ({found}); the last good checkpoint is kept; "
+            "lower --lr, or check the data")
 
 
 # --- 5. Evaluation --------------------------------------------------------------------------------
@@ -604,29 +525,25 @@ def share_of(lengths, batch_size=200):
 
 
 class SwitchShares:
-    """What the switches chose, as shares of all samples: add outputs, then ask for shares().
-
-    The sums stay where the model computes until then.
-    """
+    """What the switches chose, as shares of all samples: add outputs, then ask for shares()."""
 
     def __init__(self, config):
-        layers = config.num_hidden_layers
-        shapes = [(layers, 2, 3), *((2, l + 1) for l in range(layers))]
-        self.samples, self.sums = torch.zeros(1), [torch.zeros(s, device=device()) for s in shapes]
+        layers = range(config.num_hidden_layers)
+        modes, depths = torch.zeros(len(layers), 2, 3), [torch.zeros(2, l + 1) for l in layers]
+        self.sums = [part.to(device()) for part in (modes, *depths)]
 
     def add(self, out):
         """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
         for kept, new in zip(self.sums, (out.modes, *out.depths)):
             kept += new.detach().sum(dim=0)
-        self.samples += len(out.pooled)
 
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
 
         Every process must call it: it adds up over all of them.
         """
-        samples = total(self.samples)
-        modes, *depths = [(total(part) / samples).tolist() for part in self.sums]
+        sums = [total(part) for part in self.sums]  # the options of a switch add up to the samples
+        modes, *depths = [(part / part.sum(dim=-1, keepdim=True)).tolist() for part in sums]
         return {"modes": modes, "depths": depths}
 
 
@@ -641,24 +558,22 @@ def evaluate(model, dataset, batch_size=200):
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
-        found += torch.cat([out.sums, found.new_tensor(out.counts), out.correct])
+        found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
     model.train()
-    sums, counts, correct = total(found).split([3, 3, 2])
-    means = [*(sums / counts.clamp(min=1)), *(correct / counts[[0, 2]].clamp(min=1))]
-    names = ("mlm", "mrc", "itm", "words", "match")
-    return dict(zip(names, torch.stack(means).tolist())), switches.shares()
+    sums, counts = total(found).split([5, 3])
+    means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
+    return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
 
-def zero_shot(model, data, most=100):
+def zero_shot(task, most=100):
     """Recalls with the pretrained matching head, one caption each for the first held-out images."""
     # Backwards, so that the first caption of an image is the one that stays.
-    first = {image_id: text for image_id, text in reversed(data.held_out_captions)
-        if data.store.row(image_id) is not None}
-    ids = sorted(first, key=str)[:most]
+    first = dict(reversed(task.whole.captions))
+    ids, model = sorted(first)[:most], task.model
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
-    texts = [first[i] for i in ids]
-    scores = match_scores(ranker, data.store, data.tokenizer, texts, ids)
+    texts = [first[image_id] for image_id in ids]
+    scores = match_scores(ranker, task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
 
@@ -666,58 +581,19 @@ def zero_shot(model, data, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the model. What a text or an image is by itself is computed once: its
-    embedding, and the layers before modalities meet, if there are such (frozen "late": half of
-    them). Texts of one length meet images of one number of regions, so that no pair is padded. The
-    processes share the texts. temperature: as in the model, None for hard switches.
+    Every pair goes through the model, some texts of like length with all images at a time: 200
+    pairs, or as many as there are images. The processes share the texts. temperature: as in the
+    model, None for hard switches.
     """
     model.eval()
-    images = [region_inputs(store, store.row(i)) for i in image_ids]
-    words = [torch.tensor(tokenizer.encode(text, max_tokens)) for text in texts]
-    scores = torch.zeros(len(texts), len(image_ids), device=device())
-    for columns in equal_groups([len(image["region_boxes"]) for image in images]):
-        vision, region_mask = vision_alone(model.bert, [images[i] for i in columns])
-        n = len(columns)
-        for rows in equal_groups([len(ids) for ids in words]):
-            for part in list(rows.split(max(1, 200 // n)))[rank() :: world_size()]:  # 200 pairs
-                text, text_mask = text_alone(model.bert, torch.stack([words[i] for i in part]))
-                k = len(part)
-                out = model.bert.encode(text.repeat_interleave(n, 0), vision.repeat(k, 1, 1),
-                    text_mask.repeat_interleave(n, 0), region_mask.repeat(k, 1), temperature,
-                    first=len(model.bert.layers_apart()))
-                found = model.classifier(out.pooled).float().view(k, n)
-                scores[part[:, None], columns] = found
+    images = [region_inputs(store, store.row(image_id)) for image_id in image_ids]
+    words = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
+    scores = torch.zeros(len(texts), len(images), device=device())
+    for part in share_of([len(ids) for ids in words], max(1, 200 // len(images))):
+        pairs = [dict(image, input_ids=words[i]) for i in part for image in images]
+        found, _ = model(**to_device(model_inputs(pairs)), temperature=temperature)
+        scores[part] = found.view(len(part), -1)
     return total(scores)
-
-
-def equal_groups(sizes):
-    """Which of these sizes are equal: a tensor of indices for each size, from the least on."""
-    order, sizes = torch.tensor(sizes).sort(stable=True).indices, torch.tensor(sizes)
-    return order.split(torch.unique(sizes, return_counts=True)[1].tolist())
-
-
-def text_alone(bert, input_ids):
-    """States (B, T, D) of texts of one length before they meet a picture, and their mask (B, T)."""
-    input_ids = input_ids.to(device())
-    mask, states = torch.ones_like(input_ids), bert.text_embeddings(input_ids)
-    for layer in bert.layers_apart():
-        states = layer([states], mask, mask.shape[1], None)[0]
-    return states, mask
-
-
-def vision_alone(bert, images):
-    """States (B, 1+R, D) of images before they meet a text, and the mask (B, R) of their regions.
-
-    images: what region_inputs gives of each, with equally many regions.
-    """
-    none = np.zeros(0, dtype=np.int64)
-    inputs = to_device(model_inputs([dict(image, input_ids=none) for image in images]))
-    states = bert.region_embeddings(*(inputs[name] for name in ("region_features",
-        "region_boxes", "region_mask")))
-    mask = torch.cat([torch.ones_like(inputs["region_mask"][:, :1]), inputs["region_mask"]], dim=1)
-    for layer in bert.layers_apart():
-        states = layer([states], mask, 0, None)[0]
-    return states, inputs["region_mask"]
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -727,14 +603,14 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     have any number. "image" finds the image for a text, "text" one of its texts for an image. Ties
     count against the model: one that scores all pairs alike has recall 0, not 1.
     """
-    texts, images = scores.shape
-    right = image_of_text[:, None] == torch.arange(images)  # (texts, images)
-    own = scores[torch.arange(texts), image_of_text]  # (texts,)
-    image_rank = ((scores >= own[:, None]) & ~right).sum(dim=1)  # 0 is best
-    best = scores.masked_fill(~right, -math.inf).amax(dim=0)  # (images,)
-    text_rank = ((scores >= best) & ~right).sum(dim=0)
-    return {f"{name} R@{k}": (rank < k).float().mean().item()
-        for name, rank in (("image", image_rank), ("text", text_rank)) for k in ks}
+    wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
+    right, recalls = scores.masked_fill(wrong, -math.inf), {}
+    for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
+        best = right.amax(dim=candidates, keepdim=True)
+        rank = ((scores >= best) & wrong).sum(dim=candidates)  # 0 is best
+        for k in ks:
+            recalls[f"{name} R@{k}"] = (rank < k).float().mean().item()
+    return recalls
 
 
 # --- 6. Data of a run -----------------------------------------------------------------------------
@@ -755,7 +631,7 @@ class Data:
     tokenizer: WordPiece
 
 
-def load_data(folder, out, limit=None):
+def load_data(folder, limit=None):
     """The Data of a folder, or of the toy world where it is None; `limit` training captions of it.
 
     A folder holds features/ (a store), captions (*.tsv, *.json, or folders as img2dataset leaves
@@ -782,47 +658,46 @@ def split_captions(folder):
     most 1,000 captions.
     """
     files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json") or (
-        p.is_dir() and p.name not in ("features", "bert") and next(p.rglob("*.txt"), None)))
+        p.is_dir() and p.name not in ("features", "bert") and any(p.rglob("*.txt"))))
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
     training, held_out = (Captions(pair for path in files for pair in read_captions(path, split))
         for split in ("train", "val"))
-    if len(training) and not len(held_out):
-        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32, len(training))
-        each = np.unique(codes)
-        chosen = codes <= each[min(len(each), max(5, len(each) // 100)) - 1]
+    if not len(held_out):
+        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32)
+        images = np.unique(codes)
+        chosen = np.isin(codes, images[: max(5, len(images) // 100)])
         training, held_out = training[~chosen], training[chosen]
     return training, held_out[:1000]
 
 
 def toy_world(folder=Path("runs/world"), num_scenes=3600):
-    """Data of the toy world; makes what is missing of it: detector, store, vocabulary.
+    """Data of the toy world; makes what is missing of it: detector, feature store.
 
     A scene's id is its number, which is also the seed it is drawn from: held-out scenes have other
     numbers than all scenes that the detector or the model is trained on.
     """
-    numbers = [*range(TRAIN_SCENES, TRAIN_SCENES + num_scenes),
-        *range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)]
+    training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
+    held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
     features = folder / f"features-{num_scenes}"
     if not FeatureStore.is_complete(features):
         from extract_features import extract_scenes, toy_detector  # a store needs no torchvision
 
-        detector = toy_detector(folder / "detector.pt", numbers[:num_scenes])
-        extract_scenes(detector, numbers, features)
-    vocab = folder / "vocab.txt"
-    if not vocab.exists():
-        # Finetuning reads these words, too: so everything that can be said about some scenes.
-        texts = []
-        for scene in map(Scene, range(TRAIN_SCENES, TRAIN_SCENES + 1000)):
-            texts += scene.captions()
-            texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
-            texts += [expression for expression, _, _ in scene.expressions()]
-        pieces = build_vocab(texts)
-        write_whole(vocab, lambda file: file.writelines(piece + "\n" for piece in pieces))
-    training = Captions((n, text) for n in numbers[:num_scenes] for text in Scene(n).captions(4))
-    held_out = Captions((n, text) for n in numbers[num_scenes:] for text in Scene(n).captions(2))
-    return Data(FeatureStore(features), training, held_out, WordPiece(vocab))
+        detector = toy_detector(folder / "detector.pt", training)
+        extract_scenes(detector, [*training, *held_out], features)
+    # Finetuning reads these words, too: so everything that can be said about some scenes.
+    texts = []
+    for scene in map(Scene, training[:1000]):
+        texts += scene.captions()
+        texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
+        texts += [expression for expression, _, _ in scene.expressions()]
+
+    def captions(numbers, count):
+        return Captions((n, text) for n in numbers for text in Scene(n).captions(count))
+
+    return Data(FeatureStore(features), captions(training, 4), captions(held_out, 2),
+        WordPiece(build_vocab(texts)))
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
@@ -833,15 +708,10 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
 
 def launch(args, work):
-    """Run work() here, or in --gpus processes; as a member, if this is one of several already.
-
-    Returns work()'s result where it ran alone; a member ends here.
-    """
+    """The result of work(), run here; with --gpus in several processes, which end here."""
     if args.gpus > 1 and "RANK" not in os.environ:
         return start_processes(args.gpus)
-    # Containers and job schedulers allow a process fewer cores than there are.
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    torch.set_num_threads(args.threads or max(1, len(allowed) // args.gpus))
+    torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.gpus))
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -869,27 +739,24 @@ def world_size():
 
 
 def device():
-    """Where this process computes: its own GPU, Apple's, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Where this process computes: its own GPU (launch has chosen it), Apple's, or the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
 def total(tensor):
-    """The sum of this tensor over all processes, for every one of them, on the CPU.
-
-    Every process must call it, with the same shape: the others wait for the one that does not.
-    """
+    """The sum of a tensor over all processes, on the CPU. They wait until all have called it."""
     if dist.is_initialized():
         tensor = tensor.to(device())  # NCCL adds up nothing that lies on the CPU
         dist.all_reduce(tensor)
     return tensor.cpu()
 
 
-def say(*words):
+def say(text):
     """Print once, not once per process, and at once."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(text, flush=True)
 
 
 def quiet():
@@ -899,10 +766,7 @@ def quiet():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process runs the block alone; the others run it afterwards, and find it done.
-
-    For work that leaves a file behind: no two processes may write it at the same time.
-    """
+    """The first process runs the block, and writes its files; the others run it afterwards."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -910,29 +774,25 @@ def first_process_first():
         dist.barrier()
 
 
-class Stop:
-    """In this block SIGTERM and Ctrl-C only ask the loop to stop; a second Ctrl-C ends at once.
+@contextlib.contextmanager
+def stop_signals():
+    """In this block SIGTERM and Ctrl-C only ask to stop; a second Ctrl-C ends at once.
 
-    A step is never cut in two, so what is saved is what an undisturbed run would have at that step.
-    The end of the process that started this one (a launcher that was killed) asks too.
+    Yields a function: was it asked? No step is cut in two, so what is saved is what an undisturbed
+    run would have. The end of the process that started this one (a killed launcher) asks, too.
     """
+    signalled, parent = [], os.getppid()
 
-    def __enter__(self):
-        self.signalled, self.parent = False, os.getppid()
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        self.signalled = True
+    def ask(number, frame):
+        signalled.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def asked(self):
-        """True once a signal came, or the parent has ended."""
-        return self.signalled or os.getppid() != self.parent
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(signalled) or os.getppid() != parent
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- 8. The record --------------------------------------------------------------------------------
@@ -948,7 +808,6 @@ class Stop:
 
 RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
 CHECKPOINT_FORMAT = "switchbert-4"
-STORE_FACTS = ("feature_size", "detector", "num_region_classes", "num_regions")
 
 
 def save_checkpoint(args, task, model, optimizer, step, interval):
@@ -956,14 +815,14 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
 
     model, optimizer, step and interval (losses since the last evaluation) say where the run stands,
     settings (the FIXED ones) how it goes on, config, vocab and store what the model was made for.
-    Nothing is said of random generators: every step seeds its own.
+    No random generator has a state: every step seeds its own.
     """
     if rank() == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
             "settings": {k: v for k, v in vars(args).items() if k in FIXED},
             "config": asdict(model.config), "vocab": task.tokenizer.pieces,
-            "store": {k: task.store.meta[k] for k in STORE_FACTS}, "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "interval": interval, **task.about()}
+            "store": task.store.meta, "model": model.state_dict(), "interval": interval,
+            "optimizer": optimizer.state_dict(), **task.about()}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
@@ -988,8 +847,8 @@ def load_checkpoint(path, *tasks):
 def check_fits(checkpoint, store, tokenizer=None, more=()):
     """Raise BadInput if a checkpoint was trained on other regions or words than these.
 
-    The same feature size is not enough: another detector's features mean something else. more:
-    further STORE_FACTS that must be equal; a resumed run needs its region classes, too.
+    Another detector's features mean something else, even of the same size. more: further entries of
+    store.json that must be equal.
     """
     for key in ("feature_size", "detector", *more):
         ours, theirs = store.meta[key], checkpoint["store"][key]
@@ -997,36 +856,37 @@ def check_fits(checkpoint, store, tokenizer=None, more=()):
             raise BadInput(f"{store.folder}: its {key} is {ours!r}, but the checkpoint was trained "
                 f"with {theirs!r}; use the store that it was trained on, or start anew")
     if tokenizer and tokenizer.pieces != checkpoint["vocab"]:
-        raise BadInput(f"the vocabulary of {len(tokenizer)} pieces is not the checkpoint's, of "
-            f"{len(checkpoint['vocab'])}; use the vocabulary that it was trained with")
+        raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the captions "
+            "that it was trained with")
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line. The first process alone does it.
+    """Make a run's folder and print its opening line: the first process.
 
     Results of another run in the folder move aside, to the first free name. On resume, the lines
     of metrics.jsonl after step `first` go: the run writes them again.
     """
     if rank() > 0:
         return
-    out, n = args.out, 1
-    if first == 0 and (out / "checkpoint.pt").exists():
-        while (aside := Path(f"{out}-{n}")).exists():
+    out, kept = args.out, []
+    if first > 0:
+        kept = [line for line in read_metrics(out) if line["step"] <= first]
+    elif (out / "checkpoint.pt").exists():
+        n = 1
+        while Path(f"{out}-{n}").exists():
             n += 1
-        out.rename(aside)
-        say(f"the run that was in {out} is now in {aside}")
+        out.rename(f"{out}-{n}")
+        say(f"the run that was in {out} is now in {out}-{n}")
     out.mkdir(parents=True, exist_ok=True)
-    kept = [line for line in read_metrics(out) if line["step"] <= first] if first else []
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_whole(out / "metrics.jsonl", lambda file: file.write(text))
+    write_whole(out / "metrics.jsonl",
+        lambda file: file.writelines(json.dumps(line) + "\n" for line in kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
-        "data": task.store.folder, "examples": len(task.examples), "processes": world_size(),
-        "torch": torch.__version__, "numpy": np.__version__})
-    blind, n = " without pictures" * args.blind, world_size()
-    parameters, threads = sum(p.numel() for p in task.model.parameters()), torch.get_num_threads()
-    say(f"{task.name}{blind}: {len(task.examples)} {task.unit}, {parameters:,} parameters, {steps} "
-        f"steps of {args.batch}, {n} process{'es' * (n > 1)} on {device().type}, {threads} thread"
-        f"{'s' * (threads > 1)}, {args.precision}" + f"; resuming after step {first}" * (first > 0))
+        "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
+    parameters = sum(p.numel() for p in task.model.parameters())
+    say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
+        f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "
+        f"{device().type}; processes: {world_size()}, threads: {torch.get_num_threads()}"
+        + f"; resuming after step {first}" * (first > 0))
 
 
 def record(args, **line):
@@ -1037,16 +897,12 @@ def record(args, **line):
 
 
 def report(args, task, steps, **line):
-    """Print an evaluation, add it to metrics.jsonl, draw switches.png.
-
-    A loss of exactly 0 is not printed: this run has none of its kind, as a blind one has no MRC.
-    """
+    """Print an evaluation (without losses of 0, as MRC of a blind run), record it, draw it."""
     record(args, examples=line["step"] * args.batch, **line)
-    mfu = f"mfu {line['mfu']:.2f}, " if "mfu" in line else ""
-    line["losses"] = " ".join(f"{name} {x:.2f}" for name, x in line["losses"].items() if x)
+    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
-        "{per_second:.0f} {unit}/s, {use}{seconds:.0f} s".format(
-            **line, use=mfu, steps=steps, headline=task.headline(line["scores"]), unit=task.unit))
+        "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(**line, steps=steps, losses=losses,
+            headline=task.headline(line["scores"]), unit=task.unit))
     if rank() == 0:
         save_png(args.out / "switches.png", draw_switches([args.out]))
 
@@ -1057,23 +913,15 @@ def read_metrics(folder):
     A last line without its end was cut off by a kill: it is left out, and a resumed run writes it.
     """
     path = folder / "metrics.jsonl"
-    with reading(path, "the metrics.jsonl of a run") as at, open(path, encoding="utf-8") as file:
-        lines = []
-        for at.entry, line in enumerate(file, 1):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-    return lines
-
-
-MODE_COLOURS = dict(zip(MODES, ((66, 114, 196), (237, 125, 49), (112, 173, 71))))
-CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 120  # pixels
+    with reading(path, "the metrics.jsonl of a run", "line") as at:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for at.entry, line in enumerate(whole.splitlines(), 1)]
 
 
 def draw_switches(folders):
     """A picture of what every layer chose at the end of these runs, one below the other.
 
-    A finetuned run shows its start, too: what the task changed. Raises BadInput for a run without
-    an evaluation.
+    A finetuned run shows its start, too: what did the task change? Raises BadInput.
     """
     pictures = []
     for folder in folders:
@@ -1087,19 +935,21 @@ def draw_switches(folders):
     return stack(pictures)
 
 
-def write_gif(path, folders, width=800):
-    """How the switches of runs closed as the temperature fell: thirty frames, under 300 KB."""
-    runs, frames = [[x for x in read_metrics(f) if "mixture" in x] for f in folders], []
-    for lines in zip(*runs):
-        frame = stack([switches_picture(line["mixture"], f"{folder}: step {line['step']}, "
-            f"temperature {line['temperature']:.2f}") for folder, line in zip(folders, lines)])
-        frames.append(frame.resize((width, frame.height * width // frame.width), Image.LANCZOS))
+def write_gif(folder):
+    """switches.gif: how a run's switches closed as the temperature fell, in under 300 KB."""
+    frames = []
+    for line in read_metrics(folder):
+        if "mixture" in line:
+            title = f"{folder}: step {line['step']}, temperature {line['temperature']:.2f}"
+            frames.append(switches_picture(line["mixture"], title))
+            frames[-1].thumbnail((800, 800))
     if frames:
         # One palette without dithering: what does not change between frames costs nothing.
         palette = frames[-1].quantize(16)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        write_whole(path, lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
-            append_images=frames[1:], duration=[150] * (len(frames) - 1) + [3000]), mode="wb")
+        durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
+        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", save_all=True,
+            append_images=frames[1:], duration=durations, loop=0), mode="wb")
 
 
 def stack(images, columns=1):
@@ -1112,60 +962,62 @@ def stack(images, columns=1):
     return whole
 
 
+LEGEND = {"intra: attends to its own modality": (66, 114, 196),
+    "inter: to the other one": (237, 125, 49), "joint: to both": (112, 173, 71),
+    "squares: how often this depth is read (0: embeddings)": (0, 0, 0)}
+CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 110  # pixels
+
+
 def switches_picture(switches, title):
-    """What every layer chose: bars for modes, squares for depths; text left, vision right.
+    """What every layer chose, as a PIL image: bars for modes, squares for depths.
 
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
-    Modes are intra, inter, joint; depth 0 is the embeddings. Returns a PIL image.
     """
     layers = len(switches["modes"])
     panel = LEFT + BAR + 90 + CELL * layers  # the width of a modality
-    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 30), "white")
+    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 20), "white")
     draw = ImageDraw.Draw(image)
-    write = functools.partial(draw.text, fill="black", font=ImageFont.load_default(13))
-    write((20, 12), title, font=ImageFont.load_default(18))
-    meaning = ("intra: attends to its own modality", "inter: to the other one", "joint: to both")
-    for x, text, colour in zip(range(20, 725, 235), meaning, MODE_COLOURS.values()):
-        draw.rectangle([x, 46, x + 14, 60], fill=colour)
-        write((x + 20, 45), text)
-    write((725, 45), "squares: how often this depth is read (0: embeddings)")
+    draw.font = ImageFont.load_default(13)
+    draw.text((20, 12), title, "black")
+    for k, (text, colour) in enumerate(LEGEND.items()):
+        draw.text((20 + 235 * k, 42), text, colour)
     for modality, name in enumerate(MODALITIES):
         left = modality * panel + LEFT
         squares = left + BAR + 40
-        write((left, TOP - 30), f"{name}: attention")
-        write((squares, TOP - 30), "reads depth")
+        draw.text((left, TOP - 25), f"{name}: attention", "black")
+        draw.text((squares, TOP - 25), "reads depth", "black")
         for layer in range(layers):
             x, y = left, TOP + layer * ROW
-            write((x - 70, y + 9), f"layer {layer + 1}")
-            for share, colour in zip(switches["modes"][layer][modality], MODE_COLOURS.values()):
+            draw.text((x - 70, y + 9), f"layer {layer + 1}", "black")
+            for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
                 draw_share(draw, x, y, share * BAR, share, colour)
                 x += share * BAR
             for depth, share in enumerate(switches["depths"][layer][modality]):
                 shade = int(255 * (1 - share))  # black: all samples read this depth
-                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3, "grey")
+                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3)
     return image
 
 
-def draw_share(draw, x, y, width, share, colour, outline=None):
-    """A filled box, with its percentage if it is wide enough (pixels) and the share is not 0."""
-    draw.rectangle([x, y, x + width, y + CELL - 2], fill=colour, outline=outline)
-    if width > 25 and share > 0.005:
+def draw_share(draw, x, y, width, share, colour):
+    """A box `width` pixels wide, with its share in percent unless that is less than 5."""
+    draw.rectangle([x, y, x + width, y + CELL - 2], colour, "grey")
+    if share > 0.05:
         ink = "white" if sum(colour) < 450 else "black"
-        draw.text((x + width / 2, y + 8), f"{100 * share:.0f}", ink, ImageFont.load_default(13),
-            anchor="ma")
+        draw.text((x + width / 2, y + CELL / 2), f"{100 * share:.0f}", ink, anchor="mm")
 
 
 def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
-    p = argparse.ArgumentParser(prog="train.py show", description="Draw what the switches chose.")
-    p.add_argument("runs", nargs="+", type=Path, help="folders of runs, drawn one below the other")
-    p.add_argument("-o", "--out", type=Path, help="picture to write, beside it a .gif; default: "
-        "switches.png in the first folder")
+    p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
+    p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets its switches.gif")
+    p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
+        "default: switches.png in the first folder")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
     save_png(out, draw_switches(args.runs))
-    write_gif(out.with_suffix(".gif"), args.runs)
-    print(out, out.with_suffix(".gif"), sep="\n")
+    for folder in args.runs:
+        write_gif(folder)
+    print(out)
 
 
 def main(argv=None):

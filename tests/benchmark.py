@@ -26,9 +26,6 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  of frozen `single`, which has no switch at all
     batches of like length       captions of 12 pieces: 1.93 x the pairs per second of padding to
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
-    retrieval in equal groups    2,850 -> 4,000 pairs per second (1.4 x) on the toy world; frozen
-                                 `late`, half of it once per text and image, 2.0 x. Two thirds of
-                                 the rest are matrix products: 3 x is out of reach
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
                                  a GPU; on a CPU no difference
     captions in one block        3.3 million: 8 s and .48 GB before the first step (first code 44 s,
@@ -144,7 +141,11 @@ def plain_bert(config):
     encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=False)
     encoder.to(train.device()).train()
 
-    def encode(text, vision, text_mask, region_mask, temperature=None):
+    def encode(input_ids, text_mask, region_features, region_boxes, region_mask, temperature=None,
+            region_hidden=None):
+        text = model.bert.text_embeddings(input_ids)
+        vision = model.bert.region_embeddings(
+            region_features, region_boxes, region_mask, region_hidden)
         ones = torch.ones_like(region_mask[:, :1])
         padding = torch.cat([text_mask, ones, region_mask], dim=1) == 0
         states = encoder(torch.cat([text, vision], dim=1), src_key_padding_mask=padding)
@@ -152,7 +153,7 @@ def plain_bert(config):
         pooled = model.bert.pooler(states[:, 0], states[:, n])
         return SwitchBertOutput(states[:, :n], states[:, n + 1 :], pooled, None, None)
 
-    model.bert.layers, model.bert.encode, model.plain = nn.ModuleList(), encode, encoder
+    model.bert.layers, model.bert.forward, model.plain = nn.ModuleList(), encode, encoder
     return model
 
 
@@ -348,10 +349,10 @@ def memory(pid="self"):
 def corpus_child(folder, loaders=4, batches=200):
     """In a process of its own: read the corpus as train.py does, and load some thousand pairs."""
     start, before = time.perf_counter(), memory()
-    data = train.load_data(folder, folder)
+    data = train.load_data(folder)
     pairs = PretrainingDataset(data.store, data.captions, data.tokenizer)
     args, _ = train.parse_args(["--data", str(folder), "--workers", str(loaders)])
-    train.part_keys(args, pairs, 0)
+    train.epoch_batches(args.seed, 0, args.batch, pairs)
     seconds, after = time.perf_counter() - start, memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     task = argparse.Namespace(examples=pairs, collate=collate)
@@ -475,6 +476,33 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
 # --- gpu ------------------------------------------------------------------------------------------
 
 
+def flops_of(model, batch):
+    """Floating-point operations of forward and backward on a batch, without its padding.
+
+    Every weight of the layers meets every token once forward and twice backward, with a product
+    and a sum each time: 6 per weight and token. The two L x L products of attention add 12 L D per
+    token and layer. Embeddings and heads, 3 % of the base model, are left out.
+    """
+    layers, hidden = model.bert.layers, model.config.hidden_size
+    tokens = 1 + batch["text_mask"].sum(dim=1) + batch["region_mask"].sum(dim=1)  # (B,), of L
+    weights = sum(parameter.numel() for parameter in layers.parameters())
+    attention = 12 * hidden * len(layers) * (tokens**2).sum()
+    return (6 * weights * tokens.sum() + attention).item()
+
+
+def matmul_rate(dtype):
+    """Operations per second of a large matrix product on this device: what can be reached."""
+    n, repeats = (8192, 20) if train.device().type == "cuda" else (1024, 3)
+    a, seconds = torch.randn(n, n, device=train.device(), dtype=dtype), []
+    for _ in range(3):  # the first time is warming up
+        started = time.time()
+        for _ in range(repeats):
+            product = a @ a
+        product[0, 0].item()  # waits for all of them
+        seconds.append(time.time() - started)
+    return 2 * n**3 * repeats / min(seconds)
+
+
 def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("train.py",
         "finetune.py vqa", "finetune.py retrieval", "finetune.py refer"), pictures=64):
     """Everything that the README says of a GPU, in one go; at small sizes it runs on a CPU."""
@@ -486,14 +514,14 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
     # 1. A step in fp32, bf16, and compiled, against a large matrix product in bf16.
     models = {name: build(make(switches=name)) for name in ("learned", "single")}
     compiled = train.compile_layers(build(make()))
-    half, rate = torch.bfloat16, train.matmul_rate(torch.bfloat16)
+    half, rate = torch.bfloat16, matmul_rate(torch.bfloat16)
     steps_of = {"fp32": stepper(models["learned"], batch),
         "bf16": stepper(models["learned"], batch, dtype=half),
         "bf16, frozen single": stepper(models["single"], batch, dtype=half),
         "bf16, compiled": stepper(compiled, batch, dtype=half),
         "bare products in bf16": matrix_products(make(), pairs, length, half)}
     seconds = take_turns(steps_of, rounds)
-    flops = train.flops_of(models["learned"], {k: v.cpu() for k, v in batch.items()
+    flops = flops_of(models["learned"], {k: v.cpu() for k, v in batch.items()
         if torch.is_tensor(v)})
     show("gpu: pairs per second", "1/s", {n: pairs / s for n, s in seconds.items()})
     show("gpu: share of a large bf16 product's rate", f"of {rate / 1e12:.0f} TFLOP/s",

@@ -4,6 +4,9 @@ import json
 
 import benchmark
 import pytest
+import torch
+
+from switchbert import SwitchBertConfig, SwitchBertForPretraining
 
 
 def test_turns_are_taken_and_the_first_one_does_not_count():
@@ -12,6 +15,18 @@ def test_turns_are_taken_and_the_first_one_does_not_count():
         for name in "ab"}, rounds=2)
     assert turns == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert seconds.keys() == {"a", "b"} and all(s > 0 for s in seconds.values())
+
+
+def test_operations_of_a_step_are_six_per_weight_and_token_and_attentions_products():
+    """By hand for 4 layers x 128: two pairs of 3 + 2 and 5 + 1 tokens, padded to 5 and 2."""
+    model = SwitchBertForPretraining(SwitchBertConfig.tiny(
+        num_hidden_layers=4, hidden_size=128, num_attention_heads=4))
+    batch = dict(text_mask=torch.tensor([[1, 1, 1, 0, 0], [1] * 5]),
+        region_mask=torch.tensor([[1, 1], [1, 0]]))
+    weights = sum(p.numel() for p in model.bert.layers.parameters())
+    tokens = [3 + 1 + 2, 5 + 1 + 1]  # and the global region
+    attention = sum(3 * 2 * 2 * 4 * 128 * n * n for n in tokens)  # forward, and twice backward
+    assert benchmark.flops_of(model, batch) == 6 * weights * sum(tokens) + attention
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(start, undi
 def test_every_task_runs_blind_in_two_processes(start, undisturbed, tmp_path, task):
     """A parameter that no loss reaches would stop the second step."""
     flags = ["--checkpoint", undisturbed / "checkpoint.pt"] * (task != "train")
-    assert "2 processes" in finish(start(tmp_path, "--blind", "--gpus", 2, *flags, task=task))
+    assert "processes: 2" in finish(start(tmp_path, "--blind", "--gpus", 2, *flags, task=task))
 
 
 @SLOW

@@ -319,23 +319,6 @@ def test_what_a_layer_reads_is_the_weighted_sum_of_all_depths(tau):
         assert bias or weights.amax(dim=(0, 1)).count_nonzero() > 1
 
 
-@pytest.mark.parametrize("switches, apart", [
-    ("intra", 3), ("late", 2), ("dual", 1), ("single", 0), ("attention", 0), ("input", 0)])
-def test_layers_before_modalities_meet_may_be_run_on_each_alone(switches, apart, inputs):
-    model = setting(switches)
-    assert [*model.layers_apart()] == [*model.layers[:apart]]
-    whole, mask = model(**inputs), inputs["text_mask"]
-    text = model.text_embeddings(inputs["input_ids"])
-    region_mask = torch.cat([torch.ones(3, 1).long(), inputs["region_mask"]], dim=1)
-    vision = model.region_embeddings(*(inputs[k] for k in ("region_features", "region_boxes",
-        "region_mask")))
-    for layer in model.layers_apart():
-        text, vision = layer([text], mask, 5, None)[0], layer([vision], region_mask, 0, None)[0]
-    parts = model.encode(text, vision, mask, inputs["region_mask"], first=apart)
-    close(parts.pooled, whole.pooled, rtol=1e-4, atol=1e-5)
-    close(parts.text_states[mask == 1], whole.text_states[mask == 1], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("tau", [5.0, 1.0, 0.2])
 def test_training_begins_near_single_whatever_the_temperature(tau, inputs):
     """Gates that know nothing yet: even modes are joint attention, and the newest of l + 1 depths
