@@ -52,7 +52,6 @@ import base64
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -169,7 +168,7 @@ def write_whole(path, write, mode="w"):
     rename within a folder is atomic: a crash or a full disk costs the new version, never the old.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             write(file)
@@ -177,10 +176,7 @@ def write_whole(path, write, mode="w"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides the disk's error behind its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise OSError(f"{error.__context__ or error}: {path}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -273,19 +269,15 @@ def only_run_in(folder):
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a+") as file:
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass  # Windows has no such locks: there, take care yourself
         except OSError:
-            file.seek(0)
-            raise BadInput(f"{folder}: process {file.read() or '?'} is at work there; wait for it, "
-                "or choose another --out") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
+                "another --out") from None
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
         yield
@@ -298,29 +290,29 @@ def start_processes(count):
     when all have ended well. The first that fails ends the others at once; it has printed its
     reason, and this process exits with its status.
     """
-    if 0 < (available := torch.cuda.device_count()) < count:
-        raise BadInput(f"--gpus {count}: this machine has {available}")
-    with socket.socket() as probe:  # a port that is free now, so that two runs do not meet
-        probe.bind(("127.0.0.1", 0))
-        shared = dict(os.environ, WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(probe.getsockname()[1]))
-    processes = [subprocess.Popen([sys.executable, *sys.orig_argv[1:]],
-        env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    if 0 < torch.cuda.device_count() < count:
+        raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # one that is free now, so that two runs do not meet
+    processes = []
+    for rank in map(str, range(count)):
+        env = dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env))
     # Ctrl-C reaches every process of a terminal by itself; SIGTERM reaches only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
-    ends = [None]  # None while a process runs, then its status; negative: killed by a signal
-    while None in ends and not any(ends):
-        time.sleep(0.05)
-        ends = [process.poll() for process in processes]
+    for _ in processes:
+        status = os.waitstatus_to_exitcode(os.wait()[1])  # of the next one that ends
+        if status:
+            break
     for process in processes:
         process.kill()  # those that still run would wait for the lost one for ever
         process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = next(filter(None, ends), 0)
     if status < 0:
-        raise BadInput(f"process {ends.index(status)} was ended by {signal.Signals(-status).name}; "
-            "the same command goes on, a training with --resume")
+        raise BadInput(f"a process was ended by signal {-status}; the same command goes on, a "
+            "training with --resume")
     if status:
         sys.exit(status)
 
@@ -455,11 +447,6 @@ def build_vocab(texts, size=30522, min_count=2):
 #
 # A detector's class logits are linear in the very feature that is stored. So the layer, 13 MB for
 # Visual Genome's 1,601 classes, says what 115 KB per image would: 380 GB for 3.3 million images.
-# Features that were published with their best class alone may keep it, for people to look at:
-#
-#     objects.npy         (N, R)     int32     the best class, background excluded
-#     confidences.npy     (N, R)     float32   its probability
-#
 # Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image)
 # and its rounding, 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files
 # opened as memory maps: nothing is loaded, all loading processes share the system's page cache, and
@@ -484,8 +471,6 @@ def store_layout(meta):
         layout.update(class_weight=("float32", (c, f)), class_bias=("float32", (c,)))
     elif c:
         layout.update(class_probs=("float16", (n, r, c)))
-    if meta.get("objects"):
-        layout.update(objects=("int32", (n, r)), confidences=("float32", (n, r)))
     return layout
 
 
@@ -512,6 +497,11 @@ def read_meta(folder):
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
         meta["complete"] = bool(meta["complete"])
     return meta
+
+
+def _shown(image_id):
+    # An id as messages show it; a file name that is not UTF-8 as well as it can be.
+    return image_id.decode(errors="replace")
 
 
 def encode_ids(ids):
@@ -608,17 +598,10 @@ class FeatureStore:
         return exp / exp.sum(axis=1, keepdims=True)
 
     def best_classes(self, row):
-        """(classes (n,), probabilities (n,)) without the background; None if nothing is known."""
-        if "objects" in self.arrays:
-            return self._of("objects", row), self._of("confidences", row)
-        if (probs := self.class_probs(row)) is not None:
-            return probs[:, 1:].argmax(axis=1) + 1, probs[:, 1:].max(axis=1)
-
-    def check(self, row):
-        """Raise BadInput if a run could not use this image's regions."""
-        if problem := record_problem(**self[row], class_probs=self.class_probs(row)):
-            name = self.ids[row].decode(errors="replace")
-            raise BadInput(f"{self.folder}: image {name}: {problem}; extract it again")
+        """(classes (n,), probabilities (n,)) without the background; None if there are none."""
+        probs = self.class_probs(row)
+        if probs is not None:
+            return 1 + probs[:, 1:].argmax(axis=1), probs[:, 1:].max(axis=1)
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -631,16 +614,16 @@ class FeatureStore:
         """
         fixed = {"ids": encode_ids(ids)}  # known from the start; all else is written per row
         if class_head:
-            fixed.update(zip(("class_weight", "class_bias"), map(np.float32, class_head)))
+            fixed["class_weight"], fixed["class_bias"] = map(np.float32, class_head)
             num_region_classes = len(class_head[1])
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(fixed["ids"]),
             num_regions=num_regions, feature_size=feature_size,
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
-        twice = [i for i, n in Counter(fixed["ids"].tolist()).items() if n > 1 or not i]
-        if twice:
-            name = twice[0].decode(errors="replace")
-            raise BadInput(f"{folder}: {name!r} is the id of two images, or empty")
+        unique, times = np.unique(fixed["ids"], return_counts=True)
+        wrong = unique[(times > 1) | (unique == b"")]
+        if len(wrong):
+            raise BadInput(f"{folder}: {_shown(wrong[0])!r} is the id of two images, or empty")
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -659,33 +642,30 @@ class StoreWriter:
         self.folder, self.meta = folder, meta
         if not (folder / "store.json").exists():
             self._allocate(fixed)
-        # A newer torch may finish what an older one began; nothing else may differ.
         found = read_meta(folder)
-        differs = [key for key in sorted(meta.keys() - {"complete", "versions", "weights"})
-            if found.get(key) != meta[key]]
-        if not differs:
-            self.arrays = open_arrays(folder, meta, mode="r+")
-            differs = [k for k in fixed if not np.array_equal(self.arrays[k], fixed[k])]
+        self.arrays = open_arrays(folder, found, mode="r+")
+        # A newer torch may finish what an older one began; nothing else may differ.
+        differs = [key for key, value in (meta | fixed).items()
+            if key not in ("complete", "versions", "weights")
+            and not np.array_equal((self.arrays | found).get(key), value)]
         if differs:
             raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
         # Give every array its full size. A kill before the last line leaves files that the next
-        # attempt overwrites: without store.json they are no store.
+        # attempt overwrites: without store.json they are no store. Nothing else is overwritten.
         self.folder.mkdir(parents=True, exist_ok=True)
         layout = store_layout(self.meta)
-        # What a run that was killed here has left may be overwritten; nothing else.
-        for path in self.folder.iterdir():
-            if path.stem not in layout and path.name[0] != ".":
-                raise BadInput(f"{self.folder}: holds {path.name!r} and no feature store; choose a "
-                    "folder that is empty or new")
+        others = {path.stem for path in self.folder.iterdir()} - {*layout, ".store.json"}
+        if others:
+            raise BadInput(f"{self.folder}: holds {min(others)!r} and no feature store; choose a "
+                "folder that is empty or new")
         # Mapped files take their disk as they are filled, and a full disk then kills in silence.
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise BadInput(f"{self.folder}: the store needs {size / 1e6:,.1f} MB, and "
-                f"{free / 1e6:,.1f} MB are free; choose another disk")
+        if size > shutil.disk_usage(self.folder).free:
+            raise BadInput(f"{self.folder}: the store needs {size / 1e9:,.2f} GB, and its disk has "
+                "not so much left; choose another one")
         for name, form in layout.items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
@@ -694,37 +674,35 @@ class StoreWriter:
             array.flush()
         write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
 
-    def _id(self, row):
-        # For messages: a name that is not UTF-8 is shown as well as it can be.
-        return self.arrays["ids"][row].decode(errors="replace")
-
     def pending(self):
         """Rows that are still to be written."""
         return np.flatnonzero(self.arrays["counts"] < 0).tolist()
 
-    def write(self, row, features, boxes, size, **more):
+    def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
 
-        more: class_probs (n, C), objects (n,), confidences (n,); a store without that array leaves
-        it out. Raises BadInput, and writes nothing, if a run could not use these numbers.
+        class_probs (n, C): for a store that has this array. Raises BadInput, and writes nothing, if
+        a run could not use these numbers.
         """
-        values = dict(more, features=features, boxes=boxes)
-        problem = record_problem(features, boxes, size, more.get("class_probs"))
-        for name in values.keys() & self.arrays.keys():
-            found, (most, *rest) = np.shape(values[name]), self.arrays[name].shape[1:]
-            if found != (len(features), *rest) or len(features) > most:
-                problem = f"{name} of shape {found}, expected {(most, *rest)}"
+        values = dict(features=features, boxes=boxes)
+        if "class_probs" in self.arrays:
+            values["class_probs"] = class_probs
+        problem, places = "", {name: self.arrays[name][row, : len(features)] for name in values}
+        for name, place in places.items():
+            if np.shape(values[name]) != place.shape:
+                problem = f"{name} of shape {np.shape(values[name])}, expected {place.shape}"
+        problem = problem or record_problem(**values, size=size)
         if problem:
-            raise BadInput(f"image {self._id(row)}: {problem}")
-        for name in values.keys() & self.arrays.keys():
-            self.arrays[name][row, : len(features)] = values[name]
+            raise BadInput(f"image {_shown(self.arrays['ids'][row])}: {problem}")
+        for name, place in places.items():
+            place[:] = values[name]
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
 
     def fail(self, row, reason):
         """An image without regions: its row stays empty, and failed.txt says why."""
         with open(self.folder / "failed.txt", "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{self._id(row)}\t{' '.join(reason.split())}\n")
+            file.write(f"{_shown(self.arrays['ids'][row])}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
@@ -743,17 +721,16 @@ def record_problem(features, boxes, size, class_probs=None):
     Asked before they are stored: a NaN that gets into a batch shows only as a NaN loss, thousands
     of images later. A box may leave the picture by a pixel, as rounding does.
     """
-    width, height = size
-    if not len(features) or min(size) < 1:
-        return f"{len(features)} regions in {width} x {height} pixels"
+    if min(len(features), *size) < 1:
+        return f"{len(features)} regions in a picture of {size} pixels"
     with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
-        for name, values in dict(features=features, boxes=boxes, class_probs=class_probs).items():
-            if values is not None and not np.isfinite(np.asarray(values, np.float16)).all():
-                return f"{name} with NaN or infinity"
-    if (boxes < -1).any() or (boxes > np.tile(size, 2) + 1).any():
-        return f"a box outside the image of {width} x {height} pixels"
-    if (boxes[:, 2:] < boxes[:, :2]).any():
-        return "a box whose x2 < x1 or y2 < y1"
+        if not np.isfinite(np.float16(features)).all():
+            return "features with NaN or infinity"
+    if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
+        return "class_probs that do not add up to 1"
+    low, high = boxes[:, :2], boxes[:, 2:]
+    if not ((low >= -1).all() and (low <= high).all() and (high <= np.add(size, 1)).all()):
+        return f"a box outside its picture of {size} pixels, or with x2 < x1 or y2 < y1"
     return None
 
 
@@ -872,18 +849,16 @@ class Captions:
     """
 
     def __init__(self, pairs):
-        pairs, self.block = iter(pairs), bytearray()
-        ids, sizes, words = [np.zeros(0, "S1")], [np.zeros(1, int)], [np.zeros(0, np.uint16)]
-        while part := list(itertools.islice(pairs, 100_000)):  # few objects at a time
+        self.block, ids, words, offsets = bytearray(), [], [], [0]
+        for image_id, text in pairs:
             # surrogatepass: JSON may hold half of a surrogate pair, which UTF-8 has no bytes for.
-            texts = [text.strip().encode(errors="surrogatepass") for _, text in part]
-            self.block += b"".join(texts)
-            ids.append(encode_ids([image_id for image_id, _ in part]))
-            sizes.append([len(text) for text in texts])
-            words.append(np.uint16([text.count(b" ") for text in texts]))
-        self.ids, self.words = np.concatenate(ids), np.concatenate(words)
-        offsets = np.concatenate(sizes).cumsum().astype(np.min_scalar_type(len(self.block)))
-        self.starts, self.ends = offsets[:-1], offsets[1:]
+            text = text.strip().encode(errors="surrogatepass")
+            self.block += text
+            ids.append(canonical_id(image_id).encode(errors="surrogateescape"))
+            words.append(text.count(b" "))
+            offsets.append(len(self.block))
+        self.ids, self.words = np.array(ids, dtype=bytes), np.array(words, dtype=int)
+        self.starts, self.ends = np.array(offsets[:-1]), np.array(offsets[1:])
 
     def __len__(self):
         return len(self.ids)
@@ -1000,63 +975,53 @@ def read_captions(path, split=None):
     split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
     A file without splits is all "train". Raises BadInput near the first problem.
     """
-    form, records = open_captions(path)
-    if split in (None, "train") or form == "Karpathy's splits":
-        for image_id, text, s in records:
-            if split in (None, s):
-                yield image_id, text
-
-
-def open_captions(path):
-    """(name of the form, iterator of (image id, caption, split)) of a caption file or folder."""
     path = Path(path)
     if path.is_dir():
-        return "img2dataset", _folder_captions(path)
-    with reading(path, "a caption file"), open_text(path) as file:
-        start = file.read(4096).lstrip()
-    if start.startswith(("{", "[")):
-        content = read_json(path)
-        for key, form in (("annotations", "COCO captions"), ("images", "Karpathy's splits")):
-            if key in content:
-                return form, _json_captions(path, content[key], form)
-        raise BadInput(f"{path}: expected the key 'annotations' (COCO captions) or 'images' "
-            f"(Karpathy's splits), found {str([*content][:5])[1:-1][:80] or 'none'}")
-    links = [cell.startswith("http") for cell in start.split("\n")[0].split("\t")]
-    form = "Conceptual Captions" if links[-1] else "CC12M" if links[0] else "image id, caption"
-    return form, _tsv_captions(path, form)
+        records = _folder_captions(path)
+    else:
+        with reading(path, "a caption file"), open_text(path) as file:
+            is_json = file.read(4096).lstrip().startswith(("{", "["))
+        records = _json_captions(path) if is_json else _tsv_captions(path)
+    for image_id, text, part in records:
+        if split in (None, part):
+            yield canonical_id(image_id), text
+
+
+# Each of these yields (image id, caption, split).
 
 
 def _folder_captions(folder):
     # img2dataset writes a caption beside each picture, under the same number: its id.
     for path in sorted(folder.rglob("*.txt")):
         with reading(path, "a caption"):
-            yield canonical_id(path.name), path.read_text(encoding="utf-8").strip(), "train"
+            yield path.name, path.read_text(encoding="utf-8").strip(), "train"
 
 
-def _json_captions(path, records, form):
+def _json_captions(path):
     # COCO has one caption per record and no splits; Karpathy one image per record, with both.
-    with reading(path, form) as at:
-        for at.entry, record in enumerate(records):
-            if form == "COCO captions":
-                yield canonical_id(record["image_id"]), "" + record["caption"], "train"
-                continue
-            split = "train" if record["split"] == "restval" else record["split"]
-            image_id = canonical_id(record.get("cocoid", record["filename"]))
-            for sentence in record["sentences"]:
-                yield image_id, "" + sentence["raw"], split  # "" +: a caption that is no text fails
+    content = read_json(path, dict)
+    with reading(path, "COCO's 'annotations' or Karpathy's 'images', with captions") as at:
+        if "annotations" in content:
+            for at.entry, record in enumerate(content["annotations"]):
+                yield record["image_id"], "" + record["caption"], "train"  # "" +: a text, not None
+        else:
+            for at.entry, record in enumerate(content["images"]):
+                split = "train" if record["split"] == "restval" else record["split"]
+                for sentence in record["sentences"]:
+                    yield record.get("cocoid", record["filename"]), "" + sentence["raw"], split
 
 
-def _tsv_captions(path, form):
+def _tsv_captions(path):
     # No csv module: its quoting rules would swallow lines of web captions with an odd quotation
     # mark.
-    what = f"a caption file of two columns ({form})"
-    with reading(path, what, "line") as at, open_text(path) as file:
+    with reading(path, "a caption file of two columns", "line") as at, open_text(path) as file:
         for at.entry, line in enumerate(file, 1):
             image, text = line.rstrip("\r\n").split("\t")
-            if form == "Conceptual Captions":
+            if text.startswith("http") and not image.startswith("http"):
                 image, text = text, image
-            link = form != "image id, caption"
-            yield str(zlib.crc32(image.encode())) if link else canonical_id(image), text, "train"
+            if image.startswith("http"):
+                image = zlib.crc32(image.encode())
+            yield image, text, "train"
 
 
 # --- 6. Published features ------------------------------------------------------------------------
@@ -1072,12 +1037,10 @@ def _tsv_captions(path, form):
 #
 # Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
 # (n, 1601), background first. Only the last form has distributions: masked region classification
-# needs them, and training does without it where a store has none. LXMERT's objects_id is int64 and
-# counts the classes without the background, so 1 is added.
+# needs them, and training does without it where a store has none.
 
-TSV_COLUMNS = {6: "id w h n boxes features".split(),
-    10: "id h w objects confidences _ _ n boxes features".split(),
-    13: "id h w _ _ _ _ n boxes features class_probs _ _".split()}
+TSV_COLUMNS = {6: "id w h n boxes features", 10: "id h w _ _ _ _ n boxes features",
+    13: "id h w _ _ _ _ n boxes features class_probs _ _"}
 
 
 def import_features(paths, folder, detector="vg", classes=None):
@@ -1088,76 +1051,52 @@ def import_features(paths, folder, detector="vg", classes=None):
     image whose numbers no run could use is left out, with the reason in failed.txt. Returns the
     FeatureStore.
     """
-    row_of, most = {}, 0
-    for image_id, record in read_tsv(paths, "counting"):
-        row_of.setdefault(image_id, len(row_of))
-        most = max(most, len(record["boxes"]))
+    rows, most = {}, 0
+    for image_id, record in read_tsv(paths):
+        rows.setdefault(image_id, len(rows))
+        most = max(most, len(record["features"]))
     if not most:
         raise BadInput(f"{paths[0]}: no image with a region")
+    size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
     names = ["background", *read_class_names(classes)] if classes else []
-    num_classes = np.shape(record.get("class_probs", [[]]))[1]  # all lines are alike
     if names and num_classes not in (0, len(names)):
         raise BadInput(f"{folder}: {len(names) - 1} class names, but the features have "
             f"{num_classes - 1} classes besides the background")
-    writer = FeatureStore.create(folder, row_of, most, record["features"].shape[1], num_classes,
-        names, detector, objects="objects" in record, dtype="float16",
-        box_format="x1 y1 x2 y2, pixels", source=[Path(p).name for p in paths])
+    writer = FeatureStore.create(folder, rows, most, size, num_classes, names, detector,
+        source=[Path(p).name for p in paths])
     pending = set(writer.pending())
-    for image_id, record in read_tsv(paths, "importing"):
-        row = row_of.pop(image_id, None)  # None: the image came before, and its first line counts
+    for image_id, record in read_tsv(paths):
+        row = rows.pop(image_id, None)  # None: the image came before, and its first line counts
         if row in pending:
             try:
                 writer.write(row, **record)
             except BadInput as error:
                 writer.fail(row, str(error))
-    store = writer.finish()
-    if failed := int((store.counts == 0).sum()):
-        print(f"{folder}: {failed:,} of {len(store):,} images left out: see {folder}/failed.txt")
-    if failed == len(store):
-        raise BadInput(f"{folder}: not one image could be used")
-    return store
+    return writer.finish()
 
 
-def read_tsv(paths, doing):
-    """Yield (image id, what StoreWriter.write takes) line by line, with a bar that says `doing`.
+def read_tsv(paths):
+    """Yield (image id, what StoreWriter.write takes) line by line.
 
-    All lines of all files must agree in their arrays and widths: a store has one shape per array.
+    All lines of all files must have as many numbers per region as the first one: a store has one
+    shape per array. class_probs is (n, 0) where a file has none.
     """
-    expected = None
+    widths = {"boxes": 4}
     for path in paths:
-        what = "a feature TSV of 6, 10 or 13 columns"
+        what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
         with reading(path, what, "line") as at, open_text(path) as file:
-            lines = tqdm(file, f"{doing} {Path(path).name}", leave=False, disable=None)
-            for at.entry, line in enumerate(lines, 1):
+            for at.entry, line in enumerate(tqdm(file, str(path), leave=False, disable=None), 1):
                 cells = line.rstrip("\r\n").split("\t")
-                image_id, record = tsv_record(dict(zip(TSV_COLUMNS[len(cells)], cells)))
-                found = {name: np.shape(value)[1:] for name, value in record.items()}
-                expected = expected or found
-                if found != expected:
-                    raise ValueError(f"numbers per region are {found}, before it was {expected}")
-                yield image_id, record
-
-
-def tsv_record(cells):
-    """(image id, the values by name) of a line's cells by name. Raises ValueError.
-
-    Distributions that do not add up to 1 show that a cell was cut off, or that its columns are
-    others than VOLTA's.
-    """
-    cells.pop("_", None)
-    image_id, n = canonical_id(cells.pop("id")), int(cells.pop("n"))
-    record = dict(size=(int(cells.pop("w")), int(cells.pop("h"))))
-    for name, text in cells.items():
-        text = text.removeprefix("b'").removesuffix("'")  # as Python 3 wrote some files
-        kind = "<i8" if name == "objects" else "<f4"
-        numbers = np.frombuffer(base64.b64decode(text, validate=True), kind)
-        record[name] = numbers.reshape(n, 4 if name == "boxes" else -1)
-    if "objects" in record:
-        record["objects"] = record["objects"][:, 0] + 1
-        record["confidences"] = record["confidences"][:, 0]
-    if not np.allclose(record.get("class_probs", np.ones((n, 1))).sum(axis=1), 1, atol=0.02):
-        raise ValueError("cls_prob of a region does not add up to 1")
-    return image_id, record
+                cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
+                n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
+                for name in ("boxes", "features", "class_probs"):
+                    # Python 3 wrote some files as b'...'.
+                    text = cells.get(name, "").removeprefix("b'").removesuffix("'")
+                    numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+                    if n:
+                        widths.setdefault(name, len(numbers) // n)
+                    record[name] = numbers.reshape(n, widths.get(name, 0))
+                yield canonical_id(cells["id"]), record
 
 
 def read_class_names(path):
@@ -1431,55 +1370,46 @@ def _draw_shape(draw, thing, scale):
 
 
 def check(paths):
-    """Say what these stores, captions and vocabularies are; True if a run could use all of them."""
+    """Say what these stores, captions and vocabularies are; True if a run could use all of them.
+
+    Of a store all of store.json is printed: which detector made it, with the SHA-256 of its
+    weights, and how the regions were chosen. Features of two detectors must never meet in one run.
+    """
     stores, captions, good = [], {}, True
     for path in map(Path, paths):
         try:
             if (path / "store.json").exists():
-                stores.append(check_store(path))
+                store = FeatureStore(path)
+                stores.append(store)
+                print(f"{path}: a feature store of {len(store):,} images "
+                    f"({(store.counts == 0).sum():,} failed), up to {store.num_regions} regions of "
+                    f"{store.feature_size}")
+                for key, value in store.meta.items():
+                    print(f"    {key}: {str(value)[:90]}")
+                rows = np.flatnonzero(store.counts > 0)
+                good = good and len(rows) > 1
+                for row in tqdm(rows, "reading", leave=False, disable=None):
+                    problem = record_problem(**store[row], class_probs=store.class_probs(row))
+                    if problem:
+                        raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; "
+                            "extract it again")
             elif path.suffix == ".txt":
                 print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
             else:
-                captions[path] = check_captions(path)
+                texts = Captions(read_captions(path))
+                captions[path] = np.unique(texts.ids)
+                print(f"{path}: {len(texts):,} captions, {(texts.starts == texts.ends).sum()} of "
+                    f"them empty, of {len(captions[path]):,} images; the first: {[*texts[:1]]}")
+                good = good and len(captions[path]) > 1
         except BadInput as error:
             print(f"PROBLEM {error}")
             good = False
     for path, ids in captions.items():
         for store in stores:
-            found = int((store.rows(ids) >= 0).sum())
+            found = (store.rows(ids) >= 0).sum()
             print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
             good = good and found > 1
     return good
-
-
-def check_store(folder):
-    """Print what a store is and read all of it once. Raises BadInput at the first problem.
-
-    Among what it prints: which detector made it, with the SHA-256 of its weights, and how the
-    regions were chosen. Features of two detectors must never meet in one run.
-    """
-    store = FeatureStore(folder)
-    megabytes = sum(array.nbytes for array in store.arrays.values()) / 1e6
-    print(f"{folder}: a feature store of {len(store):,} images ({(store.counts == 0).sum():,} "
-        f"failed), up to {store.num_regions} regions of {store.feature_size}, {megabytes:,.1f} MB")
-    for key, value in store.meta.items():
-        print(f"    {key}: {str(value)[:90]}")
-    for row in tqdm(np.flatnonzero(store.counts > 0), "reading", leave=False, disable=None):
-        store.check(row)
-    return store
-
-
-def check_captions(path):
-    """Print what a caption file is; returns the set of its image ids. Raises BadInput."""
-    form, records = open_captions(path)
-    records = list(records)
-    if not records:
-        raise BadInput(f"{path}: {form} without a caption")
-    ids, texts, splits = zip(*records)
-    empty = sum(not text.strip() for text in texts)
-    print(f"{path}: {form}: {len(texts):,} captions, {empty} of them empty, of {len(set(ids)):,} "
-        f"images; splits {dict(Counter(splits))}; the first: {texts[0][:60]!r}")
-    return set(ids)
 
 
 def main(argv=None):

@@ -493,9 +493,9 @@ def test_show_draws_a_picture_or_a_scene_or_grey_with_the_best_classes(
 
 @pytest.mark.parametrize("names, label", [((), "class 2 0.75"), (("bg", "cat", "dog"), "dog 0.75")])
 def test_show_names_the_best_class_of_published_features(tmp_path, monkeypatch, names, label):
-    writer = FeatureStore.create(tmp_path / "s", ["a"], 1, 2, class_names=names, objects=True)
-    writer.write(0, np.ones((1, 2)), np.array([[1, 1, 5, 5]]), (9, 9), objects=[2],
-        confidences=[0.75])
+    writer = FeatureStore.create(tmp_path / "s", ["a"], 1, 2, 3, class_names=names)
+    writer.write(0, np.ones((1, 2)), np.array([[1, 1, 5, 5]]), (9, 9),
+        class_probs=np.array([[0.125, 0.125, 0.75]]))
     writer.finish()
     monkeypatch.setattr(extract_features, "draw_regions", lambda *args: args[-1])
     assert show(tmp_path / "s", "a") == [label]
