@@ -36,7 +36,7 @@ Map of the file (* = read these first)
     8. Command line          check, import
 
     $ python data.py check runs/world/features-3600
-    runs/world/features-3600: a feature store of 4,000 images (0 failed), up to 8 regions of 128
+    runs/world/features-3600: a feature store of 4,000 images, 0 of them failed
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
@@ -107,11 +107,10 @@ def run(main):
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "out of memory" not in str(error):
+        if not re.search("DataLoader worker|out of memory", str(error)):
             raise
-        reason = str(error).splitlines()[0][:150].rstrip(". ")
-        message = (f"error: {reason}: as a rule too little memory; try fewer --workers, or --accum "
-            "2, which gives the same result; --resume goes on")
+        message = (f"error: too little memory? Try fewer --workers, or --accum 2, which gives the "
+            f"same result; --resume goes on ({str(error)[:150]})")
     # Of several processes with the same error only the first prints it: its end ends the others.
     time.sleep(os.environ.get("RANK", "0") != "0")
     print(message, file=sys.stderr, flush=True)
@@ -375,8 +374,6 @@ class WordPiece:
     '##ing', 'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
     """
 
-    longest_word = 100  # characters; BERT gives up on longer words: [UNK]
-
     def __init__(self, vocab):
         given = isinstance(vocab, list)
         with reading("the checkpoint's words" if given else vocab,
@@ -393,16 +390,15 @@ class WordPiece:
     @functools.lru_cache(50_000)  # noqa: B019  words come again and again, tokenizers do not
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
-        if len(word) > self.longest_word:
+        if len(word) > 100:  # characters: BERT gives up
             return ["[UNK]"]
         pieces, prefix = [], ""
         while word:
-            ends = range(len(word), 0, -1)
-            end = next((end for end in ends if prefix + word[:end] in self.ids), None)
-            if end is None:
+            ends = [end for end in range(1, len(word) + 1) if prefix + word[:end] in self.ids]
+            if not ends:
                 return ["[UNK]"]  # BERT drops the whole word, not only the part without a piece
-            pieces.append(prefix + word[:end])
-            prefix, word = "##", word[end:]
+            pieces.append(prefix + word[: ends[-1]])
+            prefix, word = "##", word[ends[-1] :]
         return pieces
 
     def encode(self, text, max_tokens):
@@ -411,17 +407,16 @@ class WordPiece:
         return [self.cls_id, *(self.ids[p] for p in pieces[: max_tokens - 2]), self.sep_id]
 
 
-def build_vocab(texts, size=30522, min_count=2):
+def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
-    Words that were seen min_count times stay whole, the most frequent first, until `size` is
-    reached. All others fall apart into characters, so nothing of the corpus is [UNK]. BERT's own
+    Words that were seen twice stay whole, the most frequent first, until `size` is reached. All others fall apart into characters, so nothing of the corpus is [UNK]. BERT's own
     vocabulary has parts of words too; a corpus large enough to need them deserves BERT's file.
     Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
-    frequent = [w for w, count in words.most_common() if count >= min_count and len(w) > 1]
+    frequent = [w for w, count in words.most_common() if count > 1 and len(w) > 1]
     return [*SPECIALS, *characters, *(f"##{c}" for c in characters), *frequent][:size]
 
 
@@ -495,7 +490,6 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["version"] != STORE_VERSION:
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
-        meta["complete"] = bool(meta["complete"])
     return meta
 
 
@@ -539,10 +533,10 @@ class FeatureStore:
             self.num_regions, self.feature_size = meta["num_regions"], meta["feature_size"]
             self.num_region_classes = meta["num_region_classes"]
             self.class_names, self.detector = meta["class_names"], meta["detector"]
-        self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
-        if not meta["complete"]:
-            raise BadInput(f"{folder}: a half-written feature store ({(self.counts >= 0).sum()} of "
-                f"{len(self)} images); repeat the command that was writing it, and it goes on")
+            self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+            if not meta["complete"]:
+                raise BadInput(f"{folder}: a half-written feature store ({(self.counts >= 0).sum()} "
+                    f"of {len(self)} images); repeat the command that was writing it: it goes on")
         # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
         # half a gigabyte in every loading process; this takes 4 bytes per image.
         self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
@@ -554,7 +548,7 @@ class FeatureStore:
     def is_complete(folder):
         """True if a finished store lies there; False for a half-written one, or none."""
         folder = Path(folder)
-        return (folder / "store.json").exists() and read_meta(folder)["complete"]
+        return (folder / "store.json").exists() and read_meta(folder).get("complete")
 
     def __len__(self):
         return len(self.ids)
@@ -562,9 +556,9 @@ class FeatureStore:
     def rows(self, image_ids):
         """(n,) rows of images under any spelling of their ids; -1: absent, or extraction failed."""
         keys = encode_ids(image_ids)
-        # Sorted keys are looked up in neighbouring places of memory: ten times as fast.
-        turn, place = np.argsort(keys, kind="stable"), np.empty(len(keys), np.int32)
-        place[turn] = np.searchsorted(self.ids, keys[turn], sorter=self._order)
+        # Sorted keys are looked up in neighbouring places of memory: several times as fast.
+        unique, inverse = np.unique(keys, return_inverse=True)
+        place = np.searchsorted(self.ids, unique, sorter=self._order)[inverse]
         rows = self._order[place.clip(max=len(self) - 1)]
         return np.where((self.ids[rows] == keys) & (self.counts[rows] > 0), rows, -1)
 
@@ -744,7 +738,7 @@ def normalise_boxes(boxes, size):
     """
     scaled = np.clip(boxes / np.tile(np.float32(size), 2), 0, 1).astype(np.float32)
     sides = scaled[:, 2:] - scaled[:, :2]
-    return np.column_stack([scaled, sides[:, 0] * sides[:, 1]])
+    return np.column_stack([scaled, sides.prod(axis=1)])
 
 
 # --- 4. Pretraining examples ----------------------------------------------------------------------
@@ -858,19 +852,20 @@ class Captions:
             words.append(text.count(b" "))
             offsets.append(len(self.block))
         self.ids, self.words = np.array(ids, dtype=bytes), np.array(words, dtype=int)
-        self.starts, self.ends = np.array(offsets[:-1]), np.array(offsets[1:])
+        offsets = np.array(offsets)
+        self.starts, self.ends = offsets[:-1], offsets[1:]
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, which):
-        if isinstance(which, (int, np.integer)):
+        if np.isscalar(which):
             text = self.block[self.starts[which] : self.ends[which]]
             return (self.ids[which].decode(errors="surrogateescape"),
                 text.decode(errors="surrogatepass"))
         some = copy.copy(self)
-        some.ids, some.words = self.ids[which], self.words[which]
-        some.starts, some.ends = self.starts[which], self.ends[which]
+        for name in ("ids", "words", "starts", "ends"):
+            setattr(some, name, getattr(self, name)[which])
         return some
 
 
@@ -925,12 +920,10 @@ def model_inputs(examples):
     (B, R). Masks are int64, 1 = real. The words are padded with 0, the id of [PAD] in BERT's
     vocabularies, and the regions with zeros.
     """
-    inputs = {}
-    for mask, *names in (("text_mask", "input_ids"),
-            ("region_mask", "region_boxes", "region_features")):
-        for name in names:
-            inputs[name] = pad([example[name] for example in examples])
-        inputs[mask] = pad([np.ones(len(example[names[0]]), np.int64) for example in examples])
+    inputs = {name: pad([example[name] for example in examples])
+        for name in ("input_ids", "region_boxes", "region_features")}
+    for mask, name in (("text_mask", "input_ids"), ("region_mask", "region_boxes")):
+        inputs[mask] = pad([np.ones(len(example[name]), np.int64) for example in examples])
     return inputs
 
 
@@ -944,9 +937,9 @@ def collate(examples):
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     batch = dict(model_inputs(examples), region_hidden=pad(columns["region_hidden"]),
         itm_labels=torch.tensor(columns["itm_labels"]), mrc_targets=None)
-    for name, width in (("mlm_positions", batch["input_ids"].shape[1]),
-            ("mrc_positions", batch["region_hidden"].shape[1])):
-        columns[name] = [places + width * b for b, places in enumerate(columns[name])]
+    for places, mask in (("mlm_positions", "text_mask"), ("mrc_positions", "region_mask")):
+        width = batch[mask].shape[1]
+        columns[places] = [place + width * b for b, place in enumerate(columns[places])]
     for name in ("mlm_positions", "mlm_labels", "mrc_positions", "mrc_targets"):
         if columns[name][0] is not None:
             batch[name] = torch.from_numpy(np.concatenate(columns[name]))
@@ -1059,9 +1052,9 @@ def import_features(paths, folder, detector="vg", classes=None):
         raise BadInput(f"{paths[0]}: no image with a region")
     size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
     names = ["background", *read_class_names(classes)] if classes else []
-    if names and num_classes not in (0, len(names)):
-        raise BadInput(f"{folder}: {len(names) - 1} class names, but the features have "
-            f"{num_classes - 1} classes besides the background")
+    if names and len(names) != num_classes:
+        raise BadInput(f"{classes}: {len(names)} class names with the background, but cls_prob has "
+            f"{num_classes} classes")
     writer = FeatureStore.create(folder, rows, most, size, num_classes, names, detector,
         source=[Path(p).name for p in paths])
     pending = set(writer.pending())
@@ -1161,14 +1154,13 @@ class Thing:
         name = " ".join(getattr(self, word) for word in words)
         return name if "shape" in words else f"{name} thing"
 
-    def is_clearly(self, relation, other, margin=8):
-        """True if this centre lies more than `margin` pixels on that side of the other's."""
-        axis, sign, _ = RELATIONS[relation]
-        return sign * (self.centre[axis] - other.centre[axis]) > margin
+    def relations(self, other, margin=8):
+        """On which sides of the other one it lies, by more than `margin` pixels between the centres.
 
-    def true_relations(self, other):
-        """Never empty: things do not touch, so along one axis centres differ by over 16 pixels."""
-        return [relation for relation in RELATIONS if self.is_clearly(relation, other)]
+        Never empty: things do not touch, so along one axis centres differ by over 16 pixels.
+        """
+        return [relation for relation, (axis, sign, _) in RELATIONS.items()
+            if sign * (self.centre[axis] - other.centre[axis]) > margin]
 
 
 class Scene:
@@ -1213,15 +1205,10 @@ class Scene:
         for a square.
         """
         noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
-        wide = scale * SCENE_PIXELS
-        image = Image.fromarray(noise).convert("RGB").resize((wide, wide), Image.NEAREST)
+        image = Image.fromarray(noise.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
         for thing in self.things:
             _draw_shape(ImageDraw.Draw(image), thing, scale)
         return image
-
-    def where(self, **words):
-        """The things with all of these words: where(colour='red', shape='star')."""
-        return [t for t in self.things if all(getattr(t, k) == w for k, w in words.items())]
 
     def _unique(self, *words):
         # {name: thing} of the names, made of these words, that mean one thing without doubt.
@@ -1244,7 +1231,7 @@ class Scene:
         if rng.random() < 0.5:
             parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
         else:
-            parts = [f"{first} {_pick(rng, things[0].true_relations(things[1]))} {second}"]
+            parts = [f"{first} {_pick(rng, things[0].relations(things[1]))} {second}"]
         return " and ".join(parts + rest)
 
     def questions(self, n=5):
@@ -1276,9 +1263,10 @@ class Scene:
         key = _pick(rng, ("all", "size", "colour", "shape"))
         if key == "all":
             return "how many things are there ?", str(len(self.things))
-        word = getattr(_pick(rng, self.things), key)
+        words = [getattr(thing, key) for thing in self.things]
+        word = _pick(rng, words)
         name = f"{word} things" if key != "shape" else "crosses" if word == "cross" else f"{word}s"
-        return f"how many {name} are there ?", str(len(self.where(**{key: word})))
+        return f"how many {name} are there ?", str(words.count(word))
 
     def _ask_existence(self, rng):
         # A 'no' names a colour and a shape that are both in the picture, on different things: only
@@ -1301,7 +1289,7 @@ class Scene:
         unique = list(self._unique("colour", "shape").items())
         if len(unique) > 1:
             (name, a), (other, b) = (unique[i] for i in rng.permutation(len(unique))[:2])
-            relation = _pick(rng, a.true_relations(b))
+            relation = _pick(rng, a.relations(b))
             asked, answer = _pick(rng, ((relation, "yes"), (RELATIONS[relation][2], "no")))
             return f"is the {name} {asked} the {other} ?", answer
 
@@ -1315,8 +1303,8 @@ class Scene:
         return list(dict.fromkeys(filter(None, found)))
 
     def _refer_by_attribute(self, rng):
-        # As few words as mean one thing: a longer name would be easier than it looks.
-        # By as few words as mean this thing alone; two that are alike in all three have no name.
+        # By as few words as mean this thing alone: a longer name would be easier than it looks. Two
+        # that are alike in all three words have no name.
         index = int(rng.integers(len(self.things)))
         for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
             name = self.things[index].named(*words)
@@ -1327,12 +1315,12 @@ class Scene:
         # 'the star left of the red ring': of several stars only this one is, even by a pixel.
         fits = []
         for index, thing in enumerate(self.things):
-            alike = self.where(shape=thing.shape)
+            others = [t for t in self.things if t.shape == thing.shape and t is not thing]
             for name, mark in self._unique("colour", "shape").items():
-                if len(alike) > 1 and mark not in alike:
-                    fits += [(f"the {thing.shape} {relation} the {name}", index, "relation")
-                        for relation in thing.true_relations(mark)
-                        if [t for t in alike if t.is_clearly(relation, mark, 0)] == [thing]]
+                for relation in thing.relations(mark):
+                    alone = not any(relation in t.relations(mark, 0) for t in others)
+                    if others and mark.shape != thing.shape and alone:
+                        fits.append((f"the {thing.shape} {relation} the {name}", index, "relation"))
         return _pick(rng, fits)
 
 
@@ -1348,19 +1336,19 @@ def _draw_shape(draw, thing, scale):
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
     if thing.shape == "circle":
-        draw.ellipse(box, fill=colour)
+        draw.ellipse(box, colour)
     elif thing.shape == "ring":
-        draw.ellipse(box, outline=colour, width=max(3 * scale, h // 3))
+        draw.ellipse(box, None, colour, max(3 * scale, h // 3))
     elif thing.shape == "square":
-        draw.rectangle(box, fill=colour)
+        draw.rectangle(box, colour)
     elif thing.shape == "triangle":
-        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], fill=colour)
+        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], colour)
     elif thing.shape == "cross":
-        draw.rectangle([x - third, y - h, x + third, y + h - 1], fill=colour)
-        draw.rectangle([x - h, y - third, x + h - 1, y + third], fill=colour)
+        draw.rectangle([x - third, y - h, x + third, y + h - 1], colour)
+        draw.rectangle([x - h, y - third, x + h - 1, y + third], colour)
     else:  # star: ten points, far and near in turn, from the top clockwise
-        polar = [(h if k % 2 == 0 else 0.42 * h, k * math.pi / 5) for k in range(10)]
-        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], fill=colour)
+        polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
+        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
@@ -1370,46 +1358,39 @@ def _draw_shape(draw, thing, scale):
 
 
 def check(paths):
-    """Say what these stores, captions and vocabularies are; True if a run could use all of them.
+    """Say what these stores, captions and vocabularies are; BadInput if a run could not use one.
 
     Of a store all of store.json is printed: which detector made it, with the SHA-256 of its
     weights, and how the regions were chosen. Features of two detectors must never meet in one run.
     """
-    stores, captions, good = [], {}, True
+    stores, captions = [], {}
     for path in map(Path, paths):
-        try:
-            if (path / "store.json").exists():
-                store = FeatureStore(path)
-                stores.append(store)
-                print(f"{path}: a feature store of {len(store):,} images "
-                    f"({(store.counts == 0).sum():,} failed), up to {store.num_regions} regions of "
-                    f"{store.feature_size}")
-                for key, value in store.meta.items():
-                    print(f"    {key}: {str(value)[:90]}")
-                rows = np.flatnonzero(store.counts > 0)
-                good = good and len(rows) > 1
-                for row in tqdm(rows, "reading", leave=False, disable=None):
-                    problem = record_problem(**store[row], class_probs=store.class_probs(row))
-                    if problem:
-                        raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; "
-                            "extract it again")
-            elif path.suffix == ".txt":
-                print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
-            else:
-                texts = Captions(read_captions(path))
-                captions[path] = np.unique(texts.ids)
-                print(f"{path}: {len(texts):,} captions, {(texts.starts == texts.ends).sum()} of "
-                    f"them empty, of {len(captions[path]):,} images; the first: {[*texts[:1]]}")
-                good = good and len(captions[path]) > 1
-        except BadInput as error:
-            print(f"PROBLEM {error}")
-            good = False
+        if (path / "store.json").exists():
+            store = FeatureStore(path)
+            stores.append(store)
+            print(f"{path}: a feature store of {len(store):,} images, "
+                f"{(store.counts == 0).sum():,} of them failed")
+            for key, value in store.meta.items():
+                print(f"    {key}: {str(value)[:90]}")
+            rows = np.flatnonzero(store.counts > 0)
+            for row in tqdm(rows, "reading", leave=False, disable=None):
+                problem = record_problem(**store[row], class_probs=store.class_probs(row))
+                if problem:
+                    raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; extract it "
+                        "again")
+        elif path.suffix == ".txt":
+            print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
+        else:
+            texts = Captions(read_captions(path))
+            captions[path] = np.unique(texts.ids)
+            print(f"{path}: {len(texts):,} captions of {len(captions[path]):,} images, "
+                f"{(texts.starts == texts.ends).sum():,} empty; the first: {[*texts[:1]]}")
     for path, ids in captions.items():
         for store in stores:
             found = (store.rows(ids) >= 0).sum()
             print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
-            good = good and found > 1
-    return good
+            if found < 2:
+                raise BadInput(f"{path}: a run needs two images with features, or more")
 
 
 def main(argv=None):
@@ -1427,7 +1408,7 @@ def main(argv=None):
     if args.command == "import":
         import_features(args.paths, args.out, args.detector, args.classes)
         args.paths = [args.out]
-    sys.exit(0 if check(args.paths) else 1)
+    check(args.paths)
 
 
 if __name__ == "__main__":
