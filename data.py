@@ -469,28 +469,21 @@ def store_layout(meta):
     return layout
 
 
-def open_arrays(folder, meta, mode="r"):
-    """{name: array} of a store, mapped from disk; BadInput unless each is what store.json says."""
+def open_store(folder, mode="r"):
+    """(store.json as a dict, {name: array mapped from disk}); BadInput unless they fit together."""
     arrays = {}
-    for name, (dtype, shape) in store_layout(meta).items():
-        path = folder / f"{name}.npy"
-        with reading(path, "an array of this store; write the store again"):
+    with reading(folder, "a feature store; extract_features.py writes one", "array") as at:
+        meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        if meta["version"] != STORE_VERSION:
+            raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
+        for at.entry, (dtype, shape) in store_layout(meta).items():
             # asarray: a plain view of the mapped pages, which numpy slices ten times as fast.
+            path = folder / f"{at.entry}.npy"
             array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"expected {shape} {dtype}, found {array.shape} {array.dtype}")
-        arrays[name] = array
-    return arrays
-
-
-def read_meta(folder):
-    """A folder's store.json as a dict; BadInput if there is none, or one of another version."""
-    path = folder / "store.json"
-    with reading(path, "a feature store; extract_features.py writes one"):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["version"] != STORE_VERSION:
-            raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
-    return meta
+            arrays[at.entry] = array
+    return meta, arrays
 
 
 def _shown(image_id):
@@ -527,16 +520,16 @@ class FeatureStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        with reading(self.folder, "a feature store; write it again"):
-            self.meta = meta = read_meta(self.folder)
-            self.arrays = open_arrays(self.folder, meta)
+        meta, self.arrays = open_store(self.folder)
+        self.meta = meta
+        with reading(self.folder, "a whole store.json"):
             self.num_regions, self.feature_size = meta["num_regions"], meta["feature_size"]
             self.num_region_classes = meta["num_region_classes"]
             self.class_names, self.detector = meta["class_names"], meta["detector"]
-            self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
             if not meta["complete"]:
-                raise BadInput(f"{folder}: a half-written feature store ({(self.counts >= 0).sum()} "
-                    f"of {len(self)} images); repeat the command that was writing it: it goes on")
+                raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
+                    "was writing it, and it goes on")
+        self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
         # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
         # half a gigabyte in every loading process; this takes 4 bytes per image.
         self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
@@ -547,8 +540,8 @@ class FeatureStore:
     @staticmethod
     def is_complete(folder):
         """True if a finished store lies there; False for a half-written one, or none."""
-        folder = Path(folder)
-        return (folder / "store.json").exists() and read_meta(folder).get("complete")
+        path = Path(folder) / "store.json"
+        return path.exists() and read_json(path, dict).get("complete", False)
 
     def __len__(self):
         return len(self.ids)
@@ -636,8 +629,7 @@ class StoreWriter:
         self.folder, self.meta = folder, meta
         if not (folder / "store.json").exists():
             self._allocate(fixed)
-        found = read_meta(folder)
-        self.arrays = open_arrays(folder, found, mode="r+")
+        found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
         differs = [key for key, value in (meta | fixed).items()
             if key not in ("complete", "versions", "weights")
@@ -1216,23 +1208,24 @@ class Scene:
         return {n: thing for n, thing in zip(names, self.things) if names.count(n) == 1}
 
     def captions(self, n=4):
-        """n sentences that are true of this picture and of few others."""
-        rng = self._rng(2)
-        return [self._caption(rng) for _ in range(n)]
+        """n sentences that are true of this picture and of few others.
 
-    def _caption(self, rng):
-        # Three things where there are three: 2 % of the captions are then true of another one of
-        # 100 scenes. With two things it would be 8 %.
-        things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
-        first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
-        # Half of the captions say where two of the things are, the others how two lie to each
-        # other. Where one thing is can be read from one region; a model that reads places learns
-        # later to compare them. From comparisons alone none learned anything about places.
-        if rng.random() < 0.5:
-            parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
-        else:
-            parts = [f"{first} {_pick(rng, things[0].relations(things[1]))} {second}"]
-        return " and ".join(parts + rest)
+        Each names three things where there are three: 2 % of the captions are then true of another
+        one of 100 scenes. With two things it would be 8 %. Half of them say where two of the things
+        are, the others how two lie to each other. Where one thing is can be read from one region; a
+        model that reads places learns later to compare them. From comparisons alone none learned
+        anything about places.
+        """
+        rng, sentences = self._rng(2), []
+        for _ in range(n):
+            things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
+            first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
+            if rng.random() < 0.5:
+                parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
+            else:
+                parts = [f"{first} {_pick(rng, things[0].relations(things[1]))} {second}"]
+            sentences.append(" and ".join(parts + rest))
+        return sentences
 
     def questions(self, n=5):
         """n (question, answer, type) triples; type is colour, shape, count, existence or relation.

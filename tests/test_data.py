@@ -254,7 +254,7 @@ def test_a_half_written_store_is_refused_and_can_be_finished(tmp_path):
     folder = tmp_path / "s"
     fill(make_writer(folder), [0, 2])
     assert not FeatureStore.is_complete(folder)
-    with pytest.raises(BadInput, match=r"s: a half-written feature store \(2 of 3 images\)"):
+    with pytest.raises(BadInput, match="s: a half-written feature store; repeat"):
         FeatureStore(folder)
     writer = make_writer(folder)
     assert writer.pending() == [1]
@@ -815,13 +815,14 @@ REFUSED = [  # (what is called, what lies at its path, words of the message behi
     (WordPiece, "hello\nworld\n", r"not BERT's vocabulary: .*'\[PAD\]'"),
     (WordPiece, b"\xff\xfe", "not BERT's vocabulary: one word piece per line"),
     (lambda path: WordPiece([*PIECES[1:], str(path)]), None, r"^the checkpoint's .*'\[PAD\]'"),
-    (FeatureStore, None, r"store.json: not a feature store; .*No such file"),
+    (FeatureStore, None, r"not a feature store; extract_features.py .*No such file"),
     (damaging("boxes.npy", np.zeros((3, 1, 4), np.float32)), None,
-        r"boxes.npy: not an array .*expected \(3, 2, 4\).*found \(3, 1, 4\)"),
-    (damaging("boxes.npy", np.zeros((3, 2, 4))), None, "boxes.npy: .*found .*float64"),
-    (damaging("store.json", {"version": 99}), None, "store.json: .*version 1, found 99"),
-    (damaging("store.json", "{"), None, r"store.json: not a .*line 1"),
-    (damaging("store.json", {"num_regions": "x"}), None, "not an array"),
+        r"\(near array boxes: expected \(3, 2, 4\) float32, found \(3, 1, 4\) float32"),
+    (damaging("boxes.npy", np.zeros((3, 2, 4))), None, "near array boxes: .*found .*float64"),
+    (damaging("store.json", {"version": 99}), None, "expected version 1, found 99"),
+    *((damaging("store.json", {key: None}), None, "not a ") for key in ("version", "num_images")),
+    (damaging("store.json", "{"), None, "not a feature store; .*line 1"),
+    (damaging("store.json", {"num_regions": "x"}), None, "near array boxes"),
     (twice(ids=("a", "b", "x")), None, "other images or settings .*differs in ids"),
     (twice(feature_size=4), None, "other images or settings .*differs in feature_size"),
     (lambda path: make_writer(path, ids=("a", "a.jpg")), None, "'a' is the id of two images"),
