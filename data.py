@@ -93,10 +93,9 @@ class BadInput(ValueError):
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput and OSError (disks, permissions) end in one sentence and exit status 1. Ctrl-C and
-    SIGTERM exit with 130, the shell's number for Ctrl-C. Memory that runs out, here or in a loading
-    process, counts as a setting that is too large. Every other exception is a bug and keeps its
-    traceback.
+    BadInput, OSError (disks, permissions) and memory that runs out end in one sentence and exit
+    status 1. Ctrl-C and SIGTERM exit with 130, the shell's number for Ctrl-C. Every other exception
+    is a bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind the stack, and tidy up
     status = 1
@@ -124,9 +123,8 @@ def reading(path, what, unit="entry"):
         with reading("a.json", "a list of boxes") as at:
             for at.entry, box in enumerate(json.load(...)): ...
 
-    A missing key, a wrong type, a broken header or a folder in place of a file becomes
-    BadInput("a.json: not a list of boxes (near entry 3: KeyError 'bbox')"). One net at the border
-    replaces a check per field between the lines that teach.
+    A missing key, a wrong type or a broken header becomes BadInput("a.json: not a list of boxes
+    (near entry 3: KeyError 'bbox')"). One net at the border replaces a check per field.
     """
     at = types.SimpleNamespace(entry=None)
     try:
@@ -264,7 +262,7 @@ def only_run_in(folder):
 
     The lock (POSIX, on a neighbour of the folder) belongs to this process alone: its loading
     processes do not inherit it, and the system releases it however the process ends, even by
-    SIGKILL. What a killed run left half-written is removed.
+    SIGKILL.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -277,8 +275,6 @@ def only_run_in(folder):
         except OSError:
             raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
                 "another --out") from None
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
         yield
 
 
@@ -410,9 +406,9 @@ class WordPiece:
 def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
-    Words that were seen twice stay whole, the most frequent first, until `size` is reached. All others fall apart into characters, so nothing of the corpus is [UNK]. BERT's own
-    vocabulary has parts of words too; a corpus large enough to need them deserves BERT's file.
-    Returns a list of pieces.
+    Words that were seen twice stay whole, the most frequent first, until `size` is reached. All
+    others fall apart into characters, so nothing of the corpus is [UNK]. A corpus large enough to
+    need parts of words deserves BERT's own file. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
@@ -627,7 +623,8 @@ class StoreWriter:
 
     def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
-        if not (folder / "store.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
             self._allocate(fixed)
         found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
@@ -639,25 +636,16 @@ class StoreWriter:
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
-        # Give every array its full size. A kill before the last line leaves files that the next
-        # attempt overwrites: without store.json they are no store. Nothing else is overwritten.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        layout = store_layout(self.meta)
-        others = {path.stem for path in self.folder.iterdir()} - {*layout, ".store.json"}
-        if others:
-            raise BadInput(f"{self.folder}: holds {min(others)!r} and no feature store; choose a "
-                "folder that is empty or new")
         # Mapped files take their disk as they are filled, and a full disk then kills in silence.
+        layout, start = store_layout(self.meta), fixed | {"counts": -1}
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
         if size > shutil.disk_usage(self.folder).free:
-            raise BadInput(f"{self.folder}: the store needs {size / 1e9:,.2f} GB, and its disk has "
-                "not so much left; choose another one")
+            raise BadInput(f"{self.folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
         for name, form in layout.items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
-            if name in fixed or name == "counts":
-                array[:] = fixed.get(name, -1)
-            array.flush()
+            if name in start:
+                array[:] = start[name]
         write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
 
     def pending(self):
@@ -800,7 +788,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         row, match = self.rows[index], MATCH
         if rng.random() < self.mismatch:
-            row, match = self._other_image(row, rng), MISMATCH
+            # The image of another caption may fit by chance: with many images that is rare. To
+            # exchange captions instead would give the same pairs equally often, but texts of
+            # lengths that nobody knows before: train.epoch_batches could not sort by them.
+            match = MISMATCH
+            while row == self.rows[index]:
+                row = self.rows[rng.integers(len(self))]
         ids = self.tokenizer.encode(self.captions[index][1], self.max_tokens)
         input_ids, words = mask_tokens(ids, self.tokenizer, rng, self.rate)
         regions = region_inputs(self.store, None if self.blind else row)
@@ -812,22 +805,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
             mlm_labels=np.array(ids)[words], mrc_positions=classes,
             mrc_targets=self.store.class_probs(row, classes), itm_labels=match)  # (k, C)
 
-    def _other_image(self, row, rng):
-        # That of any other caption of the corpus, drawn again until it is another image. It may fit
-        # the caption by chance: with many images that is rare enough. To exchange captions instead
-        # would give the same pairs equally often, but texts of lengths that nobody knows before
-        # they are drawn: train.epoch_batches could not put equal ones together.
-        while True:
-            other = self.rows[rng.integers(len(self))]
-            if other != row:
-                return other
-
 
 class Captions:
     """Pairs (image id, text) in little memory, to read like a list: Captions(pairs)[0], len, for.
 
     The texts lie in one block of bytes, each between its start and its end. A list of 3.3 million
-    tuples takes 0.9 GB; this takes 0.25, and loading processes share it. They would copy a list
+    tuples takes 0.9 GB; this takes 0.3, and loading processes share it. They would copy a list
     page by page: Python counts references in the objects, so reading a string writes to its page.
 
     ids (N,) bytes: canonical image ids. words (N,): how many spaces a text has. A slice, or an
@@ -965,7 +948,7 @@ def read_captions(path, split=None):
         records = _folder_captions(path)
     else:
         with reading(path, "a caption file"), open_text(path) as file:
-            is_json = file.read(4096).lstrip().startswith(("{", "["))
+            is_json = file.read(1) == "{"
         records = _json_captions(path) if is_json else _tsv_captions(path)
     for image_id, text, part in records:
         if split in (None, part):
@@ -1147,7 +1130,7 @@ class Thing:
         return name if "shape" in words else f"{name} thing"
 
     def relations(self, other, margin=8):
-        """On which sides of the other one it lies, by more than `margin` pixels between the centres.
+        """On which sides of the other it lies: centres differ by more than `margin` pixels.
 
         Never empty: things do not touch, so along one axis centres differ by over 16 pixels.
         """
@@ -1258,7 +1241,9 @@ class Scene:
             return "how many things are there ?", str(len(self.things))
         words = [getattr(thing, key) for thing in self.things]
         word = _pick(rng, words)
-        name = f"{word} things" if key != "shape" else "crosses" if word == "cross" else f"{word}s"
+        name = f"{word} things"
+        if key == "shape":
+            name = "crosses" if word == "cross" else f"{word}s"
         return f"how many {name} are there ?", str(words.count(word))
 
     def _ask_existence(self, rng):
@@ -1376,8 +1361,8 @@ def check(paths):
         else:
             texts = Captions(read_captions(path))
             captions[path] = np.unique(texts.ids)
-            print(f"{path}: {len(texts):,} captions of {len(captions[path]):,} images, "
-                f"{(texts.starts == texts.ends).sum():,} empty; the first: {[*texts[:1]]}")
+            print(f"{path}: {len(texts):,} captions of {len(captions[path]):,} images; the first: "
+                f"{[*texts[:1]]}")
     for path, ids in captions.items():
         for store in stores:
             found = (store.rows(ids) >= 0).sum()
