@@ -161,8 +161,8 @@ def canonical_id(name):
 def write_whole(path, write, mode="w"):
     """Call `write(file)`; afterwards `path` holds all of it, or is what it was before.
 
-    The bytes go to a temporary neighbour, reach the disk (fsync), and only then take the name. A
-    rename within a folder is atomic: a crash or a full disk costs the new version, never the old.
+    The bytes go to a neighbour, reach the disk (fsync), and only then take the name. A rename
+    within a folder is atomic: a crash or a full disk costs the new version, never the old.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -595,7 +595,7 @@ class FeatureStore:
         of the detector's last layer, background first, in place of stored distributions. `more`
         goes into store.json as it is. Raises BadInput if the folder holds anything else.
         """
-        fixed = {"ids": encode_ids(ids)}  # known from the start; all else is written per row
+        fixed = {"ids": encode_ids(ids)}  # all else is written per row
         if class_head:
             fixed["class_weight"], fixed["class_bias"] = map(np.float32, class_head)
             num_region_classes = len(class_head[1])
@@ -617,8 +617,8 @@ class StoreWriter:
     store = writer.finish()
 
     The arrays have their full size from the start, so each row has its place and no process waits
-    for another; counts tells which rows are there. fixed: {name: array} of what is known before the
-    first row.
+    for another; counts tells which rows are there. fixed: {name: array} of what is known from the
+    start.
     """
 
     def __init__(self, folder, meta, fixed):
@@ -646,7 +646,8 @@ class StoreWriter:
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
             if name in start:
                 array[:] = start[name]
-        write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
+        # Last: it says that all arrays are there. After a kill before that remove the folder.
+        write_json(self.folder / "store.json", self.meta)
 
     def pending(self):
         """Rows that are still to be written."""
@@ -697,9 +698,8 @@ def record_problem(features, boxes, size, class_probs=None):
     """
     if min(len(features), *size) < 1:
         return f"{len(features)} regions in a picture of {size} pixels"
-    with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
-        if not np.isfinite(np.float16(features)).all():
-            return "features with NaN or infinity"
+    if not np.isfinite(np.float16(features)).all():  # float16 ends at 65504: infinity lies beyond
+        return "features with NaN or infinity"
     if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
         return "class_probs that do not add up to 1"
     low, high = boxes[:, :2], boxes[:, 2:]
@@ -955,11 +955,9 @@ def read_captions(path, split=None):
             yield canonical_id(image_id), text
 
 
-# Each of these yields (image id, caption, split).
-
-
 def _folder_captions(folder):
-    # img2dataset writes a caption beside each picture, under the same number: its id.
+    # Yields (image id, caption, split), as the two below. img2dataset writes a caption beside each
+    # picture, under the same number: its id.
     for path in sorted(folder.rglob("*.txt")):
         with reading(path, "a caption"):
             yield path.name, path.read_text(encoding="utf-8").strip(), "train"
@@ -974,14 +972,13 @@ def _json_captions(path):
                 yield record["image_id"], "" + record["caption"], "train"  # "" +: a text, not None
         else:
             for at.entry, record in enumerate(content["images"]):
-                split = "train" if record["split"] == "restval" else record["split"]
+                split = record["split"].replace("restval", "train")
                 for sentence in record["sentences"]:
                     yield record.get("cocoid", record["filename"]), "" + sentence["raw"], split
 
 
 def _tsv_captions(path):
-    # No csv module: its quoting rules would swallow lines of web captions with an odd quotation
-    # mark.
+    # No csv module: after an odd quotation mark it would swallow lines.
     with reading(path, "a caption file of two columns", "line") as at, open_text(path) as file:
         for at.entry, line in enumerate(file, 1):
             image, text = line.rstrip("\r\n").split("\t")
@@ -1016,8 +1013,7 @@ def import_features(paths, folder, detector="vg", classes=None):
 
     classes: a file with a class name per line, without background, or None. Two passes with one
     line in memory at a time: the first counts, the second writes. A broken line ends the import; an
-    image whose numbers no run could use is left out, with the reason in failed.txt. Returns the
-    FeatureStore.
+    image whose numbers no run could use fails alone. Returns the FeatureStore.
     """
     rows, most = {}, 0
     for image_id, record in read_tsv(paths):
@@ -1194,10 +1190,9 @@ class Scene:
         """n sentences that are true of this picture and of few others.
 
         Each names three things where there are three: 2 % of the captions are then true of another
-        one of 100 scenes. With two things it would be 8 %. Half of them say where two of the things
-        are, the others how two lie to each other. Where one thing is can be read from one region; a
-        model that reads places learns later to compare them. From comparisons alone none learned
-        anything about places.
+        one of 100 scenes. With two things it would be 8 %. Half of them say where two things are,
+        the others how two lie to each other: a model that reads places from single regions learns
+        later to compare them. From comparisons alone none learned anything about places.
         """
         rng, sentences = self._rng(2), []
         for _ in range(n):
@@ -1331,15 +1326,15 @@ def _draw_shape(draw, thing, scale):
 
 # --- 8. Command line ------------------------------------------------------------------------------
 #
-# `check` reads every number that a run would read, and names in minutes the fault that would end
-# the run after hours. A caption file that is given together with a store is also matched with it.
+# `check` reads every number that a run would read, and names in minutes the first fault that would
+# end the run after hours. A caption file that is given with a store is also matched with it.
 
 
 def check(paths):
-    """Say what these stores, captions and vocabularies are; BadInput if a run could not use one.
+    """Say what stores, captions and vocabularies are; BadInput if a run could not use one.
 
-    Of a store all of store.json is printed: which detector made it, with the SHA-256 of its
-    weights, and how the regions were chosen. Features of two detectors must never meet in one run.
+    store.json says which detector made a store, and how the regions were chosen: features of two
+    detectors must never meet in one run.
     """
     stores, captions = [], {}
     for path in map(Path, paths):
