@@ -656,21 +656,17 @@ class StoreWriter:
     def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
 
-        class_probs (n, C): for a store that has this array. Raises BadInput, and writes nothing, if
-        a run could not use these numbers.
+        class_probs (n, C): for a store that has this array. Raises BadInput, and leaves the row
+        pending, if a run could not use these numbers.
         """
-        values = dict(features=features, boxes=boxes)
+        values, name = dict(features=features, boxes=boxes), _shown(self.arrays["ids"][row])
         if "class_probs" in self.arrays:
             values["class_probs"] = class_probs
-        problem, places = "", {name: self.arrays[name][row, : len(features)] for name in values}
-        for name, place in places.items():
-            if np.shape(values[name]) != place.shape:
-                problem = f"{name} of shape {np.shape(values[name])}, expected {place.shape}"
-        problem = problem or record_problem(**values, size=size)
-        if problem:
-            raise BadInput(f"image {_shown(self.arrays['ids'][row])}: {problem}")
-        for name, place in places.items():
-            place[:] = values[name]
+        with reading(f"image {name}", "regions of this store's shapes"):
+            if problem := record_problem(**values, size=size):
+                raise BadInput(f"image {name}: {problem}")
+            for key, value in values.items():
+                self.arrays[key][row, : len(features)] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
 
@@ -696,8 +692,8 @@ def record_problem(features, boxes, size, class_probs=None):
     Asked before they are stored: a NaN that gets into a batch shows only as a NaN loss, thousands
     of images later. A box may leave the picture by a pixel, as rounding does.
     """
-    if min(len(features), *size) < 1:
-        return f"{len(features)} regions in a picture of {size} pixels"
+    if min(len(features), *size) < 1 or len(boxes) != len(features):
+        return f"{len(features)} regions and {len(boxes)} boxes in a picture of {size} pixels"
     if not np.isfinite(np.float16(features)).all():  # float16 ends at 65504: infinity lies beyond
         return "features with NaN or infinity"
     if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
