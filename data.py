@@ -468,7 +468,8 @@ def store_layout(meta):
 def open_store(folder, mode="r"):
     """(store.json as a dict, {name: array mapped from disk}); BadInput unless they fit together."""
     arrays = {}
-    with reading(folder, "a feature store; extract_features.py writes one", "array") as at:
+    what = "a feature store; extract_features.py writes one, into an empty folder"
+    with reading(folder, what, "array") as at:
         meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         if meta["version"] != STORE_VERSION:
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
