@@ -36,7 +36,7 @@ Map of the file (* = read these first)
     8. Command line          check, import
 
     $ python data.py check runs/world/features-3600
-    runs/world/features-3600: a feature store of 4,000 images (0 failed), up to 8 regions of 128
+    runs/world/features-3600: a feature store of 4,000 images, 0 of them failed
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
@@ -52,7 +52,6 @@ import base64
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -94,10 +93,9 @@ class BadInput(ValueError):
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput and OSError (disks, permissions) end in one sentence and exit status 1. Ctrl-C and
-    SIGTERM exit with 130, the shell's number for Ctrl-C. Memory that runs out, here or in a loading
-    process, counts as a setting that is too large. Every other exception is a bug and keeps its
-    traceback.
+    BadInput, OSError (disks, permissions) and memory that runs out end in one sentence and exit
+    status 1. Ctrl-C and SIGTERM exit with 130, the shell's number for Ctrl-C. Every other exception
+    is a bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind the stack, and tidy up
     status = 1
@@ -108,11 +106,10 @@ def run(main):
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "out of memory" not in str(error):
+        if not re.search("DataLoader worker|out of memory", str(error)):
             raise
-        reason = str(error).splitlines()[0][:150].rstrip(". ")
-        message = (f"error: {reason}: as a rule too little memory; try fewer --workers, or --accum "
-            "2, which gives the same result; --resume goes on")
+        message = (f"error: too little memory? Try fewer --workers, or --accum 2, which gives the "
+            f"same result; --resume goes on ({str(error)[:150]})")
     # Of several processes with the same error only the first prints it: its end ends the others.
     time.sleep(os.environ.get("RANK", "0") != "0")
     print(message, file=sys.stderr, flush=True)
@@ -126,9 +123,8 @@ def reading(path, what, unit="entry"):
         with reading("a.json", "a list of boxes") as at:
             for at.entry, box in enumerate(json.load(...)): ...
 
-    A missing key, a wrong type, a broken header or a folder in place of a file becomes
-    BadInput("a.json: not a list of boxes (near entry 3: KeyError 'bbox')"). One net at the border
-    replaces a check per field between the lines that teach.
+    A missing key, a wrong type or a broken header becomes BadInput("a.json: not a list of boxes
+    (near entry 3: KeyError 'bbox')"). One net at the border replaces a check per field.
     """
     at = types.SimpleNamespace(entry=None)
     try:
@@ -165,11 +161,11 @@ def canonical_id(name):
 def write_whole(path, write, mode="w"):
     """Call `write(file)`; afterwards `path` holds all of it, or is what it was before.
 
-    The bytes go to a temporary neighbour, reach the disk (fsync), and only then take the name. A
-    rename within a folder is atomic: a crash or a full disk costs the new version, never the old.
+    The bytes go to a neighbour, reach the disk (fsync), and only then take the name. A rename
+    within a folder is atomic: a crash or a full disk costs the new version, never the old.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             write(file)
@@ -177,10 +173,7 @@ def write_whole(path, write, mode="w"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save hides the disk's error behind its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise OSError(f"{error.__context__ or error}: {path}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -269,25 +262,19 @@ def only_run_in(folder):
 
     The lock (POSIX, on a neighbour of the folder) belongs to this process alone: its loading
     processes do not inherit it, and the system releases it however the process ends, even by
-    SIGKILL. What a killed run left half-written is removed.
+    SIGKILL.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a+") as file:
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass  # Windows has no such locks: there, take care yourself
         except OSError:
-            file.seek(0)
-            raise BadInput(f"{folder}: process {file.read() or '?'} is at work there; wait for it, "
-                "or choose another --out") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+            raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
+                "another --out") from None
         yield
 
 
@@ -298,29 +285,29 @@ def start_processes(count):
     when all have ended well. The first that fails ends the others at once; it has printed its
     reason, and this process exits with its status.
     """
-    if 0 < (available := torch.cuda.device_count()) < count:
-        raise BadInput(f"--gpus {count}: this machine has {available}")
-    with socket.socket() as probe:  # a port that is free now, so that two runs do not meet
-        probe.bind(("127.0.0.1", 0))
-        shared = dict(os.environ, WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(probe.getsockname()[1]))
-    processes = [subprocess.Popen([sys.executable, *sys.orig_argv[1:]],
-        env=dict(shared, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    if 0 < torch.cuda.device_count() < count:
+        raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # one that is free now, so that two runs do not meet
+    processes = []
+    for rank in map(str, range(count)):
+        env = dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env))
     # Ctrl-C reaches every process of a terminal by itself; SIGTERM reaches only this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
-    ends = [None]  # None while a process runs, then its status; negative: killed by a signal
-    while None in ends and not any(ends):
-        time.sleep(0.05)
-        ends = [process.poll() for process in processes]
+    for _ in processes:
+        status = os.waitstatus_to_exitcode(os.wait()[1])  # of the next one that ends
+        if status:
+            break
     for process in processes:
         process.kill()  # those that still run would wait for the lost one for ever
         process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = next(filter(None, ends), 0)
     if status < 0:
-        raise BadInput(f"process {ends.index(status)} was ended by {signal.Signals(-status).name}; "
-            "the same command goes on, a training with --resume")
+        raise BadInput(f"a process was ended by signal {-status}; the same command goes on, a "
+            "training with --resume")
     if status:
         sys.exit(status)
 
@@ -383,8 +370,6 @@ class WordPiece:
     '##ing', 'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
     """
 
-    longest_word = 100  # characters; BERT gives up on longer words: [UNK]
-
     def __init__(self, vocab):
         given = isinstance(vocab, list)
         with reading("the checkpoint's words" if given else vocab,
@@ -401,16 +386,15 @@ class WordPiece:
     @functools.lru_cache(50_000)  # noqa: B019  words come again and again, tokenizers do not
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
-        if len(word) > self.longest_word:
+        if len(word) > 100:  # characters: BERT gives up
             return ["[UNK]"]
         pieces, prefix = [], ""
         while word:
-            ends = range(len(word), 0, -1)
-            end = next((end for end in ends if prefix + word[:end] in self.ids), None)
-            if end is None:
+            ends = [end for end in range(1, len(word) + 1) if prefix + word[:end] in self.ids]
+            if not ends:
                 return ["[UNK]"]  # BERT drops the whole word, not only the part without a piece
-            pieces.append(prefix + word[:end])
-            prefix, word = "##", word[end:]
+            pieces.append(prefix + word[: ends[-1]])
+            prefix, word = "##", word[ends[-1] :]
         return pieces
 
     def encode(self, text, max_tokens):
@@ -419,17 +403,16 @@ class WordPiece:
         return [self.cls_id, *(self.ids[p] for p in pieces[: max_tokens - 2]), self.sep_id]
 
 
-def build_vocab(texts, size=30522, min_count=2):
+def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
-    Words that were seen min_count times stay whole, the most frequent first, until `size` is
-    reached. All others fall apart into characters, so nothing of the corpus is [UNK]. BERT's own
-    vocabulary has parts of words too; a corpus large enough to need them deserves BERT's file.
-    Returns a list of pieces.
+    Words that were seen twice stay whole, the most frequent first, until `size` is reached. All
+    others fall apart into characters, so nothing of the corpus is [UNK]. A corpus large enough to
+    need parts of words deserves BERT's own file. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
-    frequent = [w for w, count in words.most_common() if count >= min_count and len(w) > 1]
+    frequent = [w for w, count in words.most_common() if count > 1 and len(w) > 1]
     return [*SPECIALS, *characters, *(f"##{c}" for c in characters), *frequent][:size]
 
 
@@ -455,11 +438,6 @@ def build_vocab(texts, size=30522, min_count=2):
 #
 # A detector's class logits are linear in the very feature that is stored. So the layer, 13 MB for
 # Visual Genome's 1,601 classes, says what 115 KB per image would: 380 GB for 3.3 million images.
-# Features that were published with their best class alone may keep it, for people to look at:
-#
-#     objects.npy         (N, R)     int32     the best class, background excluded
-#     confidences.npy     (N, R)     float32   its probability
-#
 # Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image)
 # and its rounding, 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files
 # opened as memory maps: nothing is loaded, all loading processes share the system's page cache, and
@@ -484,34 +462,30 @@ def store_layout(meta):
         layout.update(class_weight=("float32", (c, f)), class_bias=("float32", (c,)))
     elif c:
         layout.update(class_probs=("float16", (n, r, c)))
-    if meta.get("objects"):
-        layout.update(objects=("int32", (n, r)), confidences=("float32", (n, r)))
     return layout
 
 
-def open_arrays(folder, meta, mode="r"):
-    """{name: array} of a store, mapped from disk; BadInput unless each is what store.json says."""
+def open_store(folder, mode="r"):
+    """(store.json as a dict, {name: array mapped from disk}); BadInput unless they fit together."""
     arrays = {}
-    for name, (dtype, shape) in store_layout(meta).items():
-        path = folder / f"{name}.npy"
-        with reading(path, "an array of this store; write the store again"):
+    what = "a feature store; extract_features.py writes one, into an empty folder"
+    with reading(folder, what, "array") as at:
+        meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        if meta["version"] != STORE_VERSION:
+            raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
+        for at.entry, (dtype, shape) in store_layout(meta).items():
             # asarray: a plain view of the mapped pages, which numpy slices ten times as fast.
+            path = folder / f"{at.entry}.npy"
             array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"expected {shape} {dtype}, found {array.shape} {array.dtype}")
-        arrays[name] = array
-    return arrays
+            arrays[at.entry] = array
+    return meta, arrays
 
 
-def read_meta(folder):
-    """A folder's store.json as a dict; BadInput if there is none, or one of another version."""
-    path = folder / "store.json"
-    with reading(path, "a feature store; extract_features.py writes one"):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["version"] != STORE_VERSION:
-            raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
-        meta["complete"] = bool(meta["complete"])
-    return meta
+def _shown(image_id):
+    # An id as messages show it; a file name that is not UTF-8 as well as it can be.
+    return image_id.decode(errors="replace")
 
 
 def encode_ids(ids):
@@ -543,16 +517,16 @@ class FeatureStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        with reading(self.folder, "a feature store; write it again"):
-            self.meta = meta = read_meta(self.folder)
-            self.arrays = open_arrays(self.folder, meta)
+        meta, self.arrays = open_store(self.folder)
+        self.meta = meta
+        with reading(self.folder, "a whole store.json"):
             self.num_regions, self.feature_size = meta["num_regions"], meta["feature_size"]
             self.num_region_classes = meta["num_region_classes"]
             self.class_names, self.detector = meta["class_names"], meta["detector"]
+            if not meta["complete"]:
+                raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
+                    "was writing it, and it goes on")
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
-        if not meta["complete"]:
-            raise BadInput(f"{folder}: a half-written feature store ({(self.counts >= 0).sum()} of "
-                f"{len(self)} images); repeat the command that was writing it, and it goes on")
         # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
         # half a gigabyte in every loading process; this takes 4 bytes per image.
         self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
@@ -563,8 +537,8 @@ class FeatureStore:
     @staticmethod
     def is_complete(folder):
         """True if a finished store lies there; False for a half-written one, or none."""
-        folder = Path(folder)
-        return (folder / "store.json").exists() and read_meta(folder)["complete"]
+        path = Path(folder) / "store.json"
+        return path.exists() and read_json(path, dict).get("complete", False)
 
     def __len__(self):
         return len(self.ids)
@@ -572,9 +546,9 @@ class FeatureStore:
     def rows(self, image_ids):
         """(n,) rows of images under any spelling of their ids; -1: absent, or extraction failed."""
         keys = encode_ids(image_ids)
-        # Sorted keys are looked up in neighbouring places of memory: ten times as fast.
-        turn, place = np.argsort(keys, kind="stable"), np.empty(len(keys), np.int32)
-        place[turn] = np.searchsorted(self.ids, keys[turn], sorter=self._order)
+        # Sorted keys are looked up in neighbouring places of memory: several times as fast.
+        unique, inverse = np.unique(keys, return_inverse=True)
+        place = np.searchsorted(self.ids, unique, sorter=self._order)[inverse]
         rows = self._order[place.clip(max=len(self) - 1)]
         return np.where((self.ids[rows] == keys) & (self.counts[rows] > 0), rows, -1)
 
@@ -608,17 +582,10 @@ class FeatureStore:
         return exp / exp.sum(axis=1, keepdims=True)
 
     def best_classes(self, row):
-        """(classes (n,), probabilities (n,)) without the background; None if nothing is known."""
-        if "objects" in self.arrays:
-            return self._of("objects", row), self._of("confidences", row)
-        if (probs := self.class_probs(row)) is not None:
-            return probs[:, 1:].argmax(axis=1) + 1, probs[:, 1:].max(axis=1)
-
-    def check(self, row):
-        """Raise BadInput if a run could not use this image's regions."""
-        if problem := record_problem(**self[row], class_probs=self.class_probs(row)):
-            name = self.ids[row].decode(errors="replace")
-            raise BadInput(f"{self.folder}: image {name}: {problem}; extract it again")
+        """(classes (n,), probabilities (n,)) without the background; None if there are none."""
+        probs = self.class_probs(row)
+        if probs is not None:
+            return 1 + probs[:, 1:].argmax(axis=1), probs[:, 1:].max(axis=1)
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -629,18 +596,18 @@ class FeatureStore:
         of the detector's last layer, background first, in place of stored distributions. `more`
         goes into store.json as it is. Raises BadInput if the folder holds anything else.
         """
-        fixed = {"ids": encode_ids(ids)}  # known from the start; all else is written per row
+        fixed = {"ids": encode_ids(ids)}  # all else is written per row
         if class_head:
-            fixed.update(zip(("class_weight", "class_bias"), map(np.float32, class_head)))
+            fixed["class_weight"], fixed["class_bias"] = map(np.float32, class_head)
             num_region_classes = len(class_head[1])
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(fixed["ids"]),
             num_regions=num_regions, feature_size=feature_size,
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
-        twice = [i for i, n in Counter(fixed["ids"].tolist()).items() if n > 1 or not i]
-        if twice:
-            name = twice[0].decode(errors="replace")
-            raise BadInput(f"{folder}: {name!r} is the id of two images, or empty")
+        unique, times = np.unique(fixed["ids"], return_counts=True)
+        wrong = unique[(times > 1) | (unique == b"")]
+        if len(wrong):
+            raise BadInput(f"{folder}: {_shown(wrong[0])!r} is the id of two images, or empty")
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -651,80 +618,63 @@ class StoreWriter:
     store = writer.finish()
 
     The arrays have their full size from the start, so each row has its place and no process waits
-    for another; counts tells which rows are there. fixed: {name: array} of what is known before the
-    first row.
+    for another; counts tells which rows are there. fixed: {name: array} of what is known from the
+    start.
     """
 
     def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
-        if not (folder / "store.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
             self._allocate(fixed)
+        found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
-        found = read_meta(folder)
-        differs = [key for key in sorted(meta.keys() - {"complete", "versions", "weights"})
-            if found.get(key) != meta[key]]
-        if not differs:
-            self.arrays = open_arrays(folder, meta, mode="r+")
-            differs = [k for k in fixed if not np.array_equal(self.arrays[k], fixed[k])]
+        differs = [key for key, value in (meta | fixed).items()
+            if key not in ("complete", "versions", "weights")
+            and not np.array_equal((self.arrays | found).get(key), value)]
         if differs:
             raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
-        # Give every array its full size. A kill before the last line leaves files that the next
-        # attempt overwrites: without store.json they are no store.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        layout = store_layout(self.meta)
-        # What a run that was killed here has left may be overwritten; nothing else.
-        for path in self.folder.iterdir():
-            if path.stem not in layout and path.name[0] != ".":
-                raise BadInput(f"{self.folder}: holds {path.name!r} and no feature store; choose a "
-                    "folder that is empty or new")
         # Mapped files take their disk as they are filled, and a full disk then kills in silence.
+        layout, start = store_layout(self.meta), fixed | {"counts": -1}
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise BadInput(f"{self.folder}: the store needs {size / 1e6:,.1f} MB, and "
-                f"{free / 1e6:,.1f} MB are free; choose another disk")
+        if size > shutil.disk_usage(self.folder).free:
+            raise BadInput(f"{self.folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
         for name, form in layout.items():
             # 'w+' makes a sparse file: no disk is used until a row is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
-            if name in fixed or name == "counts":
-                array[:] = fixed.get(name, -1)
-            array.flush()
-        write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
-
-    def _id(self, row):
-        # For messages: a name that is not UTF-8 is shown as well as it can be.
-        return self.arrays["ids"][row].decode(errors="replace")
+            if name in start:
+                array[:] = start[name]
+        # Last: it says that all arrays are there. After a kill before that remove the folder.
+        write_json(self.folder / "store.json", self.meta)
 
     def pending(self):
         """Rows that are still to be written."""
         return np.flatnonzero(self.arrays["counts"] < 0).tolist()
 
-    def write(self, row, features, boxes, size, **more):
+    def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
 
-        more: class_probs (n, C), objects (n,), confidences (n,); a store without that array leaves
-        it out. Raises BadInput, and writes nothing, if a run could not use these numbers.
+        class_probs (n, C): for a store that has this array. Raises BadInput, and leaves the row
+        pending, if a run could not use these numbers.
         """
-        values = dict(more, features=features, boxes=boxes)
-        problem = record_problem(features, boxes, size, more.get("class_probs"))
-        for name in values.keys() & self.arrays.keys():
-            found, (most, *rest) = np.shape(values[name]), self.arrays[name].shape[1:]
-            if found != (len(features), *rest) or len(features) > most:
-                problem = f"{name} of shape {found}, expected {(most, *rest)}"
-        if problem:
-            raise BadInput(f"image {self._id(row)}: {problem}")
-        for name in values.keys() & self.arrays.keys():
-            self.arrays[name][row, : len(features)] = values[name]
+        values, name = dict(features=features, boxes=boxes), _shown(self.arrays["ids"][row])
+        if "class_probs" in self.arrays:
+            values["class_probs"] = class_probs
+        with reading(f"image {name}", "regions of this store's shapes"):
+            if problem := record_problem(**values, size=size):
+                raise BadInput(f"image {name}: {problem}")
+            for key, value in values.items():
+                self.arrays[key][row, : len(features)] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
 
     def fail(self, row, reason):
         """An image without regions: its row stays empty, and failed.txt says why."""
         with open(self.folder / "failed.txt", "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{self._id(row)}\t{' '.join(reason.split())}\n")
+            file.write(f"{_shown(self.arrays['ids'][row])}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
@@ -743,17 +693,15 @@ def record_problem(features, boxes, size, class_probs=None):
     Asked before they are stored: a NaN that gets into a batch shows only as a NaN loss, thousands
     of images later. A box may leave the picture by a pixel, as rounding does.
     """
-    width, height = size
-    if not len(features) or min(size) < 1:
-        return f"{len(features)} regions in {width} x {height} pixels"
-    with np.errstate(over="ignore"):  # float16 ends at 65504: beyond, infinity would be stored
-        for name, values in dict(features=features, boxes=boxes, class_probs=class_probs).items():
-            if values is not None and not np.isfinite(np.asarray(values, np.float16)).all():
-                return f"{name} with NaN or infinity"
-    if (boxes < -1).any() or (boxes > np.tile(size, 2) + 1).any():
-        return f"a box outside the image of {width} x {height} pixels"
-    if (boxes[:, 2:] < boxes[:, :2]).any():
-        return "a box whose x2 < x1 or y2 < y1"
+    if min(len(features), *size) < 1 or len(boxes) != len(features):
+        return f"{len(features)} regions and {len(boxes)} boxes in a picture of {size} pixels"
+    if not np.isfinite(np.float16(features)).all():  # float16 ends at 65504: infinity lies beyond
+        return "features with NaN or infinity"
+    if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
+        return "class_probs that do not add up to 1"
+    low, high = boxes[:, :2], boxes[:, 2:]
+    if not ((low >= -1).all() and (low <= high).all() and (high <= np.add(size, 1)).all()):
+        return f"a box outside its picture of {size} pixels, or with x2 < x1 or y2 < y1"
     return None
 
 
@@ -767,7 +715,7 @@ def normalise_boxes(boxes, size):
     """
     scaled = np.clip(boxes / np.tile(np.float32(size), 2), 0, 1).astype(np.float32)
     sides = scaled[:, 2:] - scaled[:, :2]
-    return np.column_stack([scaled, sides[:, 0] * sides[:, 1]])
+    return np.column_stack([scaled, sides.prod(axis=1)])
 
 
 # --- 4. Pretraining examples ----------------------------------------------------------------------
@@ -837,7 +785,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         row, match = self.rows[index], MATCH
         if rng.random() < self.mismatch:
-            row, match = self._other_image(row, rng), MISMATCH
+            # The image of another caption may fit by chance: with many images that is rare. To
+            # exchange captions instead would give the same pairs equally often, but texts of
+            # lengths that nobody knows before: train.epoch_batches could not sort by them.
+            match = MISMATCH
+            while row == self.rows[index]:
+                row = self.rows[rng.integers(len(self))]
         ids = self.tokenizer.encode(self.captions[index][1], self.max_tokens)
         input_ids, words = mask_tokens(ids, self.tokenizer, rng, self.rate)
         regions = region_inputs(self.store, None if self.blind else row)
@@ -849,22 +802,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
             mlm_labels=np.array(ids)[words], mrc_positions=classes,
             mrc_targets=self.store.class_probs(row, classes), itm_labels=match)  # (k, C)
 
-    def _other_image(self, row, rng):
-        # That of any other caption of the corpus, drawn again until it is another image. It may fit
-        # the caption by chance: with many images that is rare enough. To exchange captions instead
-        # would give the same pairs equally often, but texts of lengths that nobody knows before
-        # they are drawn: train.epoch_batches could not put equal ones together.
-        while True:
-            other = self.rows[rng.integers(len(self))]
-            if other != row:
-                return other
-
 
 class Captions:
     """Pairs (image id, text) in little memory, to read like a list: Captions(pairs)[0], len, for.
 
     The texts lie in one block of bytes, each between its start and its end. A list of 3.3 million
-    tuples takes 0.9 GB; this takes 0.25, and loading processes share it. They would copy a list
+    tuples takes 0.9 GB; this takes 0.3, and loading processes share it. They would copy a list
     page by page: Python counts references in the objects, so reading a string writes to its page.
 
     ids (N,) bytes: canonical image ids. words (N,): how many spaces a text has. A slice, or an
@@ -872,30 +815,29 @@ class Captions:
     """
 
     def __init__(self, pairs):
-        pairs, self.block = iter(pairs), bytearray()
-        ids, sizes, words = [np.zeros(0, "S1")], [np.zeros(1, int)], [np.zeros(0, np.uint16)]
-        while part := list(itertools.islice(pairs, 100_000)):  # few objects at a time
+        self.block, ids, words, offsets = bytearray(), [], [], [0]
+        for image_id, text in pairs:
             # surrogatepass: JSON may hold half of a surrogate pair, which UTF-8 has no bytes for.
-            texts = [text.strip().encode(errors="surrogatepass") for _, text in part]
-            self.block += b"".join(texts)
-            ids.append(encode_ids([image_id for image_id, _ in part]))
-            sizes.append([len(text) for text in texts])
-            words.append(np.uint16([text.count(b" ") for text in texts]))
-        self.ids, self.words = np.concatenate(ids), np.concatenate(words)
-        offsets = np.concatenate(sizes).cumsum().astype(np.min_scalar_type(len(self.block)))
+            text = text.strip().encode(errors="surrogatepass")
+            self.block += text
+            ids.append(canonical_id(image_id).encode(errors="surrogateescape"))
+            words.append(text.count(b" "))
+            offsets.append(len(self.block))
+        self.ids, self.words = np.array(ids, dtype=bytes), np.array(words, dtype=int)
+        offsets = np.array(offsets)
         self.starts, self.ends = offsets[:-1], offsets[1:]
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, which):
-        if isinstance(which, (int, np.integer)):
+        if np.isscalar(which):
             text = self.block[self.starts[which] : self.ends[which]]
             return (self.ids[which].decode(errors="surrogateescape"),
                 text.decode(errors="surrogatepass"))
         some = copy.copy(self)
-        some.ids, some.words = self.ids[which], self.words[which]
-        some.starts, some.ends = self.starts[which], self.ends[which]
+        for name in ("ids", "words", "starts", "ends"):
+            setattr(some, name, getattr(self, name)[which])
         return some
 
 
@@ -950,12 +892,10 @@ def model_inputs(examples):
     (B, R). Masks are int64, 1 = real. The words are padded with 0, the id of [PAD] in BERT's
     vocabularies, and the regions with zeros.
     """
-    inputs = {}
-    for mask, *names in (("text_mask", "input_ids"),
-            ("region_mask", "region_boxes", "region_features")):
-        for name in names:
-            inputs[name] = pad([example[name] for example in examples])
-        inputs[mask] = pad([np.ones(len(example[names[0]]), np.int64) for example in examples])
+    inputs = {name: pad([example[name] for example in examples])
+        for name in ("input_ids", "region_boxes", "region_features")}
+    for mask, name in (("text_mask", "input_ids"), ("region_mask", "region_boxes")):
+        inputs[mask] = pad([np.ones(len(example[name]), np.int64) for example in examples])
     return inputs
 
 
@@ -969,9 +909,9 @@ def collate(examples):
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     batch = dict(model_inputs(examples), region_hidden=pad(columns["region_hidden"]),
         itm_labels=torch.tensor(columns["itm_labels"]), mrc_targets=None)
-    for name, width in (("mlm_positions", batch["input_ids"].shape[1]),
-            ("mrc_positions", batch["region_hidden"].shape[1])):
-        columns[name] = [places + width * b for b, places in enumerate(columns[name])]
+    for places, mask in (("mlm_positions", "text_mask"), ("mrc_positions", "region_mask")):
+        width = batch[mask].shape[1]
+        columns[places] = [place + width * b for b, place in enumerate(columns[places])]
     for name in ("mlm_positions", "mlm_labels", "mrc_positions", "mrc_targets"):
         if columns[name][0] is not None:
             batch[name] = torch.from_numpy(np.concatenate(columns[name]))
@@ -1000,63 +940,50 @@ def read_captions(path, split=None):
     split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
     A file without splits is all "train". Raises BadInput near the first problem.
     """
-    form, records = open_captions(path)
-    if split in (None, "train") or form == "Karpathy's splits":
-        for image_id, text, s in records:
-            if split in (None, s):
-                yield image_id, text
-
-
-def open_captions(path):
-    """(name of the form, iterator of (image id, caption, split)) of a caption file or folder."""
     path = Path(path)
     if path.is_dir():
-        return "img2dataset", _folder_captions(path)
-    with reading(path, "a caption file"), open_text(path) as file:
-        start = file.read(4096).lstrip()
-    if start.startswith(("{", "[")):
-        content = read_json(path)
-        for key, form in (("annotations", "COCO captions"), ("images", "Karpathy's splits")):
-            if key in content:
-                return form, _json_captions(path, content[key], form)
-        raise BadInput(f"{path}: expected the key 'annotations' (COCO captions) or 'images' "
-            f"(Karpathy's splits), found {str([*content][:5])[1:-1][:80] or 'none'}")
-    links = [cell.startswith("http") for cell in start.split("\n")[0].split("\t")]
-    form = "Conceptual Captions" if links[-1] else "CC12M" if links[0] else "image id, caption"
-    return form, _tsv_captions(path, form)
+        records = _folder_captions(path)
+    else:
+        with reading(path, "a caption file"), open_text(path) as file:
+            is_json = file.read(1) == "{"
+        records = _json_captions(path) if is_json else _tsv_captions(path)
+    for image_id, text, part in records:
+        if split in (None, part):
+            yield canonical_id(image_id), text
 
 
 def _folder_captions(folder):
-    # img2dataset writes a caption beside each picture, under the same number: its id.
+    # Yields (image id, caption, split), as the two below. img2dataset writes a caption beside each
+    # picture, under the same number: its id.
     for path in sorted(folder.rglob("*.txt")):
         with reading(path, "a caption"):
-            yield canonical_id(path.name), path.read_text(encoding="utf-8").strip(), "train"
+            yield path.name, path.read_text(encoding="utf-8").strip(), "train"
 
 
-def _json_captions(path, records, form):
+def _json_captions(path):
     # COCO has one caption per record and no splits; Karpathy one image per record, with both.
-    with reading(path, form) as at:
-        for at.entry, record in enumerate(records):
-            if form == "COCO captions":
-                yield canonical_id(record["image_id"]), "" + record["caption"], "train"
-                continue
-            split = "train" if record["split"] == "restval" else record["split"]
-            image_id = canonical_id(record.get("cocoid", record["filename"]))
-            for sentence in record["sentences"]:
-                yield image_id, "" + sentence["raw"], split  # "" +: a caption that is no text fails
+    content = read_json(path, dict)
+    with reading(path, "COCO's 'annotations' or Karpathy's 'images', with captions") as at:
+        if "annotations" in content:
+            for at.entry, record in enumerate(content["annotations"]):
+                yield record["image_id"], "" + record["caption"], "train"  # "" +: a text, not None
+        else:
+            for at.entry, record in enumerate(content["images"]):
+                split = record["split"].replace("restval", "train")
+                for sentence in record["sentences"]:
+                    yield record.get("cocoid", record["filename"]), "" + sentence["raw"], split
 
 
-def _tsv_captions(path, form):
-    # No csv module: its quoting rules would swallow lines of web captions with an odd quotation
-    # mark.
-    what = f"a caption file of two columns ({form})"
-    with reading(path, what, "line") as at, open_text(path) as file:
+def _tsv_captions(path):
+    # No csv module: after an odd quotation mark it would swallow lines.
+    with reading(path, "a caption file of two columns", "line") as at, open_text(path) as file:
         for at.entry, line in enumerate(file, 1):
             image, text = line.rstrip("\r\n").split("\t")
-            if form == "Conceptual Captions":
+            if text.startswith("http") and not image.startswith("http"):
                 image, text = text, image
-            link = form != "image id, caption"
-            yield str(zlib.crc32(image.encode())) if link else canonical_id(image), text, "train"
+            if image.startswith("http"):
+                image = zlib.crc32(image.encode())
+            yield image, text, "train"
 
 
 # --- 6. Published features ------------------------------------------------------------------------
@@ -1072,12 +999,10 @@ def _tsv_captions(path, form):
 #
 # Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
 # (n, 1601), background first. Only the last form has distributions: masked region classification
-# needs them, and training does without it where a store has none. LXMERT's objects_id is int64 and
-# counts the classes without the background, so 1 is added.
+# needs them, and training does without it where a store has none.
 
-TSV_COLUMNS = {6: "id w h n boxes features".split(),
-    10: "id h w objects confidences _ _ n boxes features".split(),
-    13: "id h w _ _ _ _ n boxes features class_probs _ _".split()}
+TSV_COLUMNS = {6: "id w h n boxes features", 10: "id h w _ _ _ _ n boxes features",
+    13: "id h w _ _ _ _ n boxes features class_probs _ _"}
 
 
 def import_features(paths, folder, detector="vg", classes=None):
@@ -1085,79 +1010,54 @@ def import_features(paths, folder, detector="vg", classes=None):
 
     classes: a file with a class name per line, without background, or None. Two passes with one
     line in memory at a time: the first counts, the second writes. A broken line ends the import; an
-    image whose numbers no run could use is left out, with the reason in failed.txt. Returns the
-    FeatureStore.
+    image whose numbers no run could use fails alone. Returns the FeatureStore.
     """
-    row_of, most = {}, 0
-    for image_id, record in read_tsv(paths, "counting"):
-        row_of.setdefault(image_id, len(row_of))
-        most = max(most, len(record["boxes"]))
+    rows, most = {}, 0
+    for image_id, record in read_tsv(paths):
+        rows.setdefault(image_id, len(rows))
+        most = max(most, len(record["features"]))
     if not most:
         raise BadInput(f"{paths[0]}: no image with a region")
+    size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
     names = ["background", *read_class_names(classes)] if classes else []
-    num_classes = np.shape(record.get("class_probs", [[]]))[1]  # all lines are alike
-    if names and num_classes not in (0, len(names)):
-        raise BadInput(f"{folder}: {len(names) - 1} class names, but the features have "
-            f"{num_classes - 1} classes besides the background")
-    writer = FeatureStore.create(folder, row_of, most, record["features"].shape[1], num_classes,
-        names, detector, objects="objects" in record, dtype="float16",
-        box_format="x1 y1 x2 y2, pixels", source=[Path(p).name for p in paths])
+    if names and len(names) != num_classes:
+        raise BadInput(f"{classes}: {len(names)} class names with the background, but cls_prob has "
+            f"{num_classes} classes")
+    writer = FeatureStore.create(folder, rows, most, size, num_classes, names, detector,
+        source=[Path(p).name for p in paths])
     pending = set(writer.pending())
-    for image_id, record in read_tsv(paths, "importing"):
-        row = row_of.pop(image_id, None)  # None: the image came before, and its first line counts
+    for image_id, record in read_tsv(paths):
+        row = rows.pop(image_id, None)  # None: the image came before, and its first line counts
         if row in pending:
             try:
                 writer.write(row, **record)
             except BadInput as error:
                 writer.fail(row, str(error))
-    store = writer.finish()
-    if failed := int((store.counts == 0).sum()):
-        print(f"{folder}: {failed:,} of {len(store):,} images left out: see {folder}/failed.txt")
-    if failed == len(store):
-        raise BadInput(f"{folder}: not one image could be used")
-    return store
+    return writer.finish()
 
 
-def read_tsv(paths, doing):
-    """Yield (image id, what StoreWriter.write takes) line by line, with a bar that says `doing`.
+def read_tsv(paths):
+    """Yield (image id, what StoreWriter.write takes) line by line.
 
-    All lines of all files must agree in their arrays and widths: a store has one shape per array.
+    All lines of all files must have as many numbers per region as the first one: a store has one
+    shape per array. class_probs is (n, 0) where a file has none.
     """
-    expected = None
+    widths = {"boxes": 4}
     for path in paths:
-        what = "a feature TSV of 6, 10 or 13 columns"
+        what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
         with reading(path, what, "line") as at, open_text(path) as file:
-            lines = tqdm(file, f"{doing} {Path(path).name}", leave=False, disable=None)
-            for at.entry, line in enumerate(lines, 1):
+            for at.entry, line in enumerate(tqdm(file, str(path), leave=False, disable=None), 1):
                 cells = line.rstrip("\r\n").split("\t")
-                image_id, record = tsv_record(dict(zip(TSV_COLUMNS[len(cells)], cells)))
-                found = {name: np.shape(value)[1:] for name, value in record.items()}
-                expected = expected or found
-                if found != expected:
-                    raise ValueError(f"numbers per region are {found}, before it was {expected}")
-                yield image_id, record
-
-
-def tsv_record(cells):
-    """(image id, the values by name) of a line's cells by name. Raises ValueError.
-
-    Distributions that do not add up to 1 show that a cell was cut off, or that its columns are
-    others than VOLTA's.
-    """
-    cells.pop("_", None)
-    image_id, n = canonical_id(cells.pop("id")), int(cells.pop("n"))
-    record = dict(size=(int(cells.pop("w")), int(cells.pop("h"))))
-    for name, text in cells.items():
-        text = text.removeprefix("b'").removesuffix("'")  # as Python 3 wrote some files
-        kind = "<i8" if name == "objects" else "<f4"
-        numbers = np.frombuffer(base64.b64decode(text, validate=True), kind)
-        record[name] = numbers.reshape(n, 4 if name == "boxes" else -1)
-    if "objects" in record:
-        record["objects"] = record["objects"][:, 0] + 1
-        record["confidences"] = record["confidences"][:, 0]
-    if not np.allclose(record.get("class_probs", np.ones((n, 1))).sum(axis=1), 1, atol=0.02):
-        raise ValueError("cls_prob of a region does not add up to 1")
-    return image_id, record
+                cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
+                n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
+                for name in ("boxes", "features", "class_probs"):
+                    # Python 3 wrote some files as b'...'.
+                    text = cells.get(name, "").removeprefix("b'").removesuffix("'")
+                    numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+                    if n:
+                        widths.setdefault(name, len(numbers) // n)
+                    record[name] = numbers.reshape(n, widths.get(name, 0))
+                yield canonical_id(cells["id"]), record
 
 
 def read_class_names(path):
@@ -1222,14 +1122,13 @@ class Thing:
         name = " ".join(getattr(self, word) for word in words)
         return name if "shape" in words else f"{name} thing"
 
-    def is_clearly(self, relation, other, margin=8):
-        """True if this centre lies more than `margin` pixels on that side of the other's."""
-        axis, sign, _ = RELATIONS[relation]
-        return sign * (self.centre[axis] - other.centre[axis]) > margin
+    def relations(self, other, margin=8):
+        """On which sides of the other it lies: centres differ by more than `margin` pixels.
 
-    def true_relations(self, other):
-        """Never empty: things do not touch, so along one axis centres differ by over 16 pixels."""
-        return [relation for relation in RELATIONS if self.is_clearly(relation, other)]
+        Never empty: things do not touch, so along one axis centres differ by over 16 pixels.
+        """
+        return [relation for relation, (axis, sign, _) in RELATIONS.items()
+            if sign * (self.centre[axis] - other.centre[axis]) > margin]
 
 
 class Scene:
@@ -1274,15 +1173,10 @@ class Scene:
         for a square.
         """
         noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
-        wide = scale * SCENE_PIXELS
-        image = Image.fromarray(noise).convert("RGB").resize((wide, wide), Image.NEAREST)
+        image = Image.fromarray(noise.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
         for thing in self.things:
             _draw_shape(ImageDraw.Draw(image), thing, scale)
         return image
-
-    def where(self, **words):
-        """The things with all of these words: where(colour='red', shape='star')."""
-        return [t for t in self.things if all(getattr(t, k) == w for k, w in words.items())]
 
     def _unique(self, *words):
         # {name: thing} of the names, made of these words, that mean one thing without doubt.
@@ -1290,23 +1184,23 @@ class Scene:
         return {n: thing for n, thing in zip(names, self.things) if names.count(n) == 1}
 
     def captions(self, n=4):
-        """n sentences that are true of this picture and of few others."""
-        rng = self._rng(2)
-        return [self._caption(rng) for _ in range(n)]
+        """n sentences that are true of this picture and of few others.
 
-    def _caption(self, rng):
-        # Three things where there are three: 2 % of the captions are then true of another one of
-        # 100 scenes. With two things it would be 8 %.
-        things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
-        first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
-        # Half of the captions say where two of the things are, the others how two lie to each
-        # other. Where one thing is can be read from one region; a model that reads places learns
-        # later to compare them. From comparisons alone none learned anything about places.
-        if rng.random() < 0.5:
-            parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
-        else:
-            parts = [f"{first} {_pick(rng, things[0].true_relations(things[1]))} {second}"]
-        return " and ".join(parts + rest)
+        Each names three things where there are three: 2 % of the captions are then true of another
+        one of 100 scenes. With two things it would be 8 %. Half of them say where two things are,
+        the others how two lie to each other: a model that reads places from single regions learns
+        later to compare them. From comparisons alone none learned anything about places.
+        """
+        rng, sentences = self._rng(2), []
+        for _ in range(n):
+            things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
+            first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
+            if rng.random() < 0.5:
+                parts = [f"{first} {things[0].place}", f"{second} {things[1].place}"]
+            else:
+                parts = [f"{first} {_pick(rng, things[0].relations(things[1]))} {second}"]
+            sentences.append(" and ".join(parts + rest))
+        return sentences
 
     def questions(self, n=5):
         """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
@@ -1337,9 +1231,12 @@ class Scene:
         key = _pick(rng, ("all", "size", "colour", "shape"))
         if key == "all":
             return "how many things are there ?", str(len(self.things))
-        word = getattr(_pick(rng, self.things), key)
-        name = f"{word} things" if key != "shape" else "crosses" if word == "cross" else f"{word}s"
-        return f"how many {name} are there ?", str(len(self.where(**{key: word})))
+        words = [getattr(thing, key) for thing in self.things]
+        word = _pick(rng, words)
+        name = f"{word} things"
+        if key == "shape":
+            name = "crosses" if word == "cross" else f"{word}s"
+        return f"how many {name} are there ?", str(words.count(word))
 
     def _ask_existence(self, rng):
         # A 'no' names a colour and a shape that are both in the picture, on different things: only
@@ -1362,7 +1259,7 @@ class Scene:
         unique = list(self._unique("colour", "shape").items())
         if len(unique) > 1:
             (name, a), (other, b) = (unique[i] for i in rng.permutation(len(unique))[:2])
-            relation = _pick(rng, a.true_relations(b))
+            relation = _pick(rng, a.relations(b))
             asked, answer = _pick(rng, ((relation, "yes"), (RELATIONS[relation][2], "no")))
             return f"is the {name} {asked} the {other} ?", answer
 
@@ -1376,8 +1273,8 @@ class Scene:
         return list(dict.fromkeys(filter(None, found)))
 
     def _refer_by_attribute(self, rng):
-        # As few words as mean one thing: a longer name would be easier than it looks.
-        # By as few words as mean this thing alone; two that are alike in all three have no name.
+        # By as few words as mean this thing alone: a longer name would be easier than it looks. Two
+        # that are alike in all three words have no name.
         index = int(rng.integers(len(self.things)))
         for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
             name = self.things[index].named(*words)
@@ -1388,12 +1285,12 @@ class Scene:
         # 'the star left of the red ring': of several stars only this one is, even by a pixel.
         fits = []
         for index, thing in enumerate(self.things):
-            alike = self.where(shape=thing.shape)
+            others = [t for t in self.things if t.shape == thing.shape and t is not thing]
             for name, mark in self._unique("colour", "shape").items():
-                if len(alike) > 1 and mark not in alike:
-                    fits += [(f"the {thing.shape} {relation} the {name}", index, "relation")
-                        for relation in thing.true_relations(mark)
-                        if [t for t in alike if t.is_clearly(relation, mark, 0)] == [thing]]
+                for relation in thing.relations(mark):
+                    alone = not any(relation in t.relations(mark, 0) for t in others)
+                    if others and mark.shape != thing.shape and alone:
+                        fits.append((f"the {thing.shape} {relation} the {name}", index, "relation"))
         return _pick(rng, fits)
 
 
@@ -1409,77 +1306,61 @@ def _draw_shape(draw, thing, scale):
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
     if thing.shape == "circle":
-        draw.ellipse(box, fill=colour)
+        draw.ellipse(box, colour)
     elif thing.shape == "ring":
-        draw.ellipse(box, outline=colour, width=max(3 * scale, h // 3))
+        draw.ellipse(box, None, colour, max(3 * scale, h // 3))
     elif thing.shape == "square":
-        draw.rectangle(box, fill=colour)
+        draw.rectangle(box, colour)
     elif thing.shape == "triangle":
-        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], fill=colour)
+        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], colour)
     elif thing.shape == "cross":
-        draw.rectangle([x - third, y - h, x + third, y + h - 1], fill=colour)
-        draw.rectangle([x - h, y - third, x + h - 1, y + third], fill=colour)
+        draw.rectangle([x - third, y - h, x + third, y + h - 1], colour)
+        draw.rectangle([x - h, y - third, x + h - 1, y + third], colour)
     else:  # star: ten points, far and near in turn, from the top clockwise
-        polar = [(h if k % 2 == 0 else 0.42 * h, k * math.pi / 5) for k in range(10)]
-        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], fill=colour)
+        polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
+        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
 #
-# `check` reads every number that a run would read, and names in minutes the fault that would end
-# the run after hours. A caption file that is given together with a store is also matched with it.
+# `check` reads every number that a run would read, and names in minutes the first fault that would
+# end the run after hours. A caption file that is given with a store is also matched with it.
 
 
 def check(paths):
-    """Say what these stores, captions and vocabularies are; True if a run could use all of them."""
-    stores, captions, good = [], {}, True
+    """Say what stores, captions and vocabularies are; BadInput if a run could not use one.
+
+    store.json says which detector made a store, and how the regions were chosen: features of two
+    detectors must never meet in one run.
+    """
+    stores, captions = [], {}
     for path in map(Path, paths):
-        try:
-            if (path / "store.json").exists():
-                stores.append(check_store(path))
-            elif path.suffix == ".txt":
-                print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
-            else:
-                captions[path] = check_captions(path)
-        except BadInput as error:
-            print(f"PROBLEM {error}")
-            good = False
+        if (path / "store.json").exists():
+            store = FeatureStore(path)
+            stores.append(store)
+            print(f"{path}: a feature store of {len(store):,} images, "
+                f"{(store.counts == 0).sum():,} of them failed")
+            for key, value in store.meta.items():
+                print(f"    {key}: {str(value)[:90]}")
+            rows = np.flatnonzero(store.counts > 0)
+            for row in tqdm(rows, "reading", leave=False, disable=None):
+                problem = record_problem(**store[row], class_probs=store.class_probs(row))
+                if problem:
+                    raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; extract it "
+                        "again")
+        elif path.suffix == ".txt":
+            print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
+        else:
+            texts = Captions(read_captions(path))
+            captions[path] = np.unique(texts.ids)
+            print(f"{path}: {len(texts):,} captions of {len(captions[path]):,} images; the first: "
+                f"{[*texts[:1]]}")
     for path, ids in captions.items():
         for store in stores:
-            found = int((store.rows(ids) >= 0).sum())
+            found = (store.rows(ids) >= 0).sum()
             print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
-            good = good and found > 1
-    return good
-
-
-def check_store(folder):
-    """Print what a store is and read all of it once. Raises BadInput at the first problem.
-
-    Among what it prints: which detector made it, with the SHA-256 of its weights, and how the
-    regions were chosen. Features of two detectors must never meet in one run.
-    """
-    store = FeatureStore(folder)
-    megabytes = sum(array.nbytes for array in store.arrays.values()) / 1e6
-    print(f"{folder}: a feature store of {len(store):,} images ({(store.counts == 0).sum():,} "
-        f"failed), up to {store.num_regions} regions of {store.feature_size}, {megabytes:,.1f} MB")
-    for key, value in store.meta.items():
-        print(f"    {key}: {str(value)[:90]}")
-    for row in tqdm(np.flatnonzero(store.counts > 0), "reading", leave=False, disable=None):
-        store.check(row)
-    return store
-
-
-def check_captions(path):
-    """Print what a caption file is; returns the set of its image ids. Raises BadInput."""
-    form, records = open_captions(path)
-    records = list(records)
-    if not records:
-        raise BadInput(f"{path}: {form} without a caption")
-    ids, texts, splits = zip(*records)
-    empty = sum(not text.strip() for text in texts)
-    print(f"{path}: {form}: {len(texts):,} captions, {empty} of them empty, of {len(set(ids)):,} "
-        f"images; splits {dict(Counter(splits))}; the first: {texts[0][:60]!r}")
-    return set(ids)
+            if found < 2:
+                raise BadInput(f"{path}: a run needs two images with features, or more")
 
 
 def main(argv=None):
@@ -1497,7 +1378,7 @@ def main(argv=None):
     if args.command == "import":
         import_features(args.paths, args.out, args.detector, args.classes)
         args.paths = [args.out]
-    sys.exit(0 if check(args.paths) else 1)
+    check(args.paths)
 
 
 if __name__ == "__main__":

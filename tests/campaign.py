@@ -215,7 +215,8 @@ def make_kinds(home):
     def read_store():
         found = FeatureStore(home / "store")
         for row in np.flatnonzero(found.counts > 0):
-            found.check(row)
+            if data.record_problem(**found[row], class_probs=found.class_probs(row)):
+                raise BadInput("a damaged number")
 
     def read_tsv():
         shutil.rmtree(home / "imported", ignore_errors=True)

@@ -145,7 +145,7 @@ def test_a_folder_holds_one_run_at_a_time(start, tmp_path):
     first = start(tmp_path, "--epochs", 1000)
     wait_for(tmp_path / "metrics.jsonl", '"step": 4,')
     error = finish(start(tmp_path), status=1)
-    assert f"error: {tmp_path}: process {first.pid} is at work there" in error
+    assert f"error: {tmp_path}: another run is at work there" in error
     first.terminate()
     assert "stopped after step" in finish(first)
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}-1"))
