@@ -48,6 +48,7 @@ README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the b
 """
 
 import argparse
+import array
 import base64
 import contextlib
 import copy
@@ -468,7 +469,7 @@ def store_layout(meta):
 def open_store(folder, mode="r"):
     """(store.json as a dict, {name: array mapped from disk}); BadInput unless they fit together."""
     arrays = {}
-    what = "a feature store; extract_features.py writes one, into an empty folder"
+    what = "a feature store; extract_features.py writes one"
     with reading(folder, what, "array") as at:
         meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         if meta["version"] != STORE_VERSION:
@@ -625,7 +626,7 @@ class StoreWriter:
     def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
         folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
+        if not (folder / "store.json").exists():
             self._allocate(fixed)
         found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
@@ -637,8 +638,13 @@ class StoreWriter:
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
     def _allocate(self, fixed):
-        # Mapped files take their disk as they are filled, and a full disk then kills in silence.
         layout, start = store_layout(self.meta), fixed | {"counts": -1}
+        # What a run that was killed in here has left is overwritten, and nothing else.
+        for path in self.folder.iterdir():
+            if path.stem not in layout and path.name[0] != ".":
+                raise BadInput(f"{self.folder}: holds {path.name} and no feature store; choose a "
+                    "folder that is empty or new")
+        # Mapped files take their disk as they are filled, and a full disk then kills in silence.
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
         if size > shutil.disk_usage(self.folder).free:
             raise BadInput(f"{self.folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
@@ -647,8 +653,7 @@ class StoreWriter:
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
             if name in start:
                 array[:] = start[name]
-        # Last: it says that all arrays are there. After a kill before that remove the folder.
-        write_json(self.folder / "store.json", self.meta)
+        write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
 
     def pending(self):
         """Rows that are still to be written."""
@@ -667,6 +672,9 @@ class StoreWriter:
             if problem := record_problem(**values, size=size):
                 raise BadInput(f"image {name}: {problem}")
             for key, value in values.items():
+                # numpy would repeat a single column or row until it fits.
+                if value.shape[1:] != self.arrays[key].shape[2:]:
+                    raise ValueError(f"{key}: {value.shape} of {self.arrays[key].shape[1:]}")
                 self.arrays[key][row, : len(features)] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
@@ -681,8 +689,8 @@ class StoreWriter:
         """Every row is written: say so in store.json, and return the reader."""
         if missing := len(self.pending()):
             raise BadInput(f"{self.folder}: {missing} images are not written yet")
-        for array in self.arrays.values():
-            array.base.flush()  # of the map behind the view: to the disk, before store.json says so
+        for view in self.arrays.values():
+            view.base.flush()  # of the map behind it: to the disk, before store.json says so
         write_json(self.folder / "store.json", dict(self.meta, complete=True))
         return FeatureStore(self.folder)
 
@@ -695,7 +703,9 @@ def record_problem(features, boxes, size, class_probs=None):
     """
     if min(len(features), *size) < 1 or len(boxes) != len(features):
         return f"{len(features)} regions and {len(boxes)} boxes in a picture of {size} pixels"
-    if not np.isfinite(np.float16(features)).all():  # float16 ends at 65504: infinity lies beyond
+    with np.errstate(over="ignore"):  # float16 ends at 65504: infinity lies beyond
+        finite = np.isfinite(np.float16(features)).all()
+    if not finite:
         return "features with NaN or infinity"
     if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
         return "class_probs that do not add up to 1"
@@ -815,7 +825,7 @@ class Captions:
     """
 
     def __init__(self, pairs):
-        self.block, ids, words, offsets = bytearray(), [], [], [0]
+        self.block, ids, words, offsets = bytearray(), [], array.array("i"), array.array("q", [0])
         for image_id, text in pairs:
             # surrogatepass: JSON may hold half of a surrogate pair, which UTF-8 has no bytes for.
             text = text.strip().encode(errors="surrogatepass")
@@ -823,7 +833,7 @@ class Captions:
             ids.append(canonical_id(image_id).encode(errors="surrogateescape"))
             words.append(text.count(b" "))
             offsets.append(len(self.block))
-        self.ids, self.words = np.array(ids, dtype=bytes), np.array(words, dtype=int)
+        self.ids, self.words = np.array(ids, dtype=bytes), np.array(words)
         offsets = np.array(offsets)
         self.starts, self.ends = offsets[:-1], offsets[1:]
 
@@ -880,8 +890,8 @@ def pad(arrays):
     """
     longest = max(1, *(len(a) for a in arrays))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-    for row, array in zip(out, arrays):
-        row[: len(array)] = array
+    for row, values in zip(out, arrays):
+        row[: len(values)] = values
     return torch.from_numpy(out)
 
 
@@ -947,6 +957,8 @@ def read_captions(path, split=None):
         with reading(path, "a caption file"), open_text(path) as file:
             is_json = file.read(1) == "{"
         records = _json_captions(path) if is_json else _tsv_captions(path)
+        if not is_json and split not in (None, "train"):
+            return  # 3.3 million lines need not be read to find none
     for image_id, text, part in records:
         if split in (None, part):
             yield canonical_id(image_id), text
@@ -1343,6 +1355,8 @@ def check(paths):
             for key, value in store.meta.items():
                 print(f"    {key}: {str(value)[:90]}")
             rows = np.flatnonzero(store.counts > 0)
+            if not len(rows):
+                raise BadInput(f"{path}: no image could be used: see {path}/failed.txt")
             for row in tqdm(rows, "reading", leave=False, disable=None):
                 problem = record_problem(**store[row], class_probs=store.class_probs(row))
                 if problem:

@@ -76,8 +76,8 @@ MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0
 #
 # Field names are BERT's, so that Hugging Face's config.json reads the same.
 
-# The modes of a frozen model are a path: two letters per layer, for text and for vision, each I (own
-# modality, INTRA), X (across, INTER) or J (both, JOINT). A path shorter than the model repeats.
+# The modes of a frozen model are a path: two letters per layer, for text and for vision, each I
+# (own modality, INTRA), X (across, INTER) or J (both, JOINT). A shorter path repeats.
 FROZEN = {
     "intra": "II",  # two encoders that never meet
     "single": "JJ",  # UNITER, VisualBERT: one stream
@@ -271,9 +271,9 @@ def open_to(modes):
     tensor([[[1.0000, 1.0000],
              [0.8000, 0.5000]]])
     """
-    same = torch.eye(2, device=modes.device)
-    seen = torch.stack([same, 1 - same, torch.ones_like(same)])  # (3, 2, 2): mode, query, key
-    return torch.einsum("bqm,mqk->bqk", modes.float(), seen)
+    intra, inter, joint = modes.float()[..., None].unbind(dim=2)  # (B, 2, 1) each
+    same = torch.eye(2, dtype=torch.bool, device=modes.device)  # (2, 2): is the key the query's?
+    return torch.where(same, intra + joint, inter + joint)  # (B, 2, 2)
 
 
 def switch_attention(query, key, value, mask, num_text, modes, dropout=None):

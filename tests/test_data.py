@@ -738,9 +738,9 @@ def test_numbers_that_no_run_could_use_are_not_written_and_check_finds_them(
 @pytest.mark.parametrize("shapes, words", [
     (dict(features=(3, 3), boxes=(3, 4), class_probs=(3, 2)),
         r".*shape \(3,3\) into shape \(2,3\)"),
-    (dict(features=(2, 4)), r".*shape \(2,4\) into shape \(2,3\)"), (dict(boxes=(2, 5)), ""),
-    (dict(boxes=(1, 4)), "2 regions and 1 boxes"), (dict(class_probs=()), ""),
-    (dict(class_probs=(2, 3)), r".*shape \(2,3\) into shape \(2,2\)")])
+    (dict(features=(2, 4)), r".*features: \(2, 4\)"), (dict(boxes=(2, 5)), ""),
+    (dict(features=(2, 1)), r".*features: \(2, 1\)"), (dict(boxes=(1, 4)), "2 regions and 1 boxes"),
+    (dict(class_probs=()), ""), (dict(class_probs=(2, 3)), r".*class_probs: \(2, 3\)")])
 def test_arrays_of_another_shape_are_not_written(tmp_path, shapes, words):
     writer = FeatureStore.create(tmp_path / "s", ["7"], 2, 3, 2)
     values = {name: np.ones(shapes.get(name, shape)) for name, shape in
@@ -797,6 +797,15 @@ def captions_of(path):
     return list(read_captions(path))
 
 
+def failing(path):
+    """A finished store in which every image failed."""
+    writer = make_writer(path)
+    for row in writer.pending():
+        writer.fail(row, "unreadable")
+    writer.finish()
+    return path
+
+
 REFUSED = [  # (what is called, what lies at its path, words of the message behind the path)
     (read_json, '{"annotations": [', "not a whole JSON file .*line 1"),
     (lambda path: read_json(path, dict), "[1]", "expected a JSON dict, found a list"),
@@ -825,7 +834,8 @@ REFUSED = [  # (what is called, what lies at its path, words of the message behi
     (twice(feature_size=4), None, "other images or settings .*differs in feature_size"),
     (lambda path: make_writer(path, ids=("a", "a.jpg")), None, "'a' is the id of two images"),
     (lambda path: make_writer(path, ids=("a", "")), None, "'' is the id of two images, or empty"),
-    (lambda path: make_writer(write(path / "mine", "").parent), None, "not a feature store"),
+    (lambda path: make_writer(write(path / "mine", "").parent), None, "holds mine and no feature"),
+    (lambda path: data.check([failing(path)]), None, "no image could be used: see .*failed.txt"),
     (lambda path: make_writer(path, ids=range(10), num_regions=10**12), None,
         r"expected [\d,]+\.\d\d GB of free disk"),
     *((importing(*change), None, rf"{TSV} \(near line 2: {words}") for words, change in (

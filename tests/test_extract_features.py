@@ -305,7 +305,7 @@ def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, de
     assert np.array_equal(record["boxes"], given)
     assert np.array_equal(record["features"], expected[1].astype(np.float16))
     failed = dict(line.split("\t") for line in (tmp_path / "store/failed.txt").open())
-    assert [*failed] == ["2", "4"] and "a box outside the image of 90 x 60 pixels" in failed["2"]
+    assert [*failed] == ["2", "4"] and "a box outside its picture of (90, 60) pixels" in failed["2"]
 
 
 @pytest.fixture(scope="module")

@@ -352,6 +352,21 @@ def pretraining_batch(inputs):
         itm_labels=torch.tensor([MATCH, MISMATCH, MATCH]))
 
 
+@pytest.mark.parametrize("switches", ["learned", "dual"])
+def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(switches, inputs):
+    """As training on a GPU runs: the whole model under autocast, in the soft and the hard mode."""
+    model = SwitchBertForPretraining(SwitchBertConfig.tiny(switches=switches)).eval()
+    batch = pretraining_batch(inputs)
+    for tau in (1.0, None):
+        plain = model(**batch, temperature=tau).losses
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**batch, temperature=tau)
+        assert out.sums.dtype == torch.float32
+        close(out.losses, plain, rtol=0.02, atol=0.02)
+        out.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_the_three_losses_by_hand(config, inputs):
     model = SwitchBertForPretraining(config).eval()
     batch = pretraining_batch(inputs)

@@ -460,7 +460,7 @@ def test_a_damaged_run_is_not_resumed(plain, tmp_path, name, change, message):
 
 
 @pytest.mark.parametrize("switches, known", [("dual", True), ("II,XX,JJ,IJ", True),
-    ("II,XX", False), ("both", False)])
+    ("II,XX", True), ("II,XX,II,XX,JJ", False), ("both", False)])
 def test_switches_are_learned_or_follow_a_name_or_a_path(data, switches, known):
     args, _ = train.parse_args(["--switches", switches])
     refused = pytest.raises(BadInput, match=f"--switches {switches}: not a setting .*4 layers")
