@@ -582,17 +582,24 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
     Every pair goes through the model, some texts of like length with all images at a time: 200
-    pairs, or as many as there are images. The processes share the texts. temperature: as in the
-    model, None for hard switches.
+    pairs, or as many as there are images. The images are padded and sent to the device once. The
+    processes share the texts. temperature: as in the model, None for hard switches.
     """
     model.eval()
-    images = [region_inputs(store, store.row(image_id)) for image_id in image_ids]
-    words = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
-    scores = torch.zeros(len(texts), len(images), device=device())
-    for part in share_of([len(ids) for ids in words], max(1, 200 // len(images))):
-        pairs = [dict(image, input_ids=words[i]) for i in part for image in images]
-        found, _ = model(**to_device(model_inputs(pairs)), temperature=temperature)
-        scores[part] = found.view(len(part), -1)
+    no_words, no_regions = dict(input_ids=np.zeros(0, int)), region_inputs(store, None)
+    images = [region_inputs(store, store.row(image_id)) | no_words for image_id in image_ids]
+    words = [no_regions | dict(input_ids=np.array(tokenizer.encode(text, max_tokens)))
+        for text in texts]
+    n, regions = len(images), to_device(model_inputs(images))
+    scores = torch.zeros(len(texts), n, device=device())
+    for part in share_of([len(text["input_ids"]) for text in words], max(1, 200 // n)):
+        inputs = to_device(model_inputs([words[i] for i in part]))
+        for name in ("input_ids", "text_mask"):
+            inputs[name] = inputs[name].repeat_interleave(n, dim=0)  # (k n, T)
+        for name in ("region_features", "region_boxes", "region_mask"):
+            inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
+        found, _ = model(**inputs, temperature=temperature)
+        scores[part] = found.view(len(part), n)
     return total(scores)
 
 
