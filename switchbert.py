@@ -2,12 +2,12 @@ r"""switchbert.py: a BERT whose layers learn how text and vision attend to each 
 =================================================================================
 
 Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over words
-and image regions together; ViLBERT alternates layers that look inside one modality with layers that
-look across; LXMERT looks inside first and across later. Each fixes a path by hand. In Switch-BERT
-every layer chooses, for text and for vision apart, and chooses as well which earlier layer to read.
+and image regions jointly; ViLBERT alternates layers that attend within a modality with layers that
+attend across; LXMERT attends within first and across later. Each fixes this path by hand. In
+Switch-BERT every layer learns it, separately for text and vision, and which earlier layer to read.
 
     input_ids (B, T)                        region_features (B, R, F), region_boxes (B, R, 5)
-        | word + position + type                | the mean region in front: the global region
+        | word + position + type                | prepend the mean region: the global region
         v                                       v linear(F) + linear(5)
     text (B, T, D)                          vision (B, 1+R, D)                           depth 0
         |                                       |
@@ -26,9 +26,9 @@ every layer chooses, for text and for vision apart, and chooses as well which ea
                         | pooled (B, P)
                        ITM, VQA, retrieval                          referring reads region_states
 
-    Every s and every g comes from a gate of its own, one for text and one for vision per layer:
+    Every s and every g has its own gate, which decides for text and for vision separately:
 
-        mean text state, mean vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> g
+        mean text state, mean vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
 Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads, D
 hidden, d = D / H head size, P pooled, F region feature, C region classes, V vocabulary. Masks are
@@ -43,7 +43,7 @@ Map of the file (* = read these first)
     5. Embeddings         words, regions and the global region
     6. The encoder      * SwitchBert
     7. Heads and losses * pretraining (MLM, MRC, ITM), VQA, retrieval, referring expressions
-    8. BERT weights       a Hugging Face folder, read into the encoder
+    8. BERT weights       loading a Hugging Face folder
 
     config = SwitchBertConfig.base()                               # 12 layers x 768
     model = SwitchBertForPretraining(config)
@@ -52,7 +52,7 @@ Map of the file (* = read these first)
 
 Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1 to A4
 and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switches start), A12
-(places).
+(boxes).
 """
 
 import json
@@ -65,7 +65,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# One home for the names of what is switched and of what is predicted: code, metrics and pictures.
+# Names and indices that code, metrics and pictures share.
 MODALITIES = ("text", "vision")
 TEXT, VISION = 0, 1
 MODES = ("intra", "inter", "joint")  # own modality, the other one, both
@@ -74,22 +74,22 @@ MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0
 
 # --- 1. Configuration -----------------------------------------------------------------------------
 #
-# Field names are BERT's, so that Hugging Face's config.json reads the same.
+# Field names are those of Hugging Face's config.json for BERT.
 
-# The modes of a frozen model are a path: two letters per layer, for text and for vision, each I
-# (own modality, INTRA), X (across, INTER) or J (both, JOINT). A shorter path repeats.
+# The modes of a frozen model form a path: two letters per layer, text first, each I (own modality,
+# INTRA), X (across, INTER) or J (both, JOINT). A path shorter than the model repeats.
 FROZEN = {
     "intra": "II",  # two encoders that never meet
     "single": "JJ",  # UNITER, VisualBERT: one stream
-    "dual": "II,XX",  # ViLBERT: inside and across in turn
-    "late": None,  # LXMERT: apart in the first half, then across and inside in turn
+    "dual": "II,XX",  # ViLBERT: within and across alternate
+    "late": None,  # LXMERT: within in the first half, then across and within alternate
 }
-LEARNED = ("learned", "attention", "input")  # both switches, modes alone, depths alone
-LETTERS = "IXJ"  # of MODES, in their order
+LEARNED = ("learned", "attention", "input")  # both switches, only modes, only depths
+LETTERS = "IXJ"  # in the order of MODES
 
 
 def frozen_modes(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer; joint where modes are learned, or unused.
+    """[(mode of text, mode of vision)] of every layer. LEARNED: joint, which only "input" uses.
 
     >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
@@ -105,7 +105,7 @@ def frozen_modes(switches, num_layers):
 
 @dataclass
 class SwitchBertConfig:
-    """Sizes under BERT's names. The defaults are the paper's model: BERT-base, VG regions."""
+    """Sizes and switches. The defaults are the paper's model: BERT-base, Visual Genome regions."""
 
     vocab_size: int = 30522
     hidden_size: int = 768  # D
@@ -135,7 +135,7 @@ class SwitchBertConfig:
 
     @classmethod
     def base(cls, **changes):
-        """The paper's size: 12 layers x 768, 12 heads, 36 regions of 2048."""
+        """The paper's size: 12 layers x 768, 12 heads, region features of 2,048 numbers."""
         return cls(**changes)
 
     @classmethod
@@ -149,23 +149,23 @@ class SwitchBertConfig:
 
 # --- 2. Switches ----------------------------------------------------------------------------------
 #
-# A switch turns the logits of a gate into weights that sum to 1. While training they are soft and
-# noisy, so that every option gets gradient; as the temperature falls they close to one option.
+# A switch turns a gate's logits into weights that sum to 1. In training they are soft and noisy, so
+# that every option gets a gradient; as the temperature falls, they close: approach one-hot.
 
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
 
 def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
-    """Temperature of the Gumbel-softmax after so many pairs: max(final, initial e^(-rate n)).
+    """Temperature of the Gumbel-softmax after n = pairs_seen: max(final, initial e^(-rate n)).
 
         pairs_seen   0      100,000   1,000,000   3,000,000   3,218,876 and later
         temperature  5.000  4.524     1.839       0.249       0.200
 
     ASSUMPTION A5: the paper's anneal_rate 1e-6 [supp. 2] counts training pairs, not optimiser
-    steps. Then the floor is reached at n = ln(initial / final) / rate = 3.22 million, one epoch of
+    steps. The floor is then reached at n = ln(initial / final) / rate = 3.22 million, one epoch of
     Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*: counted in
-    steps, training would end at 4.4, with every switch still an even mixture.
+    steps, training would end at 4.4, with every switch still close to an even mixture.
     """
     return max(final, initial * math.exp(-rate * pairs_seen))
 
@@ -173,13 +173,13 @@ def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
 def switch(logits, temperature, training, start=0.0):
     """Turn gate logits (..., M) into weights (..., M) that sum to 1.
 
-    Training: Gumbel-softmax [Jang et al. 2017]. If G_k are independent Gumbel(0, 1), then
-        P(argmax_k (logits_k + G_k) = k) = softmax(logits)_k,
-    so the arg max would be an exact sample of the switch, but it has no gradient. Softmax instead,
-    at a temperature, does. Evaluation: no noise. Without a temperature the best option, one-hot;
-    with one, the mixture softmax(logits / temperature). (F.gumbel_softmax(hard=True) would sample
-    noise here too.) start (M,): log odds that the temperature does not touch; the best option is
-    that of the final temperature. What the temperature does to logits (2, 1, 0), without noise:
+    Training: Gumbel-softmax [Jang et al. 2017]. If all G_j are independent Gumbel(0, 1), then
+        P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
+    so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
+    temperature has. Evaluation: no noise. temperature None: the best option, one-hot; a number:
+    the mixture softmax(logits / temperature + start). (F.gumbel_softmax(hard=True) would add noise
+    here too.) start (M,): log odds that the temperature does not scale; for None they are added at
+    the final temperature. Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -200,9 +200,9 @@ def switch(logits, temperature, training, start=0.0):
 
 
 def modality_of(length, num_text, device):
-    """(L,) which modality each token of the sequence [text | vision] is: 0 = TEXT, 1 = VISION.
+    """(L,) the modality of each token of the sequence [text | vision]: 0 = TEXT, 1 = VISION.
 
-    It is the index that gives every token what was decided for its modality: weights[:, kind].
+    As an index it gives every token the decision of its modality: weights[:, kind].
 
     >>> modality_of(7, 3, "cpu")
     tensor([0, 0, 0, 1, 1, 1, 1])
@@ -211,19 +211,19 @@ def modality_of(length, num_text, device):
 
 
 def masked_mean(states, mask):
-    """The mean of the real states: (B, n, D), (B, n) -> (B, D); zeros where nothing is real."""
+    """Mean of the real states: (B, n, D), mask (B, n) -> (B, D); zeros where none is real."""
     weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, n)
     return (weights.to(states.dtype)[:, None] @ states).squeeze(1)  # (B, D)
 
 
 class Gate(nn.Module):
-    """What a switch decides from: one linear layer on the means of both modalities.
+    """A linear layer on the mean states of both modalities, and the switch that it feeds.
 
-    ASSUMPTION A3: it sees text and vision, and decides per sample, for text and for vision.
+    ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
 
     forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
-    options; row TEXT is the choice of text, row VISION that of vision. start: the log odds by which
-    the last option is ahead.
+    options; row TEXT is the choice of text, row VISION that of vision. start: the head start of the
+    last option, in log odds.
     """
 
     def __init__(self, hidden_size, num_options, start=0.0):
@@ -243,8 +243,8 @@ class Gate(nn.Module):
 
 # --- 3. Switch-Attention --------------------------------------------------------------------------
 #
-# Attention gives a query a distribution over keys. ASSUMPTION A1: there are three for a layer to
-# choose from, and text and vision choose apart:
+# Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among three
+# modes, separately for text and vision queries:
 #
 #     intra   the query's own modality          inter   the other one          joint   all tokens
 #
@@ -254,14 +254,14 @@ class Gate(nn.Module):
 #     text query     g_intra + g_joint     g_inter + g_joint
 #     vision query   g_inter + g_joint     g_intra + g_joint
 #
-# ASSUMPTION A2: the modes share queries, keys and values, and there is one softmax over all keys,
-# in which a key counts as much as the query is open to its modality:
+# ASSUMPTION A2: the modes share queries, keys, values and one softmax over all keys, in which
+# a key is weighted by how open the query is to it:
 #
 #     weight of key k for query q  =  open(q, k) exp(s(q, k)) / sum over all k' of the same
 #
-# A switch that has closed makes `open` 1 or 0: then this is the attention of its mode and nothing
-# else. An even one makes it 2/3 everywhere, which cancels: training begins with joint attention.
-# In logarithms `open` is a bias of the scores, so all of it costs what plain attention does.
+# A closed switch makes `open` 1 or 0: this is then exactly the attention of its mode. An even
+# switch makes it 2/3 everywhere, which cancels: training begins close to joint attention.
+# log(open) is a bias added to the scores, so all of it costs what plain attention does.
 
 
 def open_to(modes):
@@ -272,7 +272,7 @@ def open_to(modes):
              [0.8000, 0.5000]]])
     """
     intra, inter, joint = modes.float()[..., None].unbind(dim=2)  # (B, 2, 1) each
-    same = torch.eye(2, dtype=torch.bool, device=modes.device)  # (2, 2): is the key the query's?
+    same = torch.eye(2, dtype=torch.bool, device=modes.device)  # (2, 2): own modality?
     return torch.where(same, intra + joint, inter + joint)  # (B, 2, 2)
 
 
@@ -287,7 +287,7 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
     """
     kind = modality_of(query.shape[2], num_text, mask.device)  # (L,)
     opened = open_to(modes)[:, kind][:, :, kind] * mask[:, None, :]  # (B, L, L), 0 for padding
-    # The smallest number, not -inf: softmax over a row of -inf alone would be NaN. The clamp keeps
+    # The lowest float, not -inf: the softmax of a row of -inf alone would be NaN. The clamp keeps
     # the gradient of the logarithm, 1 / open, finite.
     bias = opened.clamp(min=1e-18).log().masked_fill(opened == 0, torch.finfo(torch.float32).min)
     scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)  # (B, H, L, L)
@@ -298,7 +298,7 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
 
 
 class SwitchAttention(nn.Module):
-    """Multi-head switch-attention. ASSUMPTION A6: both modalities share its weights, as in BERT."""
+    """Multi-head switch-attention. ASSUMPTION A6: modalities share its weights, as in UNITER."""
 
     def __init__(self, config):
         super().__init__()
@@ -322,36 +322,36 @@ class SwitchAttention(nn.Module):
 # --- 4. Layers ------------------------------------------------------------------------------------
 #
 # A layer first decides which depths to read (Switch-Input), then how to attend (Switch-Attention).
-# The gate for depths reads the newest states; the gate for modes reads what Switch-Input has mixed.
+# The gate for depths reads the newest states; the gate for modes reads Switch-Input's mixture.
 
 
 class SwitchInput(nn.Module):
     """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1]
 
-    ASSUMPTION A4: the picked input is a mixture of the outputs of all depths, by a gate of its own.
+    ASSUMPTION A4: the input is a mixture of the outputs of all depths, weighted by its own gate.
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the newest depth starts 5 ahead, at every temperature: it has the weight
-        # e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary stack and
-        # departs from it where that pays. Divided by a temperature of 5 as the logits are, the 5
-        # would be 1, and the newest of twelve depths would begin with .2. Gates that began 3 ahead
-        # soon read older depths, and masked regions and VQA got worse (tests/ABLATION.md).
+        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature: it has
+        # weight e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary
+        # stack and departs from it where that pays. Divided by the initial temperature 5, as the
+        # logits are, the 5 would be 1, and the newest of twelve depths would begin at .2. Gates
+        # with a start of 3 soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
         self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
         weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
         read = range(len(depths))
-        if temperature is None:  # one-hot: a depth that nobody in the batch reads costs nothing
+        if temperature is None:  # one-hot: a depth that no sample in the batch reads costs nothing
             read = weights.any(dim=1).any(dim=0).nonzero().flatten().tolist()
             if len(read) == 1:
                 return depths[read[0]], weights
         kind = modality_of(mask.shape[1], num_text, mask.device)
         shares = weights[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
-        # One fused pass for each depth. Stacked, for a single product, all depths would be copied
-        # first: two to five times slower (tests/benchmark.py).
+        # One fused pass per depth. Stacking all depths for a single product would copy them first:
+        # two to five times slower (tests/benchmark.py).
         first, *others = read
         mixed = shares[first] * depths[first]
         for depth in others:
@@ -362,8 +362,7 @@ class SwitchInput(nn.Module):
 class SwitchBertLayer(nn.Module):
     """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
 
-    A switch that is not learned is constant: depths read the newest one, modes follow
-    frozen_modes.
+    A switch that is not learned is constant: the newest depth, the modes of frozen_modes.
     """
 
     def __init__(self, config, layer):
@@ -397,9 +396,9 @@ class SwitchBertLayer(nn.Module):
         return *self.block(states, mask, num_text, temperature), depth_weights
 
     def block(self, states, mask, num_text, temperature):
-        """What is alike in all layers, whatever they read: (B, L, D) -> (B, L, D), modes (B, 2, 3).
+        """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, 3).
 
-        train.compile_layers compiles it, once for all layers.
+        train.compile_layers compiles it, once for all layers: their code is the same.
         """
         if self.mode_gate:
             modes = self.mode_gate(states, mask, num_text, temperature)
@@ -413,8 +412,8 @@ class SwitchBertLayer(nn.Module):
 
 # --- 5. Embeddings --------------------------------------------------------------------------------
 #
-# Depth 0. A word enters by what it is and where it stands in the sentence, a region by what the
-# detector saw in it and where it lies in the picture.
+# Depth 0. A word is embedded by its id and its position, a region by the detector's feature and
+# its box.
 
 
 class TextEmbeddings(nn.Module):
@@ -438,8 +437,8 @@ class RegionEmbeddings(nn.Module):
     """linear(feature) + linear(box), LayerNorm, dropout, with the global region in front (A7).
 
     ASSUMPTION A12: both parts are normalised before they are added, as in UNITER, and boxes enter
-    as 2 b - 1. A layer of 5 inputs that starts like one of 2,048 gives a fifteenth of the other's
-    length, most of it the same for every box: on the toy world nothing about places was learned.
+    as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a fifteenth as long
+    as the feature layer's and mostly alike: on the toy world the model learned nothing about boxes.
 
     region_features (B, R, F); region_boxes (B, R, 5) in [0, 1]; region_mask (B, R), 1 = real;
     region_hidden (B, R) bool, True = masked, or None. Returns (B, 1+R, D).
@@ -453,18 +452,18 @@ class RegionEmbeddings(nn.Module):
         self.box_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # The box of the global region: the whole picture, with area 1. A buffer lies where the
-        # model does; a tensor made of a list in `forward` would make the GPU wait at every step.
+        # The box of the global region: the whole picture, with area 1. A buffer moves with the
+        # model; a tensor made from a list in `forward` would make the GPU wait in every step.
         self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
-        features = region_features.to(region_boxes.dtype)  # stores have float16
+        features = region_features.to(region_boxes.dtype)  # stores hold float16
         visible = region_mask  # (B, R)
         if region_hidden is not None:
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
-        # The global region [A7: VOLTA's] is the mean of what is visible, so it does not give a
-        # masked region away.
+        # The global region [A7: VOLTA's] is the mean of the visible regions, so that it does not
+        # leak a masked one.
         mean = masked_mean(features, visible)[:, None]  # (B, 1, F)
         whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
         content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
@@ -495,8 +494,8 @@ class SwitchBertOutput:
     """What the encoder returns.
 
     text_states (B, T, D); region_states (B, R, D), without the global region; pooled (B, P);
-    modes (B, layers, 2, 3): how much each sample used INTRA, INTER, JOINT, for TEXT and VISION;
-    depths: for each layer (B, 2, l+1), how much of depths 0..l its input was made of.
+    modes (B, layers, 2, 3): each sample's weights of INTRA, INTER, JOINT, for TEXT and VISION;
+    depths: for each layer (B, 2, l+1), the weights of depths 0..l in its input.
     """
 
     text_states: torch.Tensor
@@ -515,7 +514,7 @@ class SwitchBert(nn.Module):
     Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. region_hidden (B, R)
     bool: True = masked, its feature is not seen. temperature: in training that of the
     Gumbel-softmax (None: 1.0, where finetuning starts); in evaluation None takes the best option of
-    each switch, a number takes the soft mixture at it.
+    each switch, a number the soft mixture at that temperature.
     """
 
     def __init__(self, config):
@@ -551,7 +550,7 @@ class SwitchBert(nn.Module):
 
 
 def init_weights(module, std):
-    """BERT's start: normal(0, std) matrices and zero biases; LayerNorms have their own."""
+    """BERT's initialisation: normal(0, std) matrices, zero biases; LayerNorms keep torch's."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=std)
@@ -567,13 +566,13 @@ def init_weights(module, std):
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
 #     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
 #
-# c is the detector's distribution over C classes, p the model's; the sum is KL(c || p), over
-# classes, as in VOLTA (UNITER's mean over classes too would be 1,601 times smaller). A mismatched
-# pair has no masked place that is predicted: data.py gives it no label.
+# c is the detector's distribution over C classes, p the model's. MRC is KL(c || p), summed over
+# classes as in VOLTA (UNITER's mean over classes is 1,601 times smaller). Of a mismatched pair no
+# word or region is predicted: data.py gives it no labels.
 
 
 class Transform(nn.Sequential):
-    """What BERT does to a state before it predicts from it: (K, D) -> (K, D)"""
+    """BERT's layer between a state and the prediction from it: (K, D) -> (K, D)"""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(),
@@ -588,7 +587,7 @@ def word_loss(logits, labels):
     >>> round(word_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([MATCH])).item(), 3)
     0.127
     """
-    return F.cross_entropy(logits.float(), labels, reduction="sum")  # over no place: 0, not NaN
+    return F.cross_entropy(logits.float(), labels, reduction="sum")  # K = 0: 0, not NaN
 
 
 def region_loss(logits, targets):
@@ -605,10 +604,10 @@ def region_loss(logits, targets):
 
 @dataclass
 class PretrainingOutput:
-    """The three losses of a batch as sums and counts, so that several batches join exactly.
+    """The three losses of a batch as sums and counts, so that parts of a batch add up exactly.
 
     sums (3,) float32, counts three integers: for MLM (predicted pieces), MRC (predicted regions)
-    and ITM (pairs). correct (2,): pieces and pairs that were predicted right.
+    and ITM (pairs). correct (2,): the number of pieces and of pairs predicted correctly.
     """
 
     sums: torch.Tensor
@@ -630,10 +629,10 @@ class PretrainingOutput:
 class SwitchBertForPretraining(nn.Module):
     """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
-    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. The encoder's inputs
-    and: mlm_positions (K,), which of the B T pieces are predicted, b T + t, and mlm_labels (K,),
-    what they are; mrc_positions (K',), which of the B R regions, and mrc_targets (K', C), their
-    distributions, or None (no MRC); itm_labels (B,), MATCH or MISMATCH.
+    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. A batch holds the
+    encoder's inputs and: mlm_positions (K,), b T + t for predicted piece t of pair b, and
+    mlm_labels (K,), its id; mrc_positions (K',), b R + r for predicted region r, and mrc_targets
+    (K', C), its distribution, or None (no MRC); itm_labels (B,), MATCH or MISMATCH.
     """
 
     def __init__(self, config):
@@ -641,10 +640,10 @@ class SwitchBertForPretraining(nn.Module):
         self.config = config
         self.bert = SwitchBert(config)
         self.mlm_transform = Transform(config)
-        # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word embeddings,
-        # which therefore are the output matrix too; only the bias is new.
+        # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word embeddings
+        # (tied weights); only the bias is new.
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        # A parameter that no loss reaches would stop DistributedDataParallel: no classes, no head.
+        # DistributedDataParallel fails on a parameter without gradient: no classes, no head.
         classes = config.num_region_classes
         self.mrc_transform = Transform(config) if classes else nn.Identity()
         self.mrc_classifier = nn.Linear(config.hidden_size, classes) if classes else nn.Identity()
@@ -666,8 +665,8 @@ class SwitchBertForPretraining(nn.Module):
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
             temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # The big output layers see only the places that are predicted: 15 % of half of the batch.
-        # They come as numbers: a mask would make the GPU wait until its places are counted.
+        # The large output layers run on predicted places only: 15 % of half of the pairs. Places
+        # come as indices: with a mask the GPU would have to wait until its places are counted.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
         mlm_sum = word_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
@@ -725,12 +724,12 @@ class SwitchBertForRetrieval(TaskModel):
 
     @classmethod
     def from_pretraining(cls, config, weights):
-        """A model that starts where pretraining ended; weights: its state dict.
+        """A model that starts where pretraining ended; weights: the pretrained state dict.
 
-        The score is then the matching head's log odds of MATCH: log p1 / p0 = logit_1 - logit_0,
-        a linear layer whose weights are the difference of the two rows. So the model ranks before
-        it is finetuned (zero-shot retrieval), and finetuning need not begin anew. UNITER starts its
-        ranking layer from the row of MATCH alone.
+        The score is then the matching head's log odds of MATCH: log(p1 / p0) = logit_1 - logit_0,
+        a linear layer whose weights are the difference of the two rows. So the model can rank
+        without finetuning (zero-shot retrieval), and finetuning starts from there. UNITER starts
+        its ranking layer from the row of MATCH alone.
         """
         model = cls(config)
         for name in ("weight", "bias"):
@@ -745,9 +744,9 @@ class SwitchBertForRetrieval(TaskModel):
 
 
 class SwitchBertForReferring(TaskModel):
-    """Referring expressions: region_states -> (B, R) logits of being the region that is meant.
+    """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding has the lowest number, so arg max never picks it. Train with binary cross entropy
+    Padding gets the lowest float, so arg max never picks it. Train with binary cross entropy
     against IoU, on real regions only.
     """
 
@@ -762,8 +761,8 @@ class SwitchBertForReferring(TaskModel):
 
 # --- 8. BERT weights ------------------------------------------------------------------------------
 #
-# Name in Hugging Face's BERT -> name here. Both modalities share these weights (A6), and so start
-# as BERT's. Old files say gamma and beta for a LayerNorm's weight and bias.
+# Name in Hugging Face's BERT -> name here. Both modalities share these weights (A6), so both start
+# from BERT. Old files call the weight and bias of a LayerNorm gamma and beta.
 
 BERT_NAMES = {
     r"^bert\.": "",
@@ -782,21 +781,21 @@ BERT_NAMES = {
     r"^cls\.predictions\.transform\.LayerNorm\.": "mlm_transform.2.",
     r"^cls\.predictions\.bias$": "mlm_bias",
 }
-# The sizes of config.json that must be the model's. Positions may be more in the file: cut off.
+# Sizes of config.json that must equal the model's. More positions are allowed, and cut off.
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "intermediate_size")
-BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # of other entries
+BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # redundant entries
 
 
 def load_bert(model, folder):
-    """Start a model from a Hugging Face BERT folder (A6): (missing, unexpected) parameter names.
+    """Load a Hugging Face BERT folder into a model (A6); returns (missing, unexpected) names.
 
     model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is one.
     folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
     missing: what the model has and the file does not (regions, gates, poolers, other heads).
     unexpected: what the file has and the model does not use (its pooler, next-sentence head).
-    Raises ValueError, before anything is changed, if a size does not fit, and whatever a damaged
-    file leads to.
+    Raises ValueError, before anything is changed, if a size does not fit; for a damaged file, any
+    error of the reader.
     """
     folder = Path(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -840,8 +839,7 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
 
-    The bytes of each tensor must be exactly those that its shape needs; what a damaged file raises
-    depends on the damage.
+    Raises an error if a tensor's bytes do not fit its shape; its type depends on the damage.
     """
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
