@@ -26,12 +26,12 @@ pieces and regions of a batch, (W, H) width and height of an image. Masks: 1 = r
 
 Map of the file (* = read these first)
 
-    1. Small rules           ids, errors, whole files, flags, processes: once, for all five scripts
+    1. Small rules           ids, errors, whole files, flags, processes: shared by the scripts
     2. WordPiece             BERT's uncased tokenizer
     3. Feature store       * the contract between detector and model: one folder of .npy files
-    4. Pretraining         * masking, mismatching, labels, batches
-    5. Captions              the published caption files, recognised by what is in them
-    6. Published features    bottom-up-attention's TSV files become a store
+    4. Pretraining         * masking, mismatches, labels, batches
+    5. Captions              the published caption files, recognised by their content
+    6. Published features    a store from bottom-up-attention's TSV files
     7. Toy world             drawn scenes with captions, questions and referring expressions
     8. Command line          check, import
 
@@ -40,10 +40,10 @@ Map of the file (* = read these first)
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
-Every random choice is drawn from (seed, epoch, index) and from nothing else. So an example is the
-same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
+Every random choice depends on (seed, epoch, index) and on nothing else. So an example is the same
+with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
 
-Where the paper is silent the code says ASSUMPTION An, where it departs on purpose DEVIATION Dn; the
+Where the paper is silent the code says ASSUMPTION An, where it departs from it DEVIATION Dn; the
 README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the background class).
 """
 
@@ -80,12 +80,12 @@ from switchbert import MATCH, MISMATCH
 
 # --- 1. Small rules -------------------------------------------------------------------------------
 #
-# What all five scripts share: how an image is named, how a file is read and written, which values a
-# flag accepts, and how a script ends. Skip this section on a first reading.
+# What all scripts but switchbert.py share: how an image is named, how a file is read and written,
+# which values a flag accepts, and how a script ends. Skip this section on a first reading.
 
 
 class BadInput(ValueError):
-    """The user's files or flags are wrong: one sentence with place, expectation, finding, remedy.
+    """The user's files or flags are wrong: one sentence says where, what and how to fix it.
 
     `run` prints it without a traceback. Any other exception is a bug in this code.
     """
@@ -94,24 +94,24 @@ class BadInput(ValueError):
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput, OSError (disks, permissions) and memory that runs out end in one sentence and exit
-    status 1. Ctrl-C and SIGTERM exit with 130, the shell's number for Ctrl-C. Every other exception
-    is a bug and keeps its traceback.
+    BadInput, OSError (disks, permissions) and running out of memory print one sentence and exit
+    with status 1. Ctrl-C and SIGTERM exit with 130, the shell's status for Ctrl-C. Any other
+    exception is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both unwind the stack, and tidy up
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: unwinds and cleans up
     status = 1
     try:
         return main()
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on, a training with --resume", 130
+        message, status = "stopped; repeat the command to continue, a training with --resume", 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
         if not re.search("DataLoader worker|out of memory", str(error)):
             raise
-        message = (f"error: too little memory? Try fewer --workers, or --accum 2, which gives the "
-            f"same result; --resume goes on ({str(error)[:150]})")
-    # Of several processes with the same error only the first prints it: its end ends the others.
+        message = (f"error: out of memory? Try fewer --workers, or --accum 2, which gives the same "
+            f"result; --resume continues ({str(error)[:150]})")
+    # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
     time.sleep(os.environ.get("RANK", "0") != "0")
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
@@ -119,13 +119,13 @@ def run(main):
 
 @contextlib.contextmanager
 def reading(path, what, unit="entry"):
-    """Turn every error inside this block into BadInput: the file that is read there is at fault.
+    """Turn every error inside this block into BadInput: the file being read is at fault.
 
         with reading("a.json", "a list of boxes") as at:
             for at.entry, box in enumerate(json.load(...)): ...
 
     A missing key, a wrong type or a broken header becomes BadInput("a.json: not a list of boxes
-    (near entry 3: KeyError 'bbox')"). One net at the border replaces a check per field.
+    (near entry 3: KeyError 'bbox')"). One net around the reader replaces a check per field.
     """
     at = types.SimpleNamespace(entry=None)
     try:
@@ -134,7 +134,7 @@ def reading(path, what, unit="entry"):
         raise
     except Exception as error:
         near = "" if at.entry is None else f"near {unit} {at.entry}: "
-        # The first sentence: torch's second one advises to load the file unsafely.
+        # Only the first sentence: torch's second one advises loading the file unsafely.
         reason = getattr(error, "strerror", None) or re.split(r"\n|\. ", str(error))[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
@@ -142,11 +142,11 @@ def reading(path, what, unit="entry"):
 
 
 def canonical_id(name):
-    """One spelling for an image id, whatever file it came from: a string.
+    """An image id as a string, spelled the same whichever file it came from.
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the caption
-    JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any name that is not a number keeps
-    its stem, so that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
+    JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps its stem, so
+    that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
 
     >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
     ['391895', '391895', 'dog_1']
@@ -160,10 +160,10 @@ def canonical_id(name):
 
 
 def write_whole(path, write, mode="w"):
-    """Call `write(file)`; afterwards `path` holds all of it, or is what it was before.
+    """Call `write(file)`; afterwards `path` holds all of it, or is unchanged.
 
-    The bytes go to a neighbour, reach the disk (fsync), and only then take the name. A rename
-    within a folder is atomic: a crash or a full disk costs the new version, never the old.
+    The bytes go to a temporary file beside it, reach the disk (fsync), and only then take its name.
+    A rename within a folder is atomic: a crash or a full disk costs the new version, never the old.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -180,12 +180,12 @@ def write_whole(path, write, mode="w"):
 
 
 def write_json(path, content):
-    """Write a JSON file, whole; what JSON does not know, such as a Path, becomes a string."""
+    """Write a JSON file, whole; types that JSON lacks, such as Path, become strings."""
     write_whole(path, lambda file: json.dump(content, file, indent=1, default=str))
 
 
 def read_json(path, kind=object):
-    """What a JSON file holds; BadInput unless it is of this kind (dict or list)."""
+    """The content of a JSON file; BadInput unless it is of this kind (dict or list)."""
     with reading(path, "a whole JSON file"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     if not isinstance(content, kind):
@@ -194,7 +194,7 @@ def read_json(path, kind=object):
 
 
 def save_png(path, image):
-    """Write a PIL image as a PNG, whole, and make its folder."""
+    """Write a PIL image as a PNG, whole; make its folder if needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: image.save(file, "PNG"), mode="wb")
 
@@ -206,7 +206,7 @@ def open_text(path):
 
 @dataclass(frozen=True)
 class Number:
-    """The type of a numeric flag: its range shows in the declaration, in --help and in refusals.
+    """The type of a numeric flag: its range shows in its declaration, --help and error messages.
 
     Both ends belong to the range. NaN lies in no range, so it is refused too.
     """
@@ -228,7 +228,7 @@ class Number:
         return f"{self.least:g}..." + f"{self.most:g}".removesuffix("inf")
 
 
-# Rates and shares start just above 0: with exactly 0 a run would learn nothing, or divide by it.
+# Rates and shares start just above 0: with 0 itself a run would learn nothing, or divide by 0.
 COUNT, NATURAL = Number(int, 1), Number(int, 0)
 RATE, SHARE = Number(float, 1e-12, 10), Number(float, 1e-6, 1)
 
@@ -259,9 +259,9 @@ def flag(parser, name, kind, default, text):
 
 @contextlib.contextmanager
 def only_run_in(folder):
-    """Hold a folder for the life of a block. A second run is refused, and changes nothing.
+    """Lock a folder during a block. A second run is refused, and changes nothing.
 
-    The lock (POSIX, on a neighbour of the folder) belongs to this process alone: its loading
+    The lock (POSIX, on a file beside the folder) belongs to this process alone: its loading
     processes do not inherit it, and the system releases it however the process ends, even by
     SIGKILL.
     """
@@ -272,7 +272,7 @@ def only_run_in(folder):
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            pass  # Windows has no such locks: there, take care yourself
+            pass  # Windows has no such locks: avoid a second run yourself
         except OSError:
             raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
                 "another --out") from None
@@ -280,30 +280,30 @@ def only_run_in(folder):
 
 
 def start_processes(count):
-    """Run this very command in `count` processes on this machine, as torchrun would.
+    """Run this same command in `count` processes on this machine, as torchrun would.
 
     Each finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. Returns
-    when all have ended well. The first that fails ends the others at once; it has printed its
+    when all have succeeded. When one fails, the others are killed at once; it has printed the
     reason, and this process exits with its status.
     """
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]  # one that is free now, so that two runs do not meet
+        port = probe.getsockname()[1]  # a free one, so that two runs do not collide
     processes = []
     for rank in map(str, range(count)):
         env = dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env))
-    # Ctrl-C reaches every process of a terminal by itself; SIGTERM reaches only this one.
+    # The terminal sends Ctrl-C to every process; SIGTERM reaches only this one, which passes it on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
     for _ in processes:
-        status = os.waitstatus_to_exitcode(os.wait()[1])  # of the next one that ends
+        status = os.waitstatus_to_exitcode(os.wait()[1])  # of the next to end
         if status:
             break
     for process in processes:
-        process.kill()  # those that still run would wait for the lost one for ever
+        process.kill()  # the others would wait for the failed one forever
         process.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if status < 0:
@@ -315,24 +315,24 @@ def start_processes(count):
 
 # --- 2. WordPiece ---------------------------------------------------------------------------------
 #
-# BERT reads pieces of words. A text is cleaned and cut into words (split_words), and each word into
-# the longest pieces of a vocabulary (WordPiece):
+# BERT reads pieces of words. A text is cleaned and split into words (split_words), and each word
+# into the longest pieces of a vocabulary (WordPiece):
 #
 #     "Unaffable!"  ->  unaffable !  ->  un ##aff ##able !  ->  [CLS] un ##aff ##able ! [SEP]
 #
 # Thirty thousand pieces thus spell any word, and a rare word shares its parts with frequent ones.
-# Both steps follow BERT's tokenization.py to the letter: a piece that differs selects an embedding
-# that was trained for another piece.
+# Both steps follow BERT's tokenization.py exactly: any other piece would select an embedding that
+# was trained for something else.
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The CJK ideographs of Unicode. Kana and Hangul are not among them: BERT leaves them to the pieces.
+# The CJK ideographs of Unicode, without Kana and Hangul: BERT splits those only into pieces.
 CHINESE = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df"
     "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 @functools.cache
 def _clean(char):
-    # Whitespace becomes a space, invisible characters vanish, Chinese characters stand alone.
+    # Whitespace becomes a space, invisible characters vanish, Chinese characters become words.
     category = unicodedata.category(char)
     if char in "\t\n\r" or category == "Zs":
         return " "
@@ -343,7 +343,7 @@ def _clean(char):
 
 @functools.cache
 def _split(char):
-    # Accents (category Mn, set free by NFD) vanish; punctuation stands alone. Unicode counts
+    # Accents (category Mn, separated by NFD) vanish; punctuation marks become words. Unicode counts
     # $ + < = > ^ ` | ~ as symbols, BERT counts them as punctuation.
     category = unicodedata.category(char)
     if category == "Mn":
@@ -354,7 +354,7 @@ def _split(char):
 def split_words(text):
     """BERT's basic tokenization, uncased. [Devlin et al. 2019, tokenization.py]
 
-    NFD writes an accented letter as the letter and its accent, so that _split can drop the accent.
+    NFD splits an accented letter into letter and accent, so that _split can drop the accent.
 
     >>> split_words("Café (42)!")
     ['cafe', '(', '42', ')', '!']
@@ -366,16 +366,16 @@ def split_words(text):
 class WordPiece:
     """BERT's uncased tokenizer: words, then the longest vocabulary pieces from left to right.
 
-    vocab: a file with one piece per line, whose line number, from 0, is its id; or a list of
-    pieces, such as a checkpoint holds. '##' marks a piece that continues a word: with 'play' and
-    '##ing', 'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
+    vocab: a file with one piece per line, its id being the line number from 0; or a list of pieces,
+    as in a checkpoint. '##' marks a piece that continues a word: with 'play', '##ing' and '!',
+    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
     """
 
     def __init__(self, vocab):
         given = isinstance(vocab, list)
         with reading("the checkpoint's words" if given else vocab,
                 f"BERT's vocabulary: one word piece per line, {' '.join(SPECIALS)} among them"):
-            # Not splitlines(): a piece may be a character that Python takes for a line end.
+            # Not splitlines(): a piece may be a character that Python counts as a line end.
             self.pieces = vocab if given else (
                 Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
             self.ids = {piece: number for number, piece in enumerate(self.pieces)}
@@ -384,16 +384,16 @@ class WordPiece:
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
 
-    @functools.lru_cache(50_000)  # noqa: B019  words come again and again, tokenizers do not
+    @functools.lru_cache(50_000)  # noqa: B019  words repeat; a run has one tokenizer
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
-        if len(word) > 100:  # characters: BERT gives up
+        if len(word) > 100:  # BERT's limit, in characters
             return ["[UNK]"]
         pieces, prefix = [], ""
         while word:
             ends = [end for end in range(1, len(word) + 1) if prefix + word[:end] in self.ids]
             if not ends:
-                return ["[UNK]"]  # BERT drops the whole word, not only the part without a piece
+                return ["[UNK]"]  # BERT drops the whole word, not only the unknown part
             pieces.append(prefix + word[: ends[-1]])
             prefix, word = "##", word[ends[-1] :]
         return pieces
@@ -407,9 +407,9 @@ class WordPiece:
 def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
-    Words that were seen twice stay whole, the most frequent first, until `size` is reached. All
-    others fall apart into characters, so nothing of the corpus is [UNK]. A corpus large enough to
-    need parts of words deserves BERT's own file. Returns a list of pieces.
+    Words seen at least twice become pieces, the most frequent first, until `size` is reached. All
+    others are spelled in characters, so no word of the corpus is [UNK]. A corpus large enough to
+    need subwords deserves BERT's own file. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
@@ -419,7 +419,7 @@ def build_vocab(texts, size=30522):
 
 # --- 3. The feature store -------------------------------------------------------------------------
 #
-# A folder, and the only thing that the detector's side and the model's side share:
+# A folder, and the only thing that detector and model share:
 #
 #     store.json          version, complete, num_images N, num_regions R, feature_size F,
 #                         num_region_classes C, class_names, detector, ...
@@ -428,31 +428,31 @@ def build_vocab(texts, size=30522):
 #     sizes.npy           (N, 2)     int32     image width, height in pixels
 #     boxes.npy           (N, R, 4)  float32   x1, y1, x2, y2 in pixels of the original image
 #     features.npy        (N, R, F)  float16   mean-pooled RoI feature
-#     failed.txt                     text      id and reason of every image without regions
+#     failed.txt                     text      id and reason of every failed image
 #
-# and, if C > 0, what gives each region its distribution over classes, background first: either
+# and, if C > 0, each region's distribution over classes, background first, as either
 #
 #     class_weight.npy    (C, F)     float32   the detector's last layer, once for all images:
 #     class_bias.npy      (C,)       float32   distribution = softmax(weight @ feature + bias)
 # or
 #     class_probs.npy     (N, R, C)  float16   the distributions themselves, of imported features
 #
-# A detector's class logits are linear in the very feature that is stored. So the layer, 13 MB for
-# Visual Genome's 1,601 classes, says what 115 KB per image would: 380 GB for 3.3 million images.
-# Rows beyond an image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image)
-# and its rounding, 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files
-# opened as memory maps: nothing is loaded, all loading processes share the system's page cache, and
+# A detector's class logits are linear in the stored feature. So that layer, 13 MB for Visual
+# Genome's 1,601 classes, replaces 115 KB per image, 380 GB for 3.3 million images. Rows beyond an
+# image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image); its rounding,
+# 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files opened as memory maps:
+# nothing is loaded, all loading processes share the system's page cache, and
 # `np.load("features.npy", mmap_mode="r")` reads them without this code.
 
 STORE_VERSION = 1
-# ASSUMPTION A9: region classes count the background, as class 0. UNITER, VOLTA and torchvision do
+# ASSUMPTION A9: region classes include the background, as class 0. UNITER, VOLTA and torchvision do
 # so; detectron2's ports put it last.
 
 
 def store_layout(meta):
-    """{array: (dtype, shape)} of a store, from what its store.json says.
+    """{array: (dtype, shape)} of a store, from its store.json.
 
-    Reader and writer both ask here, so the table above is written as code only once.
+    Reader and writer share it, so the table above is written as code only once.
     """
     n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
     c = meta["num_region_classes"]
@@ -475,7 +475,7 @@ def open_store(folder, mode="r"):
         if meta["version"] != STORE_VERSION:
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
         for at.entry, (dtype, shape) in store_layout(meta).items():
-            # asarray: a plain view of the mapped pages, which numpy slices ten times as fast.
+            # asarray: a plain view of the mapped pages, which numpy slices ten times faster.
             path = folder / f"{at.entry}.npy"
             array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
             if array.dtype != dtype or array.shape != shape:
@@ -485,14 +485,14 @@ def open_store(folder, mode="r"):
 
 
 def _shown(image_id):
-    # An id as messages show it; a file name that is not UTF-8 as well as it can be.
+    # An id as messages show it; bytes that are not UTF-8 become U+FFFD.
     return image_id.decode(errors="replace")
 
 
 def encode_ids(ids):
-    """(n,) bytes: image ids of any spelling as a store keeps them; what is bytes already stays.
+    """(n,) bytes: image ids of any spelling as a store keeps them; bytes stay as they are.
 
-    Bytes of equal length can be mapped and sorted; surrogateescape keeps file names that are not
+    Bytes of fixed width can be mapped and sorted; surrogateescape keeps file names that are not
     UTF-8.
     """
     if isinstance(ids, np.ndarray) and ids.dtype.kind == "S":
@@ -507,13 +507,13 @@ class FeatureStore:
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
-        are the mapped file itself and read-only: copy what is to be changed
-    store.class_probs(row) -> (n, C) float32, or None if the store says nothing about classes
+        are views of the mapped file, read-only: copy them before you change them
+    store.class_probs(row) -> (n, C) float32, or None if the store has no classes
     store.best_classes(row) -> (n,) classes and (n,) probabilities, or None
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json), ids, counts. Safe in several processes: they
-    map the same pages, read-only.
+    class_names, detector, meta (all of store.json), ids, counts. Safe to use from several
+    processes: they map the same pages, read-only.
     """
 
     def __init__(self, folder):
@@ -526,10 +526,10 @@ class FeatureStore:
             self.class_names, self.detector = meta["class_names"], meta["detector"]
             if not meta["complete"]:
                 raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
-                    "was writing it, and it goes on")
+                    "was writing it to continue")
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
-        # Ids are looked up by bisection in sorted order. A dict of 3 million strings would take
-        # half a gigabyte in every loading process; this takes 4 bytes per image.
+        # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
+        # in every loading process; this takes 4 bytes per image.
         self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
 
     def __reduce__(self):
@@ -537,7 +537,7 @@ class FeatureStore:
 
     @staticmethod
     def is_complete(folder):
-        """True if a finished store lies there; False for a half-written one, or none."""
+        """True for a finished store; False for a half-written one, or none."""
         path = Path(folder) / "store.json"
         return path.exists() and read_json(path, dict).get("complete", False)
 
@@ -545,9 +545,9 @@ class FeatureStore:
         return len(self.ids)
 
     def rows(self, image_ids):
-        """(n,) rows of images under any spelling of their ids; -1: absent, or extraction failed."""
+        """(n,) rows of images, their ids in any spelling; -1: absent, or extraction failed."""
         keys = encode_ids(image_ids)
-        # Sorted keys are looked up in neighbouring places of memory: several times as fast.
+        # Sorted keys hit neighbouring places in memory: several times faster.
         unique, inverse = np.unique(keys, return_inverse=True)
         place = np.searchsorted(self.ids, unique, sorter=self._order)[inverse]
         rows = self._order[place.clip(max=len(self) - 1)]
@@ -559,18 +559,18 @@ class FeatureStore:
         return None if row < 0 else row
 
     def _of(self, name, row):
-        # What an array says of the image's own n regions: the rows behind them are zeros.
+        # An array's entries for the image's n regions, without the zeros after them.
         return self.arrays[name][row, : self.counts[row]]
 
     def __getitem__(self, row):
-        # Nothing is copied before a batch is built, and nothing is checked: `write` has checked.
+        # Nothing is copied before a batch is built; nothing is checked, as `write` has done that.
         return dict(features=self._of("features", row), boxes=self._of("boxes", row),
             size=tuple(self.arrays["sizes"][row].tolist()))
 
     def class_probs(self, row, chosen=slice(None)):
         """(k, C) float32: distributions over classes, background first; None if there are none.
 
-        chosen: which of the image's n regions, as an index of an array.
+        chosen: a numpy index that selects k of the image's n regions.
         """
         if not self.num_region_classes:
             return None
@@ -578,7 +578,7 @@ class FeatureStore:
             return self._of("class_probs", row)[chosen].astype(np.float32)
         features = self._of("features", row)[chosen].astype(np.float32)  # (k, F)
         logits = features @ self.arrays["class_weight"].T + self.arrays["class_bias"]  # (k, C)
-        # The softmax. Subtracting the largest logit changes nothing but keeps exp from overflowing.
+        # Softmax. Subtracting the largest logit changes nothing but keeps exp from overflowing.
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exp / exp.sum(axis=1, keepdims=True)
 
@@ -591,13 +591,13 @@ class FeatureStore:
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
             detector="", class_head=None, **more):
-        """A StoreWriter for these images, new or where an interrupted one stopped.
+        """A StoreWriter for these images; it continues an interrupted one.
 
         ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
         of the detector's last layer, background first, in place of stored distributions. `more`
-        goes into store.json as it is. Raises BadInput if the folder holds anything else.
+        goes into store.json unchanged. Raises BadInput if the folder holds anything else.
         """
-        fixed = {"ids": encode_ids(ids)}  # all else is written per row
+        fixed = {"ids": encode_ids(ids)}  # known from the start; the rest is written per row
         if class_head:
             fixed["class_weight"], fixed["class_bias"] = map(np.float32, class_head)
             num_region_classes = len(class_head[1])
@@ -619,7 +619,7 @@ class StoreWriter:
     store = writer.finish()
 
     The arrays have their full size from the start, so each row has its place and no process waits
-    for another; counts tells which rows are there. fixed: {name: array} of what is known from the
+    for another; counts says which rows are written. fixed: {name: array} of what is known from the
     start.
     """
 
@@ -639,31 +639,31 @@ class StoreWriter:
 
     def _allocate(self, fixed):
         layout, start = store_layout(self.meta), fixed | {"counts": -1}
-        # What a run that was killed in here has left is overwritten, and nothing else.
+        # Overwrite only what a run that was killed in this method has left.
         for path in self.folder.iterdir():
             if path.stem not in layout and path.name[0] != ".":
                 raise BadInput(f"{self.folder}: holds {path.name} and no feature store; choose a "
                     "folder that is empty or new")
-        # Mapped files take their disk as they are filled, and a full disk then kills in silence.
+        # Mapped files take disk space as they fill; a full disk then kills the process silently.
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
         if size > shutil.disk_usage(self.folder).free:
             raise BadInput(f"{self.folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
         for name, form in layout.items():
-            # 'w+' makes a sparse file: no disk is used until a row is written.
+            # 'w+' makes a sparse file: a row uses no disk until it is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
             if name in start:
                 array[:] = start[name]
-        write_json(self.folder / "store.json", self.meta)  # last: it says that all arrays are there
+        write_json(self.folder / "store.json", self.meta)  # last: now all arrays exist
 
     def pending(self):
-        """Rows that are still to be written."""
+        """Rows not yet written."""
         return np.flatnonzero(self.arrays["counts"] < 0).tolist()
 
     def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
 
-        class_probs (n, C): for a store that has this array. Raises BadInput, and leaves the row
-        pending, if a run could not use these numbers.
+        class_probs (n, C): for a store with this array. Raises BadInput, and leaves the row
+        pending, if the numbers are unusable: see record_problem.
         """
         values, name = dict(features=features, boxes=boxes), _shown(self.arrays["ids"][row])
         if "class_probs" in self.arrays:
@@ -672,25 +672,25 @@ class StoreWriter:
             if problem := record_problem(**values, size=size):
                 raise BadInput(f"image {name}: {problem}")
             for key, value in values.items():
-                # numpy would repeat a single column or row until it fits.
+                # numpy would broadcast a single column or row without an error.
                 if value.shape[1:] != self.arrays[key].shape[2:]:
                     raise ValueError(f"{key}: {value.shape} of {self.arrays[key].shape[1:]}")
                 self.arrays[key][row, : len(features)] = value
         self.arrays["sizes"][row] = size
-        self.arrays["counts"][row] = len(features)  # last: only now the row counts as written
+        self.arrays["counts"][row] = len(features)  # last: marks the row as written
 
     def fail(self, row, reason):
-        """An image without regions: its row stays empty, and failed.txt says why."""
+        """Mark an image as failed: its row stays empty, and failed.txt says why."""
         with open(self.folder / "failed.txt", "a", encoding="utf-8", errors="replace") as file:
             file.write(f"{_shown(self.arrays['ids'][row])}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
-        """Every row is written: say so in store.json, and return the reader."""
+        """Mark the store complete and return its reader; BadInput if a row is still pending."""
         if missing := len(self.pending()):
             raise BadInput(f"{self.folder}: {missing} images are not written yet")
         for view in self.arrays.values():
-            view.base.flush()  # of the map behind it: to the disk, before store.json says so
+            view.base.flush()  # the memory map: to the disk, before store.json says complete
         write_json(self.folder / "store.json", dict(self.meta, complete=True))
         return FeatureStore(self.folder)
 
@@ -698,12 +698,12 @@ class StoreWriter:
 def record_problem(features, boxes, size, class_probs=None):
     """What is wrong with an image's regions, in words, or None.
 
-    Asked before they are stored: a NaN that gets into a batch shows only as a NaN loss, thousands
-    of images later. A box may leave the picture by a pixel, as rounding does.
+    Checked before they are stored: a NaN in a store would show only as a NaN loss, thousands of
+    images later. A box may leave the picture by a pixel: rounding.
     """
     if min(len(features), *size) < 1 or len(boxes) != len(features):
         return f"{len(features)} regions and {len(boxes)} boxes in a picture of {size} pixels"
-    with np.errstate(over="ignore"):  # float16 ends at 65504: infinity lies beyond
+    with np.errstate(over="ignore"):  # above 65504, float16 is infinite
         finite = np.isfinite(np.float16(features)).all()
     if not finite:
         return "features with NaN or infinity"
@@ -718,7 +718,7 @@ def record_problem(features, boxes, size, class_probs=None):
 def normalise_boxes(boxes, size):
     """(n, 4) pixels -> (n, 5): x1/W, y1/H, x2/W, y2/H, area/(W H), all in [0, 1]. ASSUMPTION A7.
 
-    y runs downwards, as in all files here. What lies outside the picture is cut off.
+    y points down, as in all files here. Boxes are clipped to the picture.
 
     >>> normalise_boxes(np.float32([[20, 10, 120, 60]]), (200, 100)).round(2).tolist()[0][4]
     0.25
@@ -730,20 +730,20 @@ def normalise_boxes(boxes, size):
 
 # --- 4. Pretraining examples ----------------------------------------------------------------------
 #
-# One way out of the store serves pretraining and all tasks: region_inputs for an image,
-# model_inputs for a batch. What is to be predicted is decided here, once, and travels as a list of
-# positions: neither the model nor the counts of a loss filter anything. Of a mismatched pair
-# nothing but the mismatch is predicted: its words say nothing about its picture.
+# Pretraining and all tasks read the store through the same two functions: region_inputs for an
+# image, model_inputs for a batch. What is predicted is decided here, once, and passed on as a list
+# of positions: neither the model nor the counts of a loss filter anything. Of a mismatched pair
+# only the mismatch is predicted: its words say nothing about its picture.
 #
-#     example   masked words   masked regions   match
-#     matched   MLM            MRC              MATCH       each modality helps to restore the other
-#     other     hidden only    hidden only      MISMATCH    the mismatch is the only question
+#     pair         masked words   masked regions   match
+#     matched      MLM            MRC              MATCH      each modality helps restore the other
+#     mismatched   hidden only    hidden only      MISMATCH   the mismatch is the only question
 
 
 def region_inputs(store, row):
-    """What the encoder reads of an image: region_features (n, F) float16, region_boxes (n, 5).
+    """The encoder's inputs from an image: region_features (n, F) float16, region_boxes (n, 5).
 
-    row None, for an image without features or a model that must not see it: n = 0.
+    row None, for an image without features or a blind model: n = 0.
     """
     if row is None:
         return dict(region_features=np.zeros((0, store.feature_size), np.float16),
@@ -758,12 +758,12 @@ class PretrainingDataset(torch.utils.data.Dataset):
 
     store: a FeatureStore. captions: Captions, or a list of (image id, text). Captions that are
     empty or whose image is not in the store are left out and counted in `.skipped`; BadInput if
-    fewer than two images are left. mismatch: share of pairs whose image is exchanged for another.
-    masking=False shows words and regions whole, to measure how well pairs are matched. blind=True
-    shows no region: a model trained so knows what words alone give away.
+    fewer than two images are left. mismatch: share of pairs whose image is replaced by another.
+    masking=False masks nothing, to measure matching on whole pairs. blind=True shows no regions and
+    mismatches nothing: such a model learns what words alone give away.
 
-    name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the pairs that
-    are kept, their store rows, and about how many words they have.
+    name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the kept pairs,
+    their store rows, and their lengths in words, roughly.
     """
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
@@ -788,16 +788,16 @@ class PretrainingDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """One example: a dict of numpy arrays; `collate` stacks them.
 
-        key: an index, or (epoch, index): every epoch draws other masks and mismatches. The epoch
-        travels in the key, so loading processes hold no state.
+        key: an index, or (epoch, index): every epoch draws new masks and mismatches. The epoch is
+        part of the key, so loading processes hold no state.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
         row, match = self.rows[index], MATCH
         if rng.random() < self.mismatch:
-            # The image of another caption may fit by chance: with many images that is rare. To
-            # exchange captions instead would give the same pairs equally often, but texts of
-            # lengths that nobody knows before: train.epoch_batches could not sort by them.
+            # The image of another caption may fit by chance; with many images that is rare.
+            # Swapping captions instead would give the same pairs equally often, but with texts of
+            # unknown lengths: train.epoch_batches could not sort by them.
             match = MISMATCH
             while row == self.rows[index]:
                 row = self.rows[rng.integers(len(self))]
@@ -806,7 +806,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
         regions = region_inputs(self.store, None if self.blind else row)
         hidden = choose(len(regions["region_boxes"]), rng, self.rate)
         classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
-        if match == MISMATCH:  # its masks stay: else whole words and regions would give it away
+        if match == MISMATCH:  # its masks stay: unmasked inputs would give it away
             words, classes = words[:0], classes[:0]
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
             mlm_labels=np.array(ids)[words], mrc_positions=classes,
@@ -814,20 +814,20 @@ class PretrainingDataset(torch.utils.data.Dataset):
 
 
 class Captions:
-    """Pairs (image id, text) in little memory, to read like a list: Captions(pairs)[0], len, for.
+    """Pairs (image id, text) in little memory, used like a list: Captions(pairs)[0], len, for.
 
     The texts lie in one block of bytes, each between its start and its end. A list of 3.3 million
     tuples takes 0.9 GB; this takes 0.3, and loading processes share it. They would copy a list
-    page by page: Python counts references in the objects, so reading a string writes to its page.
+    page by page: reading a string changes its reference count, and so writes to its page.
 
-    ids (N,) bytes: canonical image ids. words (N,): how many spaces a text has. A slice, or an
-    array of indices or of bool, selects Captions that share the block.
+    ids (N,) bytes: canonical image ids. words (N,): the number of spaces in each text. A slice, or
+    an array of indices or bools, selects Captions that share the block.
     """
 
     def __init__(self, pairs):
         self.block, ids, words, offsets = bytearray(), [], array.array("i"), array.array("q", [0])
         for image_id, text in pairs:
-            # surrogatepass: JSON may hold half of a surrogate pair, which UTF-8 has no bytes for.
+            # surrogatepass: JSON may hold half a surrogate pair, which UTF-8 cannot encode.
             text = text.strip().encode(errors="surrogatepass")
             self.block += text
             ids.append(canonical_id(image_id).encode(errors="surrogateescape"))
@@ -854,8 +854,8 @@ class Captions:
 def choose(n, rng, rate):
     """(n,) bool, each True with probability `rate`; at least one is, unless rate or n is 0.
 
-    An example without a target would teach nothing. In short captions this raises the share that is
-    predicted: with 5 words of which one is forced in 44 % of the cases, from 15 % to 24 %.
+    An example without a target would teach nothing. In short captions this raises the predicted
+    share: of 5 words, one is forced in 44 % of the cases, and the share rises from 15 % to 24 %.
     """
     chosen = rng.random(n) < rate
     if n and rate and not chosen.any():
@@ -864,11 +864,11 @@ def choose(n, rng, rate):
 
 
 def mask_tokens(ids, tokenizer, rng, rate=0.15):
-    """BERT's masking of one sentence: (input_ids, positions that are to be predicted), int64.
+    """BERT's masking of one sentence: (input_ids, positions to predict), int64.
 
-    `rate` of the pieces are predicted. Of these 80% are shown as [MASK], 10% as a random piece and
-    10% as themselves: at finetuning there is no [MASK], so the states of ordinary pieces must be
-    good too. [CLS] and [SEP] are neither masked nor drawn as a random piece.
+    A share `rate` of the pieces is predicted. Of these 80% are shown as [MASK], 10% as a random
+    piece and 10% unchanged: finetuning has no [MASK], so the states of ordinary pieces must be good
+    too. [CLS] and [SEP] are never masked, and SPECIALS never drawn as a random piece.
     """
     shown = np.array(ids)
     positions = 1 + np.flatnonzero(choose(len(ids) - 2, rng, rate))  # between [CLS] and [SEP]
@@ -884,9 +884,9 @@ def mask_tokens(ids, tokenizer, rng, rate=0.15):
 
 
 def pad(arrays):
-    """Stack arrays that differ in length: a tensor (B, longest, ...), filled up with zeros.
+    """Stack arrays that differ in length: a tensor (B, longest, ...), padded with zeros.
 
-    The longest counts as at least 1: attention over no place at all would divide by zero.
+    longest is at least 1: attention over zero places would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
@@ -896,11 +896,11 @@ def pad(arrays):
 
 
 def model_inputs(examples):
-    """What the encoder reads, padded to the longest of these examples and no further.
+    """The encoder's inputs, padded to the longest of these examples and no further.
 
     input_ids, text_mask (B, T); region_features (B, R, F), region_boxes (B, R, 5), region_mask
-    (B, R). Masks are int64, 1 = real. The words are padded with 0, the id of [PAD] in BERT's
-    vocabularies, and the regions with zeros.
+    (B, R). Masks are int64, 1 = real. Words are padded with 0, the id of [PAD] in BERT's
+    vocabularies; regions with zeros.
     """
     inputs = {name: pad([example[name] for example in examples])
         for name in ("input_ids", "region_boxes", "region_features")}
@@ -913,7 +913,7 @@ def collate(examples):
     """A batch from examples of PretrainingDataset: what model_inputs gives, and
 
     region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_positions
-    (K,), t + T b for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), r + R b, and
+    (K,), b T + t for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), b R + r, and
     mrc_targets (K', C), or None where the store has no classes; itm_labels (B,), MATCH or MISMATCH.
     """
     columns = {name: [example[name] for example in examples] for name in examples[0]}
@@ -930,7 +930,7 @@ def collate(examples):
 
 # --- 5. Captions ----------------------------------------------------------------------------------
 #
-# Captions as they are published. What is in a file tells its form, not its name:
+# Captions as they are published. A file's form is recognised by its content, not by its name:
 #
 #     Conceptual Captions   a very typical bus station <TAB> http://lh6.ggpht.com/-IvRtNLNcG8o/...
 #     CC12M                 the same two columns the other way round
@@ -940,12 +940,12 @@ def collate(examples):
 #                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
 #     img2dataset           a folder: 00000/000000012.jpg with 00000/000000012.txt beside it
 #
-# A picture in the TSV of Conceptual Captions has no id but its link: its id is crc32(link), as in
-# VOLTA's files. Of 3.3 million links about 1,300 pairs share one; a store holds the first picture.
+# A picture in the TSV of Conceptual Captions has only a link: its id is crc32(link), as in VOLTA's
+# files. Among 3.3 million links about 1,300 pairs collide; a store holds the first picture.
 
 
 def read_captions(path, split=None):
-    """Iterate over the (image id, caption) pairs of a caption file or folder, in its order.
+    """Yield the (image id, caption) pairs of a caption file or folder, in its order.
 
     split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
     A file without splits is all "train". Raises BadInput near the first problem.
@@ -965,8 +965,8 @@ def read_captions(path, split=None):
 
 
 def _folder_captions(folder):
-    # Yields (image id, caption, split), as the two below. img2dataset writes a caption beside each
-    # picture, under the same number: its id.
+    # Yields (image id, caption, split), as do the next two. img2dataset writes a caption beside
+    # each picture; the number in both names is the id.
     for path in sorted(folder.rglob("*.txt")):
         with reading(path, "a caption"):
             yield path.name, path.read_text(encoding="utf-8").strip(), "train"
@@ -978,7 +978,7 @@ def _json_captions(path):
     with reading(path, "COCO's 'annotations' or Karpathy's 'images', with captions") as at:
         if "annotations" in content:
             for at.entry, record in enumerate(content["annotations"]):
-                yield record["image_id"], "" + record["caption"], "train"  # "" +: a text, not None
+                yield record["image_id"], "" + record["caption"], "train"  # "" +: None fails
         else:
             for at.entry, record in enumerate(content["images"]):
                 split = record["split"].replace("restval", "train")
@@ -987,7 +987,7 @@ def _json_captions(path):
 
 
 def _tsv_captions(path):
-    # No csv module: after an odd quotation mark it would swallow lines.
+    # Not the csv module: it would swallow lines after an unpaired quotation mark.
     with reading(path, "a caption file of two columns", "line") as at, open_text(path) as file:
         for at.entry, line in enumerate(file, 1):
             image, text = line.rstrip("\r\n").split("\t")
@@ -1001,8 +1001,8 @@ def _tsv_captions(path):
 # --- 6. Published features ------------------------------------------------------------------------
 #
 # The "bottom-up attention" files that most papers of the field used: a TSV without a header, one
-# image per line, arrays as base64 of little-endian numbers. Three forms are in circulation. Their
-# number of columns tells them apart, and it also says whether width or height comes first:
+# image per line, arrays as base64 of little-endian numbers. Three forms are in circulation. The
+# number of columns distinguishes them, and determines whether width or height comes first:
 #
 #     6    Anderson et al.   image_id, image_w, image_h, num_boxes, boxes, features
 #     10   LXMERT            img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf,
@@ -1010,19 +1010,19 @@ def _tsv_captions(path):
 #     13   VOLTA             the ten, then cls_prob, attrs, classes
 #
 # Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
-# (n, 1601), background first. Only the last form has distributions: masked region classification
-# needs them, and training does without it where a store has none.
+# (n, 1601), background first. Only the last form has distributions; from the others, training
+# omits masked region classification.
 
 TSV_COLUMNS = {6: "id w h n boxes features", 10: "id h w _ _ _ _ n boxes features",
     13: "id h w _ _ _ _ n boxes features class_probs _ _"}
 
 
 def import_features(paths, folder, detector="vg", classes=None):
-    """Write a feature store from published TSV files; one that was interrupted goes on.
+    """Write a feature store from published TSV files; continues an interrupted import.
 
     classes: a file with a class name per line, without background, or None. Two passes with one
     line in memory at a time: the first counts, the second writes. A broken line ends the import; an
-    image whose numbers no run could use fails alone. Returns the FeatureStore.
+    image with unusable numbers fails alone. Returns the FeatureStore.
     """
     rows, most = {}, 0
     for image_id, record in read_tsv(paths):
@@ -1039,7 +1039,7 @@ def import_features(paths, folder, detector="vg", classes=None):
         source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
-        row = rows.pop(image_id, None)  # None: the image came before, and its first line counts
+        row = rows.pop(image_id, None)  # None: a duplicate; the image's first line counts
         if row in pending:
             try:
                 writer.write(row, **record)
@@ -1049,10 +1049,10 @@ def import_features(paths, folder, detector="vg", classes=None):
 
 
 def read_tsv(paths):
-    """Yield (image id, what StoreWriter.write takes) line by line.
+    """Yield (image id, keyword arguments of StoreWriter.write) line by line.
 
-    All lines of all files must have as many numbers per region as the first one: a store has one
-    shape per array. class_probs is (n, 0) where a file has none.
+    All lines of all files must have as many numbers per region as the first: a store has one shape
+    per array. class_probs is (n, 0) where a file has none.
     """
     widths = {"boxes": 4}
     for path in paths:
@@ -1080,10 +1080,10 @@ def read_class_names(path):
 
 # --- 7. The toy world -----------------------------------------------------------------------------
 #
-# A scene is a number. From it follow the things, the picture, the captions, the questions and the
-# referring expressions. So a data set is a range of numbers, and held-out scenes are another range.
-# Each use draws from a stream of its own: more captions do not change the picture. Every statement
-# about a scene is computed from its things, so its truth needs no annotator:
+# A scene is a number: a seed that determines its things, picture, captions, questions and referring
+# expressions. So a data set is a range of numbers, and held-out scenes are another range. Each use
+# has its own random stream: more captions do not change the picture. Every statement about a scene
+# is computed from its things, so it is true without an annotator:
 #
 #     caption      a small red star left of a large blue ring and a small green cross
 #     question     what colour is the large ring ?                               blue, colour
@@ -1097,8 +1097,8 @@ SIZES = {"small": (7, 9), "large": (14, 18)}  # half the width, in pixels: from,
 TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
 SCENE_PIXELS = 128
 TRAIN_SCENES = 0  # the number of the first training scene
-HELD_OUT_SCENES = 1_000_000  # and of the first held-out one: the ranges never meet
-# Axis (0: x, to the right; 1: y, downwards), sign of the difference along it, and the opposite.
+HELD_OUT_SCENES = 1_000_000  # of the first held-out one: the ranges never overlap
+# Axis (0: x, to the right; 1: y, down), sign of the difference along it, opposite relation.
 RELATIONS = {"left of": (0, -1, "right of"), "right of": (0, 1, "left of"),
     "above": (1, -1, "below"), "below": (1, 1, "above")}
 
@@ -1121,7 +1121,7 @@ class Thing:
 
     @property
     def place(self):
-        """Where in the picture it is, by the axis along which it is farther from the middle."""
+        """Its place in the picture, by the axis along which it is farther from the middle."""
         x, y = (c - SCENE_PIXELS // 2 for c in self.centre)
         if max(abs(x), abs(y)) < 16:
             return "in the middle"
@@ -1135,7 +1135,7 @@ class Thing:
         return name if "shape" in words else f"{name} thing"
 
     def relations(self, other, margin=8):
-        """On which sides of the other it lies: centres differ by more than `margin` pixels.
+        """The relations that hold to the other: centres differ by more than `margin` pixels.
 
         Never empty: things do not touch, so along one axis centres differ by over 16 pixels.
         """
@@ -1144,7 +1144,7 @@ class Thing:
 
 
 class Scene:
-    """Scene number `number`: 2 to 6 things that do not touch, all of it following from the number.
+    """Scene number `number`: 2 to 6 things that do not touch; the number determines all of it.
 
     things: list of Thing. .draw() -> PIL image; .captions(n), .questions(n), .expressions(n).
     """
@@ -1162,10 +1162,10 @@ class Scene:
         return np.random.default_rng([self.number, stream])
 
     def _new_thing(self, rng):
-        # A thing that touches no other one, or None after thirty places that were taken.
+        # A thing that touches no other, or None if thirty random places were taken.
         thing = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
-        # Half of the things share their colour or shape with another one. Otherwise a model could
-        # match 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind.
+        # Half of the new things copy colour or shape from another. Otherwise a model could match
+        # 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind them.
         if self.things and rng.random() < 0.5:
             same = _pick(rng, ("colour", "shape"))
             setattr(thing, same, getattr(_pick(rng, self.things), same))
@@ -1181,8 +1181,8 @@ class Scene:
     def draw(self, scale=1):
         """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
 
-        Detectors and models see scale 1. A larger one is for people, who take a circle of 14 pixels
-        for a square.
+        Detectors and models see scale 1. Larger ones are for people, to whom a circle of 14 pixels
+        looks like a square.
         """
         noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
         image = Image.fromarray(noise.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
@@ -1191,17 +1191,17 @@ class Scene:
         return image
 
     def _unique(self, *words):
-        # {name: thing} of the names, made of these words, that mean one thing without doubt.
+        # {name: thing} of the names, made of these words, that fit exactly one thing.
         names = [thing.named(*words) for thing in self.things]
         return {n: thing for n, thing in zip(names, self.things) if names.count(n) == 1}
 
     def captions(self, n=4):
         """n sentences that are true of this picture and of few others.
 
-        Each names three things where there are three: 2 % of the captions are then true of another
-        one of 100 scenes. With two things it would be 8 %. Half of them say where two things are,
-        the others how two lie to each other: a model that reads places from single regions learns
-        later to compare them. From comparisons alone none learned anything about places.
+        Each names three things where there are three: 2 % of the captions are then also true of
+        another of 100 scenes; with two things, 8 %. Half of them say where two things are, the
+        others how two things relate: a model first learns the places of single regions, then to
+        compare them. From comparisons alone no model learned anything about places.
         """
         rng, sentences = self._rng(2), []
         for _ in range(n):
@@ -1217,9 +1217,9 @@ class Scene:
     def questions(self, n=5):
         """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
 
-        Kinds take turns, and a kind that this scene has no fair question for is left out. Yes and
-        no are equally frequent by construction, and 'what ...' questions have one answer in the
-        picture. Numbers are digits, as VQA's evaluation writes them.
+        Types alternate; one that has no fair question about this scene is left out. Yes and no are
+        about equally frequent, and a 'what ...' question has one answer in the picture. Numbers are
+        digits, as in VQA's evaluation.
         """
         rng, found = self._rng(3), []
         for turn in range(self.number, self.number + n):
@@ -1229,8 +1229,7 @@ class Scene:
         return found
 
     def _ask_colour(self, rng, asked="colour", given="shape"):
-        # Of a thing that its size and the other word name without doubt, or not at all: two answers
-        # would be right otherwise.
+        # Only of a thing that its size and the given word identify: else two answers may be right.
         if unique := self._unique("size", given):
             name, thing = _pick(rng, unique.items())
             return f"what {asked} is the {name} ?", getattr(thing, asked)
@@ -1239,7 +1238,7 @@ class Scene:
         return self._ask_colour(rng, asked="shape", given="colour")
 
     def _ask_count(self, rng):
-        # All things, or those of a size, colour or shape that is there: the answers are 1 to 6.
+        # All things, or those of a size, colour or shape in the picture: the answers are 1 to 6.
         key = _pick(rng, ("all", "size", "colour", "shape"))
         if key == "all":
             return "how many things are there ?", str(len(self.things))
@@ -1251,8 +1250,8 @@ class Scene:
         return f"how many {name} are there ?", str(words.count(word))
 
     def _ask_existence(self, rng):
-        # A 'no' names a colour and a shape that are both in the picture, on different things: only
-        # seeing how they go together answers it.
+        # A 'no' names a colour and a shape that are both in the picture, on different things: to
+        # answer it, a model must bind them.
         names = [thing.named("colour", "shape") for thing in self.things]
         if rng.random() < 0.5:
             return f"is there a {_pick(rng, names)} ?", "yes"
@@ -1261,9 +1260,9 @@ class Scene:
             return f"is there a {absent} ?", "no"
 
     def _ask_relation(self, rng):
-        # Two forms, as in GQA: find a thing by its place, or say whether a relation holds. The
-        # first is the way to the second, which gives no partial credit: half of what it takes
-        # answers it no better than chance.
+        # Two forms, as in GQA: find a thing by its relation, or say whether a relation holds. The
+        # first is a step towards the second, which gives no partial credit: a model with half of
+        # the skills that it takes answers no better than chance.
         if rng.random() < 0.5:
             if found := self._refer_by_relation(rng):
                 return f"what colour is {found[0]} ?", self.things[found[1]].colour
@@ -1276,17 +1275,17 @@ class Scene:
             return f"is the {name} {asked} the {other} ?", answer
 
     def expressions(self, n=3):
-        """Up to n different (expression, index of the thing, type); each means one thing.
+        """Up to n different (expression, index of the thing, type); each fits exactly one thing.
 
-        type is attribute, or relation: then its attributes alone fit two things or more.
+        type is attribute, or relation: then its attributes alone fit two or more things.
         """
         rng, refer = self._rng(4), (self._refer_by_attribute, self._refer_by_relation)
         found = [refer[turn % 2](rng) for turn in range(self.number, self.number + n)]
         return list(dict.fromkeys(filter(None, found)))
 
     def _refer_by_attribute(self, rng):
-        # By as few words as mean this thing alone: a longer name would be easier than it looks. Two
-        # that are alike in all three words have no name.
+        # The shortest name that fits this thing alone: a longer one would give redundant hints.
+        # Two things that are alike in all three words have none.
         index = int(rng.integers(len(self.things)))
         for words in (("shape",), ("colour", "shape"), ("size", "colour", "shape")):
             name = self.things[index].named(*words)
@@ -1294,7 +1293,7 @@ class Scene:
                 return f"the {name}", index, "attribute"
 
     def _refer_by_relation(self, rng):
-        # 'the star left of the red ring': of several stars only this one is, even by a pixel.
+        # 'the star left of the red ring': no other star is left of it, not even by a pixel.
         fits = []
         for index, thing in enumerate(self.things):
             others = [t for t in self.things if t.shape == thing.shape and t is not thing]
@@ -1307,14 +1306,14 @@ class Scene:
 
 
 def _pick(rng, options):
-    # One of the options; None if there is none, and then nothing is drawn.
+    # One of the options; None, without a draw, if there is none.
     options = list(options)
     return options[rng.integers(len(options))] if options else None
 
 
 def _draw_shape(draw, thing, scale):
-    # Each shape fills its box: x - h to x + h - 1, both ends drawn, are 2 h columns. The arms of a
-    # cross are a third of that, and a star's inner points lie at .42 of the outer ones.
+    # Each shape fills its box: x - h to x + h - 1, inclusive, are 2 h columns. The arms of a cross
+    # are a third as wide, and a star's inner points lie at .42 of the outer radius.
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
     if thing.shape == "circle":
@@ -1328,22 +1327,22 @@ def _draw_shape(draw, thing, scale):
     elif thing.shape == "cross":
         draw.rectangle([x - third, y - h, x + third, y + h - 1], colour)
         draw.rectangle([x - h, y - third, x + h - 1, y + third], colour)
-    else:  # star: ten points, far and near in turn, from the top clockwise
+    else:  # star: ten points, alternately far and near, clockwise from the top
         polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
         draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
 #
-# `check` reads every number that a run would read, and names in minutes the first fault that would
-# end the run after hours. A caption file that is given with a store is also matched with it.
+# `check` reads every number that a run would read, and finds in minutes a fault that would end the
+# run after hours. Given captions and a store, it also counts how many images they share.
 
 
 def check(paths):
-    """Say what stores, captions and vocabularies are; BadInput if a run could not use one.
+    """Describe stores, captions and vocabularies; BadInput if a run could not use one.
 
-    store.json says which detector made a store, and how the regions were chosen: features of two
-    detectors must never meet in one run.
+    It prints store.json, which names the detector and its settings: never mix the features of two
+    detectors in one run.
     """
     stores, captions = [], {}
     for path in map(Path, paths):
@@ -1379,11 +1378,11 @@ def check(paths):
 
 def main(argv=None):
     """python data.py check | import"""
-    parser = argparse.ArgumentParser(description="Look at data before a run does.")
+    parser = argparse.ArgumentParser(description="Check data before a run reads it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="say what files and stores are, and whether they fit")
+    p = commands.add_parser("check", help="describe files and stores; do they fit together?")
     p.add_argument("paths", nargs="+", help="feature stores, caption files, vocabularies (.txt)")
-    p = commands.add_parser("import", help="make a feature store of published TSV files")
+    p = commands.add_parser("import", help="make a feature store from published TSV files")
     p.add_argument("paths", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
     p.add_argument("-o", "--out", type=folder_to_write, required=True, help="the store to write")
     p.add_argument("--detector", default="vg", help="its name in the store (default: vg)")
