@@ -25,7 +25,7 @@ Map of the file (* = read these first)
     1. Settings         flags, and what the toy run and the full run set them to
     2. Pretraining    * what happens, in order, and the task that is trained
     3. The loop       * fit
-    4. Optimisation   * learning rate, AdamW, the parts of a batch, forward and backward
+    4. Optimisation   * learning rate, AdamW, parts of a batch, forward and backward
     5. Evaluation       losses, accuracies, what the switches chose, zero-shot retrieval
     6. Data of a run    the toy world, or a folder of captions and features
     7. Processes        one, several on this machine, or several machines
@@ -33,26 +33,26 @@ Map of the file (* = read these first)
 
     python train.py                     the whole toy run: 2 minutes on two CPU cores
     python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
-    python train.py --resume            go on with a run that was stopped or killed
-    python train.py --blind --epochs 1 --out runs/blind      what would words alone give?
+    python train.py --resume            continue a run that was stopped or killed
+    python train.py --blind --epochs 1 --out runs/blind      what do words alone give?
     python train.py show runs/pretrain  draw switches.png and switches.gif again
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
 Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and
-evaluates on scenes that nothing was trained on. It prints one line per evaluation, here broken:
+evaluates on held-out scenes. It prints one line per evaluation, here wrapped:
 
     step   450/900  lr 5.6e-04  tau 0.84  mlm 0.73 mrc 2.38 itm 0.41 | words 0.706  match 0.886
            | 1049 pairs/s, 29 s
 
-tau is the temperature; mlm, mrc and itm are the losses on training pairs since the last line.
-`words` is the share of masked word pieces that were predicted right, `match` the accuracy of
-image-text matching (chance: .50), both on held-out pairs with hard switches.
+tau is the temperature; mlm, mrc and itm are the mean training losses since the last line. `words`
+is the share of masked word pieces that are predicted correctly, `match` the accuracy of image-text
+matching (chance: .50), both on held-out pairs with hard switches.
 
-A run is a function of its settings: which pairs make up a batch, what is masked in them, and the
-noise of dropout and switches follow from (seed, epoch, step) and from no hidden state. That is why
-a killed run resumes bit for bit, and why 1, 2 or 8 processes train on the same batches.
+A run is a function of its settings: the pairs of a batch, their masks, and the noise of dropout and
+switches depend on (seed, epoch, step) and on no hidden state. That is why a killed run resumes bit
+for bit, and why 1, 2 or 8 processes train on the same batches.
 
-Departures from the paper: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates), D2
+Assumptions and deviations: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates), D2
 (the toy run's sizes, learning rate and annealing).
 """
 
@@ -71,7 +71,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Operators that Apple's GPU lacks then run on the CPU. torch reads this when it is imported.
+# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
@@ -92,60 +92,60 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
 # Two tables of defaults. FULL is the paper's [supp. 2] and, where it is silent, VOLTA's (A7). The
-# toy run is DEVIATION D2. `anneal` is the share of the run after which the temperature is at its
-# floor, 0.2; None is the paper's rate, 1e-6 per pair (A5).
+# toy run is DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its
+# floor, 0.2; None means the paper's rate, 1e-6 per pair (A5).
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
-# What makes a run what it is: a resumed run keeps these. All other flags say how it is computed.
+# These settings define a run; a resumed run keeps them. All other flags say how it is computed.
 FIXED = (*TOY, "switches", "seed", "limit", "blind", "scratch", "boxes")
 
 
 def parse_args(argv):
-    """The settings of a run, and the checkpoint that it resumes from, or None."""
+    """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", type=Path, default=Path("data") if Path("data").is_dir() else None,
         help="folder with features/ and captions; None: the toy world")
-    p.add_argument("--switches", default="learned", help="learn both switches, or one: "
+    p.add_argument("--switches", default="learned", help="learn both switches, or one of them: "
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
     p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; None: bert/ "
-        "in the data folder if it is there")
+        "in the data folder, if it exists")
     add_run_flags(p, Path("runs/pretrain"))
     return parse_settings(p, argv, lambda args: FULL if args.data else TOY, "pretraining")
 
 
 def add_run_flags(p, out):
-    """Add the flags of every training to a parser. parse_settings fills in those that are None."""
+    """Add the flags that all trainings share. parse_settings fills in those that are None."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     flag(p, "--out", folder_to_write, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
-    flag(p, "--lr", RATE, None, "highest learning rate")
+    flag(p, "--lr", RATE, None, "peak learning rate")
     flag(p, "--eval-every", COUNT, None, "steps between evaluations and checkpoints")
     flag(p, "--anneal", SHARE, None, "share of the run with tau above 0.2; None: 1e-6 per example")
-    flag(p, "--limit", COUNT, None, "train on only so many examples")
-    flag(p, "--seed", NATURAL, 0, "all randomness follows from it")
+    flag(p, "--limit", COUNT, None, "train on this many examples at most")
+    flag(p, "--seed", NATURAL, 0, "seed of everything random")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
-    flag(p, "--accum", COUNT, 1, "parts of a process's batch: less memory, same result")
-    flag(p, "--workers", NATURAL, 0, "loading processes for each process")
+    flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, same result")
+    flag(p, "--workers", NATURAL, 0, "loading processes per process")
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Use 1 on a busy "
-        "machine: a second thread that waits for a core makes every operation wait")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+        "machine: one thread without a core makes every operation wait")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
     p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32",
-        help="of matrix products; softmax, losses and gates stay in float32")
+        help="of matrix products; softmax, losses and gates stay in fp32")
 
 
 def parse_settings(parser, argv, defaults_of, task, subparser=None):
     """(settings, checkpoint) of a command line; checkpoint is None without --resume.
 
-    defaults_of(args) -> dict: the defaults that the data decide. On --resume the FIXED settings of
-    the run take their place; a flag that contradicts them raises BadInput. The flags are parsed
-    first without --help, to learn what the defaults depend on: so --help shows those that hold.
+    defaults_of(args) -> dict: the defaults, which depend on --data. With --resume the run's FIXED
+    settings replace them; a flag that contradicts one raises BadInput. A first parse, without
+    --help, finds what the defaults depend on, so that --help shows those that apply.
     """
     plain = [word for word in argv if word not in ("-h", "--help")]
     owner, checkpoint, saved = subparser or parser, None, {}
@@ -166,13 +166,13 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
 
 # --- 2. Pretraining -------------------------------------------------------------------------------
 #
-# The whole run, and the task that `fit` trains in it. The model predicts hidden words, the classes
-# of hidden regions, and whether a caption belongs to its image. Often only the picture
-# tells which word is hidden: that is what teaches the switches to look there.
+# The whole run, and the task that `fit` trains in it. The model predicts masked words, the classes
+# of masked regions, and whether a caption belongs to its image. Often only the picture shows which
+# word is masked: that teaches the switches to look there.
 
 
 def pretrain(args, checkpoint=None):
-    """A pretraining run in the order in which it happens. Its scores, or None if it was stopped.
+    """A pretraining run from start to end. Returns its scores, or None if it was stopped.
 
     args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm) and shares
     from 0 to 1 (words, match, image R@1 ...).
@@ -180,16 +180,16 @@ def pretrain(args, checkpoint=None):
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
-    # 1. Regions, captions and words: made if this is the toy world, read if there is a folder.
+    # 1. Regions, captions and words: made for the toy world, or read from the folder.
     data = load_data(args.data, args.limit)
 
-    # 2. The task: what its examples are, its model, its losses, its evaluation. Then training.
+    # 2. The task: its examples, model, losses and evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
     scores = fit(args, task, checkpoint)
     if scores is None:
         return None
 
-    # 3. What has it learned? Retrieval without any training for it, on images it has never seen.
+    # 3. What has it learned? Retrieval without training for it, on held-out images.
     if not args.blind:
         scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
@@ -202,8 +202,8 @@ def pretrain(args, checkpoint=None):
 class Pretraining:
     """Masked words, masked regions and matching, on captions: a task for `fit`. [supp. 1]
 
-    data: a Data. checkpoint: the run to resume, or None: a new model, started from BERT if there is
-    one in --bert or in the data folder. Raises BadInput if data and checkpoint differ.
+    data: a Data. checkpoint: the run to resume, or None for a new model, which starts from BERT if
+    --bert or the data folder has one. Raises BadInput if data and checkpoint do not fit together.
     """
 
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
@@ -216,7 +216,7 @@ class Pretraining:
         pairs = functools.partial(
             PretrainingDataset, data.store, tokenizer=data.tokenizer, blind=args.blind)
         self.examples = pairs(captions=data.captions, seed=args.seed)
-        # Words and regions are predicted on masked pairs, matching is measured on whole ones.
+        # Words and regions are evaluated on masked pairs, matching on unmasked ones.
         held_out = functools.partial(pairs, captions=data.held_out_captions, seed=args.seed + 1,
             name="held-out captions")
         self.masked, self.whole = held_out(), held_out(masking=False)
@@ -248,7 +248,7 @@ class Pretraining:
 
     @staticmethod
     def sums(model, batch, tau):
-        """(3,): the three losses, added up; and the encoder's output."""
+        """(3,): the three losses, summed; and the encoder's output."""
         out = model(**batch, temperature=tau)
         return out.sums, out.encoder
 
@@ -260,18 +260,18 @@ class Pretraining:
 
     @staticmethod
     def headline(scores):
-        """How good the model is, for the printed line: shares of words and of pairs, 0 to 1."""
+        """The scores of the printed line: shares of words and of pairs that are right, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
     def about(self):
-        """What finetuning must know beside weights, vocabulary and regions: nothing."""
+        """What finetuning needs besides weights, vocabulary and regions: nothing."""
         return {}
 
 
 def model_config(size, store, tokenizer, switches):
-    """The model of a run: the paper's, or the toy run's, under a million parameters."""
-    # BERT's std .02 at 768 inputs, kept at 128: .02 sqrt(768 / 128). With .02 matching was learned
-    # only after 450 steps, with .05 after 225.
+    """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
+    # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
+    # matching was learned only after 450 steps, with .05 after 225.
     small = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
         intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.05)
@@ -282,12 +282,12 @@ def model_config(size, store, tokenizer, switches):
 
 # --- 3. The loop ----------------------------------------------------------------------------------
 #
-# All training in this project is this function. A task is a plain object:
+# `fit` does all training in this project. A task is a plain object:
 #
-#     name, unit, loss_names             how it is called in what is printed and recorded
+#     name, unit, loss_names             its names in what is printed and recorded
 #     examples, model, collate           a data set, a module, what makes a batch of examples;
-#                                        examples.lengths (N,): the words of each, to sort by
-#     counts(batch) -> (losses,)         what the losses of a batch are means of
+#                                        examples.lengths (N,): their lengths, to sort by
+#     counts(batch) -> (losses,)         the numbers of terms whose means the losses are
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
@@ -295,21 +295,21 @@ def model_config(size, store, tokenizer, switches):
 
 
 def fit(args, task, checkpoint=None):
-    """Train a task: the scores of its last evaluation, or None if it was asked to stop.
+    """Train a task. Returns the scores of its last evaluation, or None if it was asked to stop.
 
-    args: settings, as parse_settings returns them. checkpoint: where to go on, or None. Raises
-    BadInput if the batch does not fit, or if training diverges.
+    args: settings, as parse_settings returns them. checkpoint: the run to continue, or None. Raises
+    BadInput if a batch cannot be made or split (number_of_steps), or if training diverges.
     """
-    # 1. The model, AdamW, and where an earlier run stopped.
+    # 1. The model, AdamW, and the state of an earlier run.
     model = task.model.to(device())
     optimizer = make_optimizer(model, args.lr, task.weight_decay, task.gate_rate)
-    first, interval = 0, torch.zeros(len(task.loss_names) + 1)  # losses added up, and their number
+    first, interval = 0, torch.zeros(len(task.loss_names) + 1)  # sums of losses, and their number
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, interval = checkpoint["step"], checkpoint["interval"]
 
-    # 2. Every process loads its part of each batch. DistributedDataParallel averages gradients.
+    # 2. Every process loads its share of each batch. DistributedDataParallel averages gradients.
     steps, started = number_of_steps(args, len(task.examples)), time.time()
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
@@ -327,18 +327,18 @@ def fit(args, task, checkpoint=None):
     with stop_signals() as stop_asked:
         for step in tqdm(range(first, steps), "training", initial=first, total=steps, leave=False,
                 disable=quiet()):
-            # 3. Learning rate and temperature are functions of the step, and of nothing else.
+            # 3. Learning rate and temperature depend only on the step.
             done, lr = step + 1, learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
             tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
 
-            # 4. Forward and backward: the sums of my parts over the counts of all processes.
+            # 4. Forward and backward: this process's sums over the counts of all processes.
             optimizer.zero_grad(set_to_none=True)
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
 
-            # 5. Clip the gradient, and step.
+            # 5. Clip the gradient; update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             check_finite(done, dict(zip(task.loss_names, losses), gradient=norm))
             optimizer.step()
@@ -346,23 +346,23 @@ def fit(args, task, checkpoint=None):
             if done % math.ceil(steps / 30) == 0:
                 record(args, step=done, temperature=tau, mixture=mixture.shares())
 
-            # 6. Now and then: evaluate, print a line, record it, draw the switches, save.
+            # 6. Every eval_every steps: evaluate, print a line, record it, draw the switches, save.
             if done % args.eval_every == 0 or done == steps:
                 speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
-                # No loss here starts above 100: a thousand means weights that are lost.
+                # No loss here starts above 100: a thousand means that the weights have diverged.
                 check_finite(done, {**means, **scores}, bound=1e3)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, model, optimizer, done, interval)
-                timed_from, timed_since = done, time.time()  # evaluations are no training time
+                timed_from, timed_since = done, time.time()  # evaluation is not timed
 
-            # 7. Was any process asked to stop? Then all stop here, and --resume goes on from here.
+            # 7. Was any process asked to stop? Then all stop, and --resume continues here.
             elif total(torch.tensor(float(stop_asked()))) > 0:
                 save_checkpoint(args, task, model, optimizer, done, interval)
-                say(f"stopped after step {done}; --resume goes on from here")
+                say(f"stopped after step {done}; --resume continues from here")
                 return None
     if rank() == 0:
         write_gif(args.out)
@@ -371,12 +371,12 @@ def fit(args, task, checkpoint=None):
 
 # --- 4. Optimisation ------------------------------------------------------------------------------
 #
-# The pieces of a step. Whatever they draw at random they draw from (seed, epoch, step, part), so a
-# step is the same step in any number of processes and after any number of restarts.
+# The pieces of a step. All random draws depend on (seed, epoch, step, part) only, so that a step is
+# the same in any number of processes and after any number of restarts.
 
 
 def learning_rate(step, total, peak):
-    """Learning rate of a step, counted from 0: linear up over the first 10 %, linear down to 0.
+    """Learning rate of a step, counted from 0: linear warm-up over 10 %, then linear decay to 0.
 
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
@@ -388,7 +388,7 @@ def learning_rate(step, total, peak):
 def temperature_rate(args, steps, initial, final=0.2):
     """The temperature's decay rate r per example (A5): tau = max(0.2, initial exp(-r examples)).
 
-    With --anneal a, tau reaches `final` after a of all steps: r = log(initial / final) / (a n),
+    With --anneal a, tau reaches `final` at share a of the run: r = log(initial / final) / (a n),
     n = steps x batch. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
     """
     if args.anneal is None:
@@ -399,8 +399,8 @@ def temperature_rate(args, steps, initial, final=0.2):
 def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
     """AdamW with the paper's settings [supp. 2]; no decay on biases and LayerNorms (A7).
 
-    Each group carries `scale`, its share of the learning rate: gates learn at a tenth of it (A10).
-    A gate that moves fast settles on the mode that is best for a model that can do nothing yet.
+    Each group has `scale`, a factor on the learning rate: .1 for gates in pretraining (A10). A gate
+    that moves fast settles on the mode that is best for a still untrained model.
     """
     groups = {}  # (weight decay, scale) -> parameters
     for name, parameter in model.named_parameters():
@@ -412,7 +412,7 @@ def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
 
 
 def number_of_steps(args, num_examples):
-    """Steps of a run; BadInput if a batch cannot be made, or not be cut into equal parts."""
+    """Steps of a run; BadInput if examples are too few for a batch, or it has no equal parts."""
     if args.epochs and num_examples < args.batch:
         raise BadInput(f"--batch {args.batch}: there are only {num_examples} training examples")
     if args.batch % (world_size() * args.accum):
@@ -421,32 +421,32 @@ def number_of_steps(args, num_examples):
     return args.epochs * (num_examples // args.batch)
 
 
-@functools.lru_cache(1)  # every step asks
+@functools.lru_cache(1)  # called in every step
 def epoch_batches(seed, epoch, size, examples, window=100):
-    """(batches, size) indices: the examples of an epoch in batches of like length.
+    """(batches, size) indices: the examples of an epoch, batches of similar length.
 
     A batch is padded to its longest text. Captions have 12 word pieces on average and up to 38: in
-    batches drawn at random most of the text would be padding. So the epoch's permutation is cut
-    into windows of a hundred batches, each window is sorted by length and cut into batches, and
-    the order of all batches is drawn again. All of it follows from (seed, epoch), and so is the
-    same in every process and after every restart.
+    random batches most of the text would be padding. So the epoch's permutation is cut into windows
+    of `window` batches, each window is sorted by length and cut into batches, and the batches are
+    shuffled. All of it depends on (seed, epoch) only, and so is the same in every process and after
+    every restart.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
-    order = order[: len(order) // size * size]  # what is left over waits for another epoch
+    order = order[: len(order) // size * size]  # the rest is skipped in this epoch
     for start in range(0, len(order), window * size):
         part = order[start : start + window * size]
         part[:] = part[np.argsort(examples.lengths[part], kind="stable")]
-    return rng.permutation(order.reshape(-1, size))  # shuffles rows, not what is in them
+    return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
 
 
 def load_parts(args, task, first, steps):
     """An iterator over this process's batches, `accum` per step, from step `first` on.
 
-    The batch of a step is cut into world_size x accum equal parts, and process r takes the r-th run
-    of `accum` parts: so the batch is the same for any number of processes. With --workers, other
+    The batch of a step is cut into world_size x accum equal parts; process r takes parts r accum to
+    (r + 1) accum - 1, so the batch is the same for any number of processes. With --workers, other
     processes prepare them in advance. They hold no state that a resumed run would have to restore:
-    a key, (epoch, index), is all that they need.
+    all they need is a key, (epoch, index).
     """
     def keys():
         for step in range(first, steps):
@@ -460,23 +460,23 @@ def load_parts(args, task, first, steps):
 
 
 def to_device(batch):
-    """The dict with its tensors where this process computes; everything else as it was."""
+    """The dict with its tensors on this process's device; all else is unchanged."""
     where = device()
     return {k: v.to(where, non_blocking=True) if torch.is_tensor(v) else v
         for k, v in batch.items()}
 
 
 def forward_backward(args, task, model, batches, step, tau):
-    """Adds to the gradients: the mean losses (losses,), and the switches' mixture (SwitchShares).
+    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares).
 
-    A mean is over what is predicted in the *whole* batch. Processes and parts hold different
-    numbers of masked places, so a mean of their means would weigh places unequally, and differently
-    for another number of processes: their sums are divided by the common count instead.
+    A mean is over all that is predicted in the *whole* batch. Processes and parts hold different
+    numbers of masked places, so a mean of their means would weight places unequally, and depend on
+    the number of processes: their sums are divided by the common count instead.
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
     for number, batch in enumerate(batches, rank() * args.accum):
-        # The noise of dropout and switches belongs to the part, whichever process computes it.
+        # The noise of dropout and switches depends on the part, not on its process.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
         # Processes exchange gradients once per step, after their last part.
@@ -484,7 +484,7 @@ def forward_backward(args, task, model, batches, step, tau):
         with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
                 device().type, torch.bfloat16, enabled=args.precision == "bf16")):
             part, out = task.sums(model, to_device(batch), tau)
-            # DistributedDataParallel averages gradients over processes; these are to be added.
+            # DistributedDataParallel averages gradients over processes; we need their sum.
             (world_size() * (part / counts.to(part)).sum()).backward()
         sums += part.detach()
         mixture.add(out)
@@ -494,8 +494,7 @@ def forward_backward(args, task, model, batches, step, tau):
 def compile_layers(model):
     """Compile a model in place, layer by layer, and return it.
 
-    The code of one layer serves all twelve, and is ready in a minute; that of the whole model takes
-    several.
+    The code of one layer serves all twelve and compiles in a minute; the whole model takes several.
     """
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
@@ -503,8 +502,8 @@ def compile_layers(model):
 
 
 def check_finite(step, numbers, bound=math.inf):
-    """Raise BadInput unless the size of each of {name: number} is below the bound."""
-    if not all(abs(number) < bound for number in numbers.values()):  # NaN is below nothing
+    """Raise BadInput unless each of {name: number} is below the bound in absolute value."""
+    if not all(abs(number) < bound for number in numbers.values()):  # NaN is never below
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
         raise BadInput(f"step {step}: diverged ({found}); the last good checkpoint is kept; "
             "lower --lr, or check the data")
@@ -512,20 +511,20 @@ def check_finite(step, numbers, bound=math.inf):
 
 # --- 5. Evaluation --------------------------------------------------------------------------------
 #
-# Switches are hard unless a temperature is given: what is measured is the model that will be used,
-# without noise. Processes share the work in whole batches, so what a batch is padded to, and with
-# it every rounding, is the same for any number of them. Batches hold examples of like length.
+# Switches are hard unless a temperature is given: this measures the model that will be used,
+# without noise. Processes share the work in whole batches, so the padding of a batch, and with it
+# the rounding, is the same for any number of processes. Batches hold examples of similar length.
 
 
 def share_of(lengths, batch_size=200):
-    """The batches that this process evaluates: arrays of indices, of examples of like length."""
+    """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
     starts = range(rank() * batch_size, len(order), world_size() * batch_size)
     return [order[start : start + batch_size] for start in starts]
 
 
 class SwitchShares:
-    """What the switches chose, as shares of all samples: add outputs, then ask for shares()."""
+    """What the switches chose, as shares of all samples: add outputs, then call shares()."""
 
     def __init__(self, config):
         layers = range(config.num_hidden_layers)
@@ -540,9 +539,9 @@ class SwitchShares:
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
 
-        Every process must call it: it adds up over all of them.
+        Every process must call it: it sums over all of them.
         """
-        sums = [total(part) for part in self.sums]  # the options of a switch add up to the samples
+        sums = [total(part) for part in self.sums]  # a switch's options sum to the samples' number
         modes, *depths = [(part / part.sum(dim=-1, keepdim=True)).tolist() for part in sums]
         return {"modes": modes, "depths": depths}
 
@@ -552,7 +551,7 @@ def evaluate(model, dataset, batch_size=200):
     """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts.
 
     A loss is a mean over predicted words, predicted regions, or pairs; words and match are the
-    shares of predicted words and of pairs that are right. The model is left in training mode.
+    shares of words and of pairs predicted correctly. The model is left in training mode.
     """
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
@@ -567,8 +566,8 @@ def evaluate(model, dataset, batch_size=200):
 
 
 def zero_shot(task, most=100):
-    """Recalls with the pretrained matching head, one caption each for the first held-out images."""
-    # Backwards, so that the first caption of an image is the one that stays.
+    """Recalls with the pretrained matching head: one caption for each of `most` held-out images."""
+    # Reversed, so that a dict keeps the first caption of each image.
     first = dict(reversed(task.whole.captions))
     ids, model = sorted(first)[:most], task.model
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
@@ -581,8 +580,8 @@ def zero_shot(task, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the model, some texts of like length with all images at a time: 200
-    pairs, or as many as there are images. The images are padded and sent to the device once. The
+    Every pair goes through the model; a batch is some texts of similar length with all images, up
+    to 200 pairs, or one text with all images. Images are padded and sent to the device once. The
     processes share the texts. temperature: as in the model, None for hard switches.
     """
     model.eval()
@@ -606,9 +605,9 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
 def recall_at(scores, image_of_text, ks=(1, 5)):
     """Share of queries whose right answer is among the k best: {'image R@1': .., 'text R@1': ..}.
 
-    scores (texts, images); image_of_text (texts,): the image of each text, of which an image may
-    have any number. "image" finds the image for a text, "text" one of its texts for an image. Ties
-    count against the model: one that scores all pairs alike has recall 0, not 1.
+    scores (texts, images); image_of_text (texts,): the index of each text's image; an image may
+    have several texts. "image" finds the image of a text, "text" any text of an image. Ties count
+    against the model: one that scores all pairs alike has recall 0, not 1.
     """
     wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
     right, recalls = scores.masked_fill(wrong, -math.inf), {}
@@ -622,8 +621,8 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
 
 # --- 6. Data of a run -----------------------------------------------------------------------------
 #
-# Where pairs, regions and words come from. A caption is held out with its image: no held-out image
-# is in a training pair, or the model could know it by its picture.
+# Where pairs, regions and words come from. Captions are held out by image: were a held-out image in
+# a training pair too, the model could recognise its picture.
 
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
 
@@ -639,11 +638,11 @@ class Data:
 
 
 def load_data(folder, limit=None):
-    """The Data of a folder, or of the toy world where it is None; `limit` training captions of it.
+    """The Data of a folder, or of the toy world if it is None; at most `limit` training captions.
 
-    A folder holds features/ (a store), captions (*.tsv, *.json, or folders as img2dataset leaves
-    them, any number), and a vocabulary, vocab.txt or that of bert/. Where there is neither, one is
-    built from the captions: the same captions give the same words, so a run can be resumed.
+    A folder holds features/ (a store), captions (*.tsv, *.json, or folders written by img2dataset,
+    any number), and a vocabulary, vocab.txt or bert/vocab.txt. Without either, one is built from
+    the captions: the same captions give the same words, so a run can be resumed.
     """
     if folder is None:
         with first_process_first():
@@ -658,11 +657,11 @@ def load_data(folder, limit=None):
 
 
 def split_captions(folder):
-    """(training, held-out) pairs of all captions of a folder.
+    """(training, held-out) captions of all files in a folder.
 
-    Held out are the `val` captions of files that have splits; if none has, those of 1 % of the
-    images (5 at least): the ones with the smallest crc32, whatever the files and their order. At
-    most 1,000 captions.
+    Held out are the `val` captions of files with splits; without any, those of 1 % of the images
+    (at least 5): the ones with the smallest crc32 of their ids, independent of the files and their
+    order. At most 1,000 captions.
     """
     files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json") or (
         p.is_dir() and p.name not in ("features", "bert") and any(p.rglob("*.txt"))))
@@ -680,10 +679,10 @@ def split_captions(folder):
 
 
 def toy_world(folder=Path("runs/world"), num_scenes=3600):
-    """Data of the toy world; makes what is missing of it: detector, feature store.
+    """Data of the toy world; trains the detector and fills the feature store if they are missing.
 
-    A scene's id is its number, which is also the seed it is drawn from: held-out scenes have other
-    numbers than all scenes that the detector or the model is trained on.
+    A scene's id is its number, which is also its seed; held-out scenes have other numbers than all
+    scenes that the detector or the model is trained on.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
@@ -693,7 +692,7 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
         detector = toy_detector(folder / "detector.pt", training)
         extract_scenes(detector, [*training, *held_out], features)
-    # Finetuning reads these words, too: so everything that can be said about some scenes.
+    # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
     texts = []
     for scene in map(Scene, training[:1000]):
         texts += scene.captions()
@@ -715,7 +714,7 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
 
 def launch(args, work):
-    """The result of work(), run here; with --gpus in several processes, which end here."""
+    """The result of work(), run in this process, or in --gpus processes, which exit in here."""
     if args.gpus > 1 and "RANK" not in os.environ:
         return start_processes(args.gpus)
     torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.gpus))
@@ -727,8 +726,8 @@ def launch(args, work):
         result = work()
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Gloo's threads live on; where one still works while the interpreter is taken down, the
-        # process aborts after all is done. So it ends here, once everything is tidied up.
+        # Gloo's threads live on; if one still runs while the interpreter shuts down, the process
+        # aborts although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)
@@ -753,15 +752,15 @@ def device():
 
 
 def total(tensor):
-    """The sum of a tensor over all processes, on the CPU. They wait until all have called it."""
+    """The sum of a tensor over all processes, on the CPU. It blocks until all have called it."""
     if dist.is_initialized():
-        tensor = tensor.to(device())  # NCCL adds up nothing that lies on the CPU
+        tensor = tensor.to(device())  # NCCL cannot reduce CPU tensors
         dist.all_reduce(tensor)
     return tensor.cpu()
 
 
 def say(text):
-    """Print once, not once per process, and at once."""
+    """Print from the first process only, and flush."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -783,10 +782,10 @@ def first_process_first():
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM and Ctrl-C only ask to stop; a second Ctrl-C ends at once.
+    """In this block SIGTERM and Ctrl-C only ask to stop; after either, Ctrl-C ends at once.
 
-    Yields a function: was it asked? No step is cut in two, so what is saved is what an undisturbed
-    run would have. The end of the process that started this one (a killed launcher) asks, too.
+    Yields a function: was it asked? No step is interrupted, so that the saved state is that of an
+    undisturbed run. If the process that started this one ends (a killed launcher), that asks too.
     """
     signalled, parent = [], os.getppid()
 
@@ -805,8 +804,8 @@ def stop_signals():
 # --- 8. The record --------------------------------------------------------------------------------
 #
 # metrics.jsonl has one JSON object per line, of two kinds. At most thirty per run hold the mixture
-# that the switches gave in training at that step: the frames of switches.gif. One per evaluation
-# holds losses, held-out scores, and what the switches chose: the last one is switches.png.
+# of the switches in training at that step: the frames of switches.gif. One per evaluation holds
+# losses, held-out scores, and what the switches chose: switches.png draws the last one.
 #
 #     {"step": 30, "temperature": 4.46, "mixture": {"modes": ..., "depths": ...}}
 #     {"step": 450, "examples": 28800, "lr": 5.6e-4, "temperature": 0.84, "per_second": 872,
@@ -820,9 +819,9 @@ CHECKPOINT_FORMAT = "switchbert-4"
 def save_checkpoint(args, task, model, optimizer, step, interval):
     """All that a resumed run, finetuning or a reader needs; torch.load(weights_only=True) reads it.
 
-    model, optimizer, step and interval (losses since the last evaluation) say where the run stands,
-    settings (the FIXED ones) how it goes on, config, vocab and store what the model was made for.
-    No random generator has a state: every step seeds its own.
+    model, optimizer, step and interval (losses since the last evaluation) are the run's state,
+    settings (the FIXED ones) define how it continues, config, vocab and store what the model fits.
+    No state of a random generator is needed: every step seeds its own.
     """
     if rank() == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
@@ -836,8 +835,8 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
 def load_checkpoint(path, *tasks):
     """A checkpoint of one of these tasks: a dict of plain values and tensors. Raises BadInput.
 
-    torch does not verify the checksums of its file, so a flipped bit would load as another number:
-    the zip reader does. weights_only refuses whatever a pickle could run.
+    torch does not verify the checksums of its file, so a flipped bit would load as another number;
+    zipfile does. weights_only refuses any code that a pickle could run.
     """
     with reading(path, f"a whole checkpoint of {' or '.join(tasks)}"):
         with zipfile.ZipFile(path) as file:
@@ -854,24 +853,24 @@ def load_checkpoint(path, *tasks):
 def check_fits(checkpoint, store, tokenizer=None, more=()):
     """Raise BadInput if a checkpoint was trained on other regions or words than these.
 
-    Another detector's features mean something else, even of the same size. more: further entries of
-    store.json that must be equal.
+    Another detector's features have another meaning, even at the same size. more: further entries
+    of store.json that must be equal.
     """
     for key in ("feature_size", "detector", *more):
         ours, theirs = store.meta[key], checkpoint["store"][key]
         if ours != theirs:
             raise BadInput(f"{store.folder}: its {key} is {ours!r}, but the checkpoint was trained "
-                f"with {theirs!r}; use the store that it was trained on, or start anew")
+                f"with {theirs!r}; use the store that it was trained on, or start over")
     if tokenizer and tokenizer.pieces != checkpoint["vocab"]:
         raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the captions "
             "that it was trained with")
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line: the first process.
+    """Make a run's folder and print its opening line, in the first process only.
 
-    Results of another run in the folder move aside, to the first free name. On resume, the lines
-    of metrics.jsonl after step `first` go: the run writes them again.
+    A folder with another run's checkpoint is renamed, to the first free name. On resume, the lines
+    of metrics.jsonl after step `first` are dropped: the run writes them again.
     """
     if rank() > 0:
         return
@@ -904,7 +903,7 @@ def record(args, **line):
 
 
 def report(args, task, steps, **line):
-    """Print an evaluation (without losses of 0, as MRC of a blind run), record it, draw it."""
+    """Print an evaluation (without losses of 0, such as MRC in a blind run), record and draw it."""
     record(args, examples=line["step"] * args.batch, **line)
     losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
@@ -917,7 +916,7 @@ def report(args, task, steps, **line):
 def read_metrics(folder):
     """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line.
 
-    A last line without its end was cut off by a kill: it is left out, and a resumed run writes it.
+    A last line without a newline was cut off by a kill: it is left out; a resumed run rewrites it.
     """
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run", "line") as at:
@@ -928,7 +927,7 @@ def read_metrics(folder):
 def draw_switches(folders):
     """A picture of what every layer chose at the end of these runs, one below the other.
 
-    A finetuned run shows its start, too: what did the task change? Raises BadInput.
+    A finetuned run shows its start too: what did the task change? Raises BadInput without data.
     """
     pictures = []
     for folder in folders:
@@ -951,7 +950,7 @@ def write_gif(folder):
             frames.append(switches_picture(line["mixture"], title))
             frames[-1].thumbnail((800, 800))
     if frames:
-        # One palette without dithering: what does not change between frames costs nothing.
+        # One palette, no dithering: pixels that do not change between frames compress to nothing.
         palette = frames[-1].quantize(16)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
@@ -960,7 +959,7 @@ def write_gif(folder):
 
 
 def stack(images, columns=1):
-    """Some PIL images as one, `columns` in a row; the largest sets the size of all places."""
+    """Some PIL images as one, `columns` per row; the largest width and height set the cells."""
     width, height = max(i.width for i in images), max(i.height for i in images)
     size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
     whole = Image.new("RGB", size, "white")
@@ -981,7 +980,7 @@ def switches_picture(switches, title):
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
     """
     layers = len(switches["modes"])
-    panel = LEFT + BAR + 90 + CELL * layers  # the width of a modality
+    panel = LEFT + BAR + 90 + CELL * layers  # width of one modality's panel
     image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 20), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(13)
@@ -1006,7 +1005,7 @@ def switches_picture(switches, title):
 
 
 def draw_share(draw, x, y, width, share, colour):
-    """A box `width` pixels wide, with its share in percent unless that is less than 5."""
+    """A box `width` pixels wide, with its share in percent if that is above 5."""
     draw.rectangle([x, y, x + width, y + CELL - 2], colour, "grey")
     if share > 0.05:
         ink = "white" if sum(colour) < 450 else "black"
@@ -1016,7 +1015,7 @@ def draw_share(draw, x, y, width, share, colour):
 def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
     p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
-    p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets its switches.gif")
+    p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets a switches.gif")
     p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
         "default: switches.png in the first folder")
     args = p.parse_args(argv)
