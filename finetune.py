@@ -21,10 +21,10 @@ Letters: B batch, R regions, D hidden, P pooled, A answers.
     $ python finetune.py ask runs/vqa "how many things are there ?" picture.png
     $ python finetune.py ask runs/retrieval "a red star" a.png b.png
 
-With a folder data/vqa, data/retrieval or data/refer a task means the real files and the paper's
-settings, without it the toy world. Every task is one class that says what its examples are, its
-model, its loss and its scores; the loop, the processes, stopping and resuming are train.fit. A run
-prints one line per evaluation, and at the end a table:
+With a folder data/vqa, data/retrieval or data/refer a task uses the real files and the paper's
+settings, without it the toy world. Every task is one class that defines its examples, model, loss
+and scores; the loop, the processes, stopping and resuming are train.fit's. A run prints one line
+per evaluation, and at the end a table:
 
     step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
     val                                         hard            soft
@@ -39,7 +39,7 @@ Map of the file (* = read these first)
     5. Pictures            examples with answers, captions and boxes
     6. Your own pictures   ask
 
-Departures from the paper: A8 (heads, losses), A11 (targets), D3 (sizes of the toy runs).
+Assumptions and deviations: A8 (heads, losses), A11 (targets), D3 (settings of the toy runs).
 """
 
 import argparse
@@ -51,7 +51,7 @@ import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
-# Operators that Apple's GPU lacks then run on the CPU. torch reads this when it is imported.
+# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
@@ -71,39 +71,39 @@ from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
-# FULL is the paper's [supp. 2]; the batches are VOLTA's. The toy runs (DEVIATION D3) take the
-# pretraining's learning rate, and close their switches. A task that departs from these tables does
-# so in its class, as `full` and `toy`. anneal: share of the run at which the temperature reaches
-# its floor, .2; None is the paper's rate.
+# FULL is the paper's [supp. 2]; the batches are VOLTA's. The toy runs (DEVIATION D3) take toy
+# pretraining's learning rate, and close their switches. A task overrides these tables in its class,
+# as `full` and `toy`. anneal: share of the run after which the temperature reaches its floor, .2;
+# None means the paper's rate, 1e-6 per example.
 
 FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
 
 
 def parse_args(argv=None):
-    """(settings, checkpoint to resume from or None) of a task, or of a question about pictures.
+    """(settings, checkpoint to resume from or None) of a task; (settings, None) of `ask`.
 
-    A task's defaults depend on --data: train.parse_settings.
+    A task's defaults depend on --data: see train.parse_settings.
     """
     argv = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, and ask it.")
+    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.")
     commands = p.add_subparsers(dest="command", required=True)
     for name, task in TASKS.items():
         c = commands.add_parser(name, help=task.__doc__.split("\n")[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         folder = Path("data", name)
-        flag(c, "--checkpoint", Path, "runs/pretrain/checkpoint.pt", "pretrained, to start from")
+        flag(c, "--checkpoint", Path, "runs/pretrain/checkpoint.pt", "checkpoint to start from")
         flag(c, "--data", Path, folder if folder.is_dir() else None,
             f"folder with {task.files}; None: the toy world")
-        c.add_argument("--scratch", action="store_true", help="start from random weights of the "
-            "checkpoint's sizes, best with another --out: what is pretraining worth?")
+        c.add_argument("--scratch", action="store_true", help="start from random weights in the "
+            "checkpoint's sizes; use another --out: what is pretraining worth?")
         if task is Refer:
             c.add_argument("--boxes", choices=["detected", "gt"], default="detected",
                 help="the store to use: features-detected/ or features-gt/ (true boxes)")
         add_run_flags(c, Path("runs", name))
     c = commands.add_parser("ask", help="ask a finetuned model about your own pictures")
     c.add_argument("run", type=Path, help="folder of a finetuned run, or a checkpoint")
-    c.add_argument("text", help="a question, a caption or a phrase, as the run was trained for")
+    c.add_argument("text", help="a question, a caption or a phrase, as the run was trained on")
     c.add_argument("pictures", nargs="+")
     flag(c, "--weights", Path, None, "the detector's; default: the toy world's")
     c.add_argument("-o", "--out", type=file_to_write, default="answer.png", help="picture to write")
@@ -116,10 +116,10 @@ def parse_args(argv=None):
 
 # --- 2. Answers -----------------------------------------------------------------------------------
 #
-# The official evaluation of VQA v2 (visualqa.org), with its quirks, because numbers are only
-# comparable with them. Ten people answered each question, and they often disagree. An answer that
-# four or more of them gave counts fully, a rarer one in part: accuracies lie between 0 and 1, and
-# higher is better. They are the targets of training, too.
+# The official evaluation of VQA v2 (visualqa.org), with its quirks: without them numbers are not
+# comparable. Ten people answered each question, and they often disagree. An answer that four or
+# more of them gave counts fully, a rarer one in part: accuracies are 0 to 1, higher is better.
+# They are also the targets of training.
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS = {word: str(n) for n, word in enumerate(
@@ -133,22 +133,22 @@ CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't 
     weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
     who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
     you'd you'd've you'll you're you've""".split()
-# The official table maps each form with one apostrophe missing to the whole one, and does once the
-# opposite. (It leaves out what is a word without its apostrophe: hell, ill, were, its.)
+# The official table maps each form that lacks one apostrophe to the full one; once it does the
+# opposite. (It omits contractions that are words without apostrophe: hell, ill, were, its.)
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word
     for word in CONTRACTED for i, c in enumerate(word) if c == "'"} | {"somebody'd": "somebodyd"}
 
 
 def strip_answer(answer):
-    """What the official evaluation does to every answer before it compares any."""
+    """An answer as the official evaluation strips it, before any comparison."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalise_answer(answer):
     """An answer as the official evaluation compares it where annotators disagree.
 
-    A sign becomes a space, but nothing if it touches a space anywhere in the answer, or if the
-    answer has a comma between digits. A full stop stays before a digit only.
+    A punctuation mark becomes a space; it vanishes if it touches a space anywhere in the answer, or
+    if the answer has a comma between digits. A full stop stays only before a digit.
 
     >>> [normalise_answer(a) for a in ("The red-car!", "two", "1,000", "3.5", "dont")]
     ['red car', '2', '1000', '3.5', "don't"]
@@ -158,20 +158,20 @@ def normalise_answer(answer):
     for sign in PUNCTUATION:
         apart = f"{sign} " in answer or f" {sign}" in answer
         text = text.replace(sign, "" if apart or thousands else " ")
-    # The official pattern begins with (?!<=\d), a misspelt look-behind that is always true; and it
-    # passes re.UNICODE, 32, where the number of replacements belongs.
+    # The official pattern begins with (?!<=\d), a mistyped lookbehind that is always true here; and
+    # it passes re.UNICODE, 32, as the number of replacements.
     text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [DIGITS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
 
 
 def accuracy_table(answers):
-    """{answer: official accuracy} of every answer that scores above zero, and whether answers are
-    compared as they are (True) or normalised (False: where the annotators do not all agree).
+    """{answer: official accuracy} of the annotators' answers (all others score 0), and whether
+    answers are compared as they are (True: all annotators agree) or normalised (False).
 
-    answers: those of the annotators, ten as a rule. Officially each is left out once and a
-    prediction scores min(1, matches among the others / 3); the mean over all. With n matches among
-    N that is ((N - n) min(1, n/3) + n min(1, (n-1)/3)) / N, for N = 10: 0, .3, .6, .9, 1, 1, ...
+    answers: the annotators', usually ten. Officially each is left out once, and a prediction scores
+    min(1, matches among the others / 3); the result is the mean. With n matches among N that is
+    ((N - n) min(1, n/3) + n min(1, (n-1)/3)) / N, for N = 10 and n = 0, 1, ...: 0, .3, .6, .9, 1.
 
     >>> accuracy_table(["red"] * 3 + ["a pink"] * 7)[0] == {"red": 0.9, "pink": 1.0}
     True
@@ -192,7 +192,7 @@ def answer_accuracy(prediction, answers):
 
 
 def answer_vocabulary(questions):
-    """The answers that a model chooses from: each is the majority answer of nine questions or more,
+    """The answers that a model chooses from: each is the majority of at least nine questions,
     normalised (so without commas), the most frequent first. On VQA v2's train and val: 3,129.
     """
     counts = Counter(normalise_answer(q["majority"]) for q in questions)
@@ -201,33 +201,33 @@ def answer_vocabulary(questions):
 
 # --- 3. Tasks -------------------------------------------------------------------------------------
 #
-# A task is what train.fit takes: examples, model, collate, counts, sums, evaluate. It is made of
-# items: dicts with image_id, text, and what the task needs besides. `predict` chooses an answer or
-# a region for each of them, `score` turns choices into scores: shares, 0 to 1, higher is better.
-# The first score is the result of the task. Read Task, then one of the three.
+# A task is what train.fit takes: examples, model, collate, counts, sums, evaluate. It holds items:
+# dicts with image_id, text, and what the task needs besides. `predict` chooses an answer or a
+# region for each of them, `score` turns choices into scores: shares, 0 to 1, higher is better.
+# The first score is the headline of the task. Read Task, then one of the three.
 
 
 class Task(torch.utils.data.Dataset):
-    """Texts about images: training examples, held-out splits, and what is made of them.
+    """Texts about images: training examples, held-out splits, loss, predictions and scores.
 
     splits: {name: items}, with "train" among them. Training items whose image has no features are
     left out; a held-out one is answered from its text alone, so that a result covers every
     question. Both are counted in `missing`. Raises BadInput if no training item is left. labels:
     the answers that a checkpoint's head chooses from.
 
-    A subclass says: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
-    from_scenes -> splits; of one item: targets, score_item, describe; and its reply to `ask`.
+    A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
+    from_scenes -> splits; for one item: targets, score_item, describe; and its reply to `ask`.
     Targets are shares, 0 to 1, and the loss is binary cross entropy; Retrieval replaces both.
     """
 
     full, toy = FULL, TOY
     clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0  # A7, supp. 2
-    # Gates learn as fast as the rest: a pretrained gate that is right 9 times out of 10 makes one
-    # sample in three of a four-layer model noise, until it decides (A10 speaks of the time before).
+    # Gates learn as fast as the rest: if each samples the wrong option once in ten times, a third
+    # of the samples of a four-layer model are noise, until gates decide. (A10 is for pretraining.)
     gate_rate = 1.0
     loss_names = ("loss",)
     evaluates_at_start = True
-    looked_at = 1000  # items of val that are evaluated while training
+    looked_at = 1000  # items of val that are evaluated during training
     needs_features = False  # True: held-out items without features are left out
 
     def __init__(self, store, tokenizer, splits, args, labels=None):
@@ -265,7 +265,7 @@ class Task(torch.utils.data.Dataset):
 
     @classmethod
     def new_model(cls, config, labels):
-        """The task's model, new; labels: what it chooses from, None where that is no fixed list."""
+        """The task's model, new; labels: the answers it chooses from, None where none are fixed."""
         return cls.model_class(config) if labels is None else cls.model_class(config, len(labels))
 
     def build_model(self, config, weights):
@@ -275,12 +275,12 @@ class Task(torch.utils.data.Dataset):
         return model
 
     def collate(self, examples):
-        """The encoder's inputs, and targets, 0 to 1, of answers (B, A) or regions (B, R)."""
+        """The encoder's inputs, and targets, 0 to 1, for answers (B, A) or regions (B, R)."""
         targets = [self.targets(example["item"]) for example in examples]
         return {**model_inputs(examples), "targets": pad(targets).float()}
 
     def loss(self, logits, batch):
-        """Binary cross entropy of every answer or region, added up."""
+        """Binary cross entropy, summed over answers or regions."""
         return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum")
 
     @staticmethod
@@ -289,7 +289,7 @@ class Task(torch.utils.data.Dataset):
         return torch.tensor([float(len(batch["targets"]))])
 
     def sums(self, model, batch, tau):
-        """(1,): the loss, added up over a batch; and the encoder's output."""
+        """(1,): the loss, summed over a batch; and the encoder's output."""
         inputs = {k: v for k, v in batch.items() if k != "targets"}
         logits, out = model(**inputs, temperature=tau)
         return self.loss(logits.float(), batch)[None], out
@@ -298,7 +298,7 @@ class Task(torch.utils.data.Dataset):
     def predict(self, model, items, tau=None, batch_size=200):
         """(N,) the best answer or region for every item, and what the switches chose.
 
-        Retrieval has one score per item and nothing to choose: only its switches are read.
+        Retrieval has one score per item and nothing to choose: only its switches are used.
         """
         model.eval()
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
@@ -314,7 +314,7 @@ class Task(torch.utils.data.Dataset):
 
     def score(self, items, choices):
         """(scores, predictions) of choices (N,): each score is a mean over the items that have it,
-        those of most items first; predictions is a list of dicts for a file.
+        scores of most items first; predictions is a list of dicts for a file.
         """
         totals, numbers, predictions = Counter(), Counter(), []
         for item, choice in zip(items, choices.tolist()):
@@ -330,25 +330,25 @@ class Task(torch.utils.data.Dataset):
         return *self.score(items, choices), switches
 
     def evaluate(self, model):
-        """Hard scores and what the switches chose, of the split val or else of training items."""
+        """Hard scores and what the switches chose, on the split val, without one on train."""
         items = self.held_out.get("val", self.items)[: self.looked_at]
         scores, _, switches = self.evaluate_items(model, items)
         return scores, switches
 
     @staticmethod
     def headline(scores):
-        """The part of the printed line that says how good it is."""
+        """The score in the printed line: the task's first."""
         return f"held-out {next(iter(scores.values())):.3f}"
 
     def about(self):
-        """What `ask` must know beside weights, vocabulary and regions."""
+        """What `ask` needs besides weights, vocabulary and regions."""
         return {"labels": self.labels}
 
 
 class VQA(Task):
     """questions about pictures, answered from a vocabulary of answers [VQA v2]
 
-    An item has also: question_id; answers, those of ten annotators ([]: unpublished); majority,
+    An item also has: question_id; answers, those of ten annotators ([]: unpublished); majority,
     the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
     """
 
@@ -359,11 +359,11 @@ class VQA(Task):
 
     @staticmethod
     def from_folder(folder):
-        """The splits of a folder with any of VQA v2's JSON files, recognised by what is in them.
+        """The splits of a folder with any of VQA v2's JSON files, recognised by their content.
 
-        The subset train2014 is the split train. Questions without annotations keep their subset's
-        name: test-dev2015 is a part of test2015, and each has its own submission. Raises BadInput:
-        "" + entry is a TypeError where an entry is no text.
+        The subset train2014 becomes the split train. Questions without annotations keep their
+        subset's name: test-dev2015 is part of test2015, and each has its own submission. Raises
+        BadInput: "" + entry is a TypeError unless the entry is text.
         """
         asked, truths, splits = [], {}, defaultdict(list)
         for path in sorted(folder.glob("*.json")):
@@ -404,11 +404,11 @@ class VQA(Task):
         self.index = {answer: i for i, answer in enumerate(labels)}
 
     def targets(self, item):
-        """(A,) what every answer would score.
+        """(A,) the score of every answer.
 
-        ASSUMPTION A11: a target is the accuracy that its answer would get, so looked up as the
-        evaluation does. (hengyuan-hu's published targets, which most papers use, look the raw
-        answers up; the two differ where annotators disagree in articles or contractions.)
+        ASSUMPTION A11: a target is the official accuracy that its answer would get, normalisation
+        included. (hengyuan-hu's published targets, which most papers use, look up raw answers; the
+        two differ where annotators disagree in articles or contractions.)
         """
         targets = np.zeros(len(self.labels))
         table, _ = accuracy_table(item["answers"])
@@ -417,8 +417,8 @@ class VQA(Task):
         return targets
 
     def score_item(self, item, choice):
-        """Official accuracy, overall and by type of answer and of question; and the ceiling, what
-        the best answer of the vocabulary would get.
+        """(prediction, scores): official accuracy, overall and by type of answer and question; and
+        the ceiling, the accuracy of the best answer in the vocabulary.
         """
         answer = self.labels[choice]
         prediction = {"question_id": item["question_id"], "answer": answer}
@@ -429,7 +429,7 @@ class VQA(Task):
             item["answer_type"]: accuracy, item["question_type"]: accuracy}
 
     def describe(self, item, prediction):
-        """(image to show, boxes, lines, share that is right) of an example."""
+        """(image to show, boxes, lines, accuracy 0 to 1) of an example."""
         answer = prediction["answer"]
         lines = [item["text"], f"answer: {answer}", f"truth: {item['majority']}"]
         return item["image_id"], {}, lines, answer_accuracy(answer, item["answers"])
@@ -447,8 +447,8 @@ class VQA(Task):
 class Retrieval(Task):
     """texts that find their image, and images that find their texts [Karpathy's splits]
 
-    Trained as a choice of one right pair among four; evaluated on the full matrix of texts and
-    images, where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
+    Trained to choose the right pair among four; evaluated on the full matrix of texts and images,
+    where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
     """
 
     name, unit = "retrieval", "captions"
@@ -462,7 +462,7 @@ class Retrieval(Task):
 
     @staticmethod
     def from_folder(folder):
-        """The splits of the caption file in a folder. Raises BadInput."""
+        """The splits of the caption files in a folder. Raises BadInput."""
         splits = defaultdict(list)
         for path in folder.glob("*.json"):
             for split in ("train", "val", "test"):
@@ -471,7 +471,7 @@ class Retrieval(Task):
 
     @staticmethod
     def from_scenes(training, held_out):
-        """Captions of scenes: the first 100 held-out scenes are the test, the next 50 the val."""
+        """Captions of scenes: the first 100 held-out scenes are test, the next 50 val."""
         def items(numbers):
             return [dict(image_id=str(i), text=t) for i in numbers for t in Scene(i).captions(2)]
         return {"train": items(training), "val": items(held_out[100:150]),
@@ -486,17 +486,17 @@ class Retrieval(Task):
         self.nearest = self.nearest_images()
 
     def nearest_images(self):
-        """For each image its hard negative, the most similar other one: a list of places in images.
+        """For each image its hard negative, the most similar other one: a list of indices.
 
-        Similarity is the cosine of global features, the means over an image's regions. Nearly
-        anything tells a street from a beach; only the details of a caption tell it from a street.
+        Similarity is the cosine of global features, the means over an image's regions. Anything
+        tells a street from a beach; only details of a caption tell it from another street.
         """
         rows = tqdm(self.store.rows(self.images), "features", leave=False, disable=quiet())
         means = [self.store[row]["features"].mean(axis=0, dtype=np.float32) for row in rows]
         means = F.normalize(torch.from_numpy(np.stack(means)).to(device()))
         nearest = []
         for block in means.split(1000):
-            # The nearest of all is the image itself, the second the nearest other one.
+            # The nearest is the image itself; the second is the nearest other one.
             nearest += (block @ means.T).topk(2).indices[:, 1].tolist()
         return nearest
 
@@ -518,13 +518,13 @@ class Retrieval(Task):
         return [self.example(pair) for pair in pairs]
 
     def build_model(self, config, weights):
-        """The task's model, its head too from pretrained weights ({}: all of it new)."""
+        """The task's model, its head pretrained as well ({}: all of it new)."""
         if not weights:
             return SwitchBertForRetrieval(config)
         return SwitchBertForRetrieval.from_pretraining(config, weights)
 
     def collate(self, examples):
-        """The encoder's inputs of 4 B pairs, and targets (B,): which of four is right."""
+        """The encoder's inputs for 4 B pairs, and targets (B,): the right one of each four, 0."""
         inputs = model_inputs(sum(examples, []))
         return {**inputs, "targets": torch.zeros(len(examples), dtype=torch.long)}
 
@@ -533,7 +533,7 @@ class Retrieval(Task):
         return F.cross_entropy(scores.view(-1, 4), batch["targets"], reduction="sum")  # (B, 4)
 
     def evaluate_items(self, model, items, tau=None):
-        """Recalls over the full matrix of some texts and all of their images."""
+        """(recalls, predictions, switches) over the matrix of some texts and their images."""
         images, own = images_of(items)
         own = torch.tensor(own)
         ks = (1, 5, 10)
@@ -550,9 +550,9 @@ class Retrieval(Task):
         return recalls, predictions, self.predict(model, items, tau)[1]
 
     def score_matrix(self, model, texts, images, tau, block=100):
-        """(texts, images) scores, by blocks of images: what one batch holds.
+        """(texts, images) scores, computed by blocks of images that fit in a batch.
 
-        No store has an image "": blind, it stands for every image.
+        No store has an image "": for a blind model it stands for every image.
         """
         images = [""] * len(images) if self.blind else images
         columns = []
@@ -562,30 +562,30 @@ class Retrieval(Task):
         return torch.cat(columns, dim=1)
 
     def describe(self, item, prediction):
-        """(image to show, boxes, lines, right) of an example: the image that was found."""
+        """(image to show, boxes, lines, right) of an example; shows the image that was found."""
         own, found = item["image_id"], prediction["found"]
         lines = [item["text"], f"found {found}, right is {own}"]
         return found, {}, lines, found == own
 
     @staticmethod
     def reply(logits, boxes, labels):
-        """The score. Training compares candidates: differences count, where zero lies does not."""
+        """The score. Training compares candidates: only differences count, zero means nothing."""
         return [f"{logits:+.2f}"], {}
 
 
 class Refer(Task):
     """phrases that mean one thing in a picture, and which box it is [RefCOCO+]
 
-    An item has also: box, the one that is meant, corners x1, y1, x2, y2 in pixels; ref_id, sent_id;
-    kind, in the toy world attribute or relation; and there alike, how many things have its shape.
-    Beware: torchvision's detector ("coco") has seen the pictures that RefCOCO+ tests on.
+    An item also has: box, the one that is meant, corners x1, y1, x2, y2 in pixels; ref_id, sent_id;
+    kind. In the toy world kind is attribute or relation, and alike the number of things of its
+    shape. Beware: torchvision's detector ("coco") was trained on RefCOCO+'s test pictures.
     """
 
     name, unit = "refer", "expressions"
     model_class = SwitchBertForReferring
     max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
-    # Pointing is learned in 100 steps, so it is evaluated often: what pretraining gives is a start.
+    # The task is learned in 100 steps: evaluate often, to see what pretraining contributes.
     toy = TOY | {"epochs": 1, "eval_every": 25}
 
     @staticmethod
@@ -621,8 +621,8 @@ class Refer(Task):
         return {"train": [*items(training, 8)], "val": [*items(held_out, 6)]}
 
     def build_model(self, config, weights):
-        """As every task's, without the pooler: this head reads region states, so no gradient
-        reaches the pooler, and DistributedDataParallel would wait for one.
+        """As every task's, the pooler frozen: this head reads region states, so no gradient reaches
+        the pooler, and DistributedDataParallel would wait for one.
         """
         model = super().build_model(config, weights)
         model.bert.pooler.requires_grad_(False)
@@ -642,12 +642,12 @@ class Refer(Task):
         return np.zeros(1) if self.blind else self.overlaps(item)[1]
 
     def loss(self, logits, batch):
-        """As every task's, of real regions only: the logits of padding are not the model's."""
+        """As every task's, over real regions only: the logits of padding are not the model's."""
         real = batch["region_mask"].bool()
         return super().loss(logits[real], {"targets": batch["targets"][real]})
 
     def score_item(self, item, choice):
-        """Has the chosen region IoU >= .5, and has any (the oracle)? In the toy world by kind."""
+        """(prediction, scores): IoU >= .5 of the chosen region; of any (oracle); toy: by kind."""
         boxes, iou = self.overlaps(item)
         right = (iou >= 0.5).tolist()
         scores = {"accuracy": right[choice], "oracle": any(right)}
@@ -659,7 +659,7 @@ class Refer(Task):
             iou=float(iou[choice])), scores
 
     def describe(self, item, prediction):
-        """(image to show, boxes, lines, IoU) of an example: meant white, chosen magenta."""
+        """(image to show, boxes, lines, IoU) of an example: white is meant, magenta chosen."""
         boxes = {"white": item["box"], "magenta": prediction["box"]}
         iou = prediction["iou"]
         return item["image_id"], boxes, [item["text"], f"IoU {iou:.2f}"], iou
@@ -676,12 +676,12 @@ TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
 
 
 def lengths_of(items):
-    """(N,): about how many words their texts have, to put like ones into a batch."""
+    """(N,): the spaces in each text, about its words: batches hold texts of similar length."""
     return np.array([item["text"].count(" ") for item in items])
 
 
 def images_of(items):
-    """The images of some items, each once, and for each item the place of its image: two lists."""
+    """The images of some items, each once, and for each item the index of its image: two lists."""
     places = {}
     own = [places.setdefault(item["image_id"], len(places)) for item in items]
     return list(places), own
@@ -698,23 +698,23 @@ def box_iou(boxes, box):
 class PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, strings and numbers only.
 
-    A pickle can name any class or function and call it while it is read; this one admits none.
+    A pickle can call any class or function that it names while it is read; this one admits none.
     """
 
     def find_class(self, module, name):
-        """Refuse what a pickle names."""
+        """Refuse any class or function."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 # --- 4. The run -----------------------------------------------------------------------------------
 #
-# Everything is evaluated twice. Hard switches take the best mode and depth of each layer; soft ones
-# mix all of them at temperature .2, the floor of training. If the two scores agree, the switches
-# have closed, and a model without the unused branches would score the same.
+# Everything is evaluated twice. Hard switches take the best mode and depth in each layer; soft ones
+# mix all of them at temperature .2, the floor of training. If the two scores agree, closing the
+# switches costs nothing: unused depths and modes can be dropped.
 
 
 def finetune(args, checkpoint=None):
-    """A task's run in the order in which it happens. Its results, or None if it was stopped.
+    """A task's run from start to end. Returns its results, or None if it was stopped.
 
     results: {split: {"hard": scores, "soft": scores}}, scores {name: number}, empty for a split
     without answers.
@@ -722,10 +722,10 @@ def finetune(args, checkpoint=None):
     kind = TASKS[args.command]
     say(f"{kind.name} on {args.data or 'the toy world'}")
 
-    # 1. Where it starts: its own checkpoint, or the pretrained one.
+    # 1. The start: the run's own checkpoint, or the pretrained one.
     source = checkpoint or load_checkpoint(args.checkpoint, "pretraining")
 
-    # 2. The task, and its model. The vocabularies of words and answers are the checkpoint's.
+    # 2. The task and its model. Words come from the checkpoint; so do answers when resuming.
     store, splits = load_task(kind, args)
     check_fits(source, store)
     task = kind(store, WordPiece(source["vocab"]), splits, args, source.get("labels"))
@@ -766,10 +766,10 @@ def load_task(kind, args):
 
 
 def write_results(args, task, results, predictions):
-    """The files of a result, and its table. A split without answers becomes a submission.
+    """Write the files of a result; print its table. A split without answers becomes a submission.
 
     result.json holds settings and scores, predictions.json every answer, a submission the answers
-    in the form that the evaluation server takes. examples.png is of the split val.
+    in the evaluation server's format. examples.png shows the split val.
     """
     out, held_out = args.out, task.held_out
     write_json(out / "predictions.json", predictions)
@@ -796,11 +796,11 @@ def write_results(args, task, results, predictions):
 # A score says how often a model is right; its answers show where it is wrong.
 
 SIDE = 230  # pixels of a picture in its frame
-ZOOM = 4  # of a scene
+ZOOM = 4  # scenes are drawn this many times larger
 
 
 def picture_of(image_id, folder):
-    """A picture of the data folder's images/, or grey without one; folder None: a drawn scene,
+    """A picture from the data folder's images/, or grey without one; folder None: a drawn scene,
     ZOOM times as large as the model sees it: a circle of 14 pixels would look like a square.
     """
     if folder is None:
@@ -815,7 +815,7 @@ def panel(image, boxes, lines, frame="white"):
     """A picture in a frame, with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
     edge = 1 + max(image.size) // 150
     for colour, box in boxes.items():
-        # Outside of the box: a small circle whose rim is covered looks like a square.
+        # Drawn outside the box: a small circle with its rim covered looks like a square.
         outside = np.add(box, (-edge, -edge, edge, edge)).tolist()
         ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
     image = ImageOps.expand(ImageOps.pad(image, (SIDE, SIDE), color="white"), 5, frame)
@@ -827,7 +827,7 @@ def panel(image, boxes, lines, frame="white"):
 
 
 def draw_examples(path, task, examples, folder):
-    """The first four right and the first four wrong (item, prediction) pairs, one per image."""
+    """Draw the first four right and first four wrong (item, prediction) pairs, one per image."""
     panels, shown = {"green": [], "red": []}, set()
     for item, prediction in examples:
         image_id, boxes, lines, right = task.describe(item, prediction)
@@ -842,9 +842,9 @@ def draw_examples(path, task, examples, folder):
 
 # --- 6. Your own pictures -------------------------------------------------------------------------
 #
-# A model knows the regions of one detector. Features of another one can have the same size and mean
-# something else: every answer would then be wrong, without an error. So a checkpoint records its
-# detector, and that one finds the regions of your pictures.
+# A model knows the regions of one detector. Another's features can have the same size but another
+# meaning: every answer would be wrong, without an error. So a checkpoint records its detector, and
+# that one finds the regions of your pictures.
 
 
 @torch.no_grad()
