@@ -5,7 +5,7 @@ Where this stands
 
     extract_features.py --writes--> feature store --read by--> data.py --batches--> train.py
 
-A detector proposes boxes, looks into each of them, and the best ones are kept:
+A detector proposes boxes and computes a feature for each; the best ones are kept:
 
     picture (3, H, W) --backbone--> map (c, H/s, W/s) --RPN--> proposals (P, 4)
                                         |                          |
@@ -20,17 +20,17 @@ A detector proposes boxes, looks into each of them, and the best ones are kept:
 Letters: H, W height and width of a picture, s stride and c channels of the map, P proposals, R
 regions kept, F region feature, C region classes (background is class 0), B pictures of a batch.
 
-The paper uses 36 regions of a Faster R-CNN with a ResNet-101 that was trained on Visual Genome
-[supp. 2]. Its published weights run here, in torchvision.
+The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visual Genome [supp. 2].
+Its published weights run here, in torchvision.
 
 Map of the file (* = read these first)
 
     1. Detectors             build_detector: "vg", "coco", "toy", and their weights
-    2. Visual Genome         Anderson's Faster R-CNN, made of torchvision's parts
-    3. Toy detector          a small one, and its training on drawn scenes from scratch
+    2. Visual Genome         Anderson's Faster R-CNN, built from torchvision's parts
+    3. Toy detector          a small one, trained from scratch on drawn scenes
     4. Regions             * which boxes of a picture are kept, and their features
     5. Pictures and boxes    what to extract: folders, lists, given boxes
-    6. Extraction          * a store is filled, from scenes or from pictures
+    6. Extraction          * filling a store, from scenes or from pictures
     7. Command line          extract, show
 
     $ python extract_features.py images/ -o data/features --weights pytorch_model.bin
@@ -40,11 +40,11 @@ Map of the file (* = read these first)
     $ python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
-The first argument is a folder, a picture, or a text file with a path per line (and perhaps a tab
-and an id). The same command continues an interrupted extraction.
+The first argument is a folder, a picture, or a text file with a path per line (optionally a tab and
+an id). The same command continues an interrupted extraction.
 
 ASSUMPTION A13 (which regions are the best 36) is in section 4. DEVIATION D1: the toy world's
-detector is small and trained here. It keeps 8 regions, not 36, since a scene has 6 things at most.
+detector is small and trained here. It keeps 1 to 8 regions, not 36: a scene has at most 6 things.
 """
 
 import argparse
@@ -57,7 +57,7 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-# Operators that Apple's GPUs lack run on the CPU. torch reads this when it is imported.
+# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
@@ -77,12 +77,12 @@ from data import (COUNT, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureSt
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 #
-# Three networks, each of torchvision's parts: transform, backbone, rpn and roi_heads. Section 4
-# calls these parts one by one. The table DETECTORS ends section 3.
+# Three networks, each built from torchvision's parts: transform, backbone, rpn and roi_heads.
+# Section 4 calls these parts one by one. The table DETECTORS is at the end of section 3.
 
 
 def build_detector(name, weights=None, classes=None):
-    """A detector that `regions` can read, in evaluation mode.
+    """A detector for `regions`, in evaluation mode.
 
     name: "vg" (Visual Genome, ResNet-101 C4, C = 1601, F = 2048), "coco" (torchvision's published
     ResNet-50 FPN, C = 91, F = 1024) or "toy" (C = 49, F = 128). weights: for "vg" the file
@@ -90,8 +90,8 @@ def build_detector(name, weights=None, classes=None):
     Without a file "coco" downloads its own; the others stay random. classes: a file with one name
     per line, without background: the weights of "vg" come without names. Raises BadInput.
 
-    `model.about` is what a store records of it: arguments of FeatureStore.create. The last layer is
-    among them, because F numbers and that layer replace C probabilities.
+    `model.about` is what a store records of it: arguments of FeatureStore.create. They include the
+    last layer: with it, a region's class probabilities follow from its feature.
     """
     if name not in DETECTORS:
         raise BadInput(f"detector {name!r}: expected {', '.join(DETECTORS)}")
@@ -114,7 +114,7 @@ def build_detector(name, weights=None, classes=None):
 
 
 def load_weights(model, path, name, convert):
-    """Load a file, or COCO's download, with exactly the model's keys and shapes."""
+    """Load a file, or COCO's download; BadInput unless keys and shapes are the model's."""
     form = f"the weights of the {name} detector; --weights takes a file of them"
     with reading(path or COCO_WEIGHTS.url, form):
         if path:
@@ -123,12 +123,12 @@ def load_weights(model, path, name, convert):
             weights = COCO_WEIGHTS.get_state_dict(check_hash=True)
         try:
             model.load_state_dict(convert(weights))
-        except RuntimeError as error:  # it names the keys, each on a line of its own
+        except RuntimeError as error:  # it lists the keys, one per line
             raise ValueError(" ".join(str(error).split())) from error
 
 
 def sha256(path):
-    """Hexadecimal SHA-256 of a file, or None where there is no file."""
+    """Hexadecimal SHA-256 of a file, or None if path is None."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
@@ -136,7 +136,7 @@ COCO_WEIGHTS = detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
 
 
 def coco_detector():
-    """torchvision's detector with random weights: 300 proposals, as many as Visual Genome's."""
+    """torchvision's detector with random weights; 300 proposals, as in vg_detector."""
     return detection.fasterrcnn_resnet50_fpn_v2(weights_backbone=None, rpn_post_nms_top_n_test=300)
 
 
@@ -144,17 +144,17 @@ def coco_detector():
 #
 # The detector of Anderson et al. [2018, the paper's reference 1], trained in Caffe on the 1,600
 # object classes of Visual Genome; detectron2 and Hugging Face have ports of it. It is a Faster
-# R-CNN from before feature pyramids, "C4": the first four blocks of a ResNet-101 see the picture
-# once and make a map of it, (3, 600, 1000) -> (1024, 38, 63). The fifth block sees each of 300
-# proposals by itself, (1024, 14, 14) -> (2048, 14, 14); the mean of that is the feature.
+# R-CNN from before feature pyramids, "C4": the first four blocks of a ResNet-101 map the picture
+# once, (3, 600, 1000) -> (1024, 38, 63). The fifth block processes each of 300 proposals
+# separately, (1024, 14, 14) -> (2048, 14, 14); the mean over the bins is the feature.
 #
-# torchvision has the parts, but its defaults are of another time. Each difference below changes
-# every feature; RoIAlign in place of RoIPool alone, by 40 %.
+# torchvision has the parts, but with later defaults. Each difference below changes every feature;
+# RoIAlign instead of RoIPool alone, by 40 %.
 
 
 class VGTransform(nn.Module):
-    """Pictures (3, H, W) in [0, 1], RGB -> what the network was trained on: BGR in 0..255 minus the
-    mean, the short side 600 pixels, the long side at most 1000, rounded to the nearest pixel.
+    """Pictures (3, H, W), RGB in [0, 1] -> the network's input: BGR in 0..255 minus the mean, the
+    short side 600 pixels, or less if the long side would exceed 1000, rounded to whole pixels.
     """
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
@@ -162,10 +162,10 @@ class VGTransform(nn.Module):
     max_size = 1000
 
     def forward(self, images):
-        """(ImageList, None) of pictures of one size; in torchvision targets come second."""
+        """(ImageList, None) of pictures of one size; torchvision returns targets second."""
         batch = torch.stack(images)  # (B, 3, H, W)
         sides = batch.shape[2:]
-        # In two steps, as published: one product would round some halves the other way.
+        # Two factors, as published: their product would round some halves the other way.
         scale = self.min_size / min(sides)
         shrink = min(1, self.max_size / (scale * max(sides)))
         sides = [max(1, int(scale * side * shrink + 0.5)) for side in sides]
@@ -177,8 +177,8 @@ class VGTransform(nn.Module):
 class VGAnchors(detection.rpn.AnchorGenerator):
     """The 12 anchors (4 scales x 3 ratios) of every cell of the map, 16 pixels apart.
 
-    They come with the weights: the ports disagree about half a pixel and about their order, and a
-    head knows its anchors only by their number.
+    They are loaded with the weights: ports differ by half a pixel and in the order of anchors, and
+    the RPN's head identifies an anchor only by its index.
     """
 
     def __init__(self):
@@ -186,25 +186,25 @@ class VGAnchors(detection.rpn.AnchorGenerator):
         self.register_buffer("cells", torch.zeros(12, 4))  # around the point (0, 0) of the picture
 
     def forward(self, images, maps):
-        """For each image (H W 12, 4), row by row of the map."""
+        """For each image (12 h w, 4), row by row of its map of h x w cells."""
         self.cell_anchors = [self.cells]
         return self.grid_anchors([maps[0].shape[-2:]], [(16, 16)]) * len(images.tensors)
 
 
 class C4RoIPool(nn.Module):
-    """The maximum in each of 14 x 14 bins of a box, (P, 1024, 14, 14). RoIPool rounds bins to whole
-    cells of the map; RoIAlign, which came later, interpolates between them.
+    """The maximum in each of 14 x 14 bins of a box: (P, 1024, 14, 14). RoIPool rounds bins to whole
+    cells of the map; the later RoIAlign interpolates between cells.
     """
 
     def forward(self, maps, boxes, sizes):
-        """maps {"0": (B, 1024, H, W)}, boxes B x (n, 4) in pixels of the prepared images."""
+        """maps {"0": (B, 1024, h, w)}, boxes B x (n, 4) in pixels of the prepared images."""
         return roi_pool(maps["0"], boxes, output_size=14, spatial_scale=1 / 16)
 
 
 class Res5Head(nn.Module):
-    """RoI maps (P, 1024, 14, 14) -> features (P, 2048): layer4 and the mean over its 14 x 14.
+    """RoI maps (P, 1024, 14, 14) -> features (P, 2048): layer4, then the mean over 14 x 14 bins.
 
-    In chunks of 32 proposals: what lies between the layers would take gigabytes for all 300.
+    In chunks of 32 proposals: activations for all 300 would take gigabytes.
     """
 
     def __init__(self, layer4):
@@ -216,8 +216,8 @@ class Res5Head(nn.Module):
 
 
 def vg_detector():
-    """Visual Genome's detector with random weights: a ResNet-101 as Caffe had it, cut in two."""
-    # layer4 keeps its 14 x 14: stride 1, and dilation 2 in its place.
+    """Visual Genome's detector with random weights: Caffe's ResNet-101, split before layer4."""
+    # layer4 keeps 14 x 14: dilation 2 instead of stride 2.
     net = resnet.resnet101(norm_layer=FrozenBatchNorm2d,
         replace_stride_with_dilation=[False, False, True])
     net.layer4[0].conv2.dilation = (2, 2)  # torchvision dilates only the blocks after the first
@@ -237,7 +237,7 @@ def vg_detector():
     return detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, VGTransform())
 
 
-# Hugging Face's names -> torchvision's, replaced one after the other.
+# Hugging Face's names -> torchvision's, replaced in this order.
 VG_NAMES = {"backbone.stem.": "backbone.", "res2.": "layer1.", "res3.": "layer2.",
     "res4.": "layer3.", "roi_heads.res5.": "roi_heads.box_head.layer4.", "conv1.norm.": "bn1.",
     "conv2.norm.": "bn2.", "conv3.norm.": "bn3.", "shortcut.norm.": "downsample.1.",
@@ -245,8 +245,8 @@ VG_NAMES = {"backbone.stem.": "backbone.", "res2.": "layer1.", "res3.": "layer2.
     "proposal_generator.rpn_head.objectness_logits.": "rpn.head.cls_logits.",
     "proposal_generator.rpn_head.anchor_deltas.": "rpn.head.bbox_pred.",
     "proposal_generator.anchor_generator.cell_anchors.0": "rpn.anchor_generator.cells"}
-# What nothing here reads: the last correction of the boxes, the attribute head ("red", "wooden"),
-# and what is no weight.
+# Not needed here: the final box regression, the attribute head ("red", "wooden"), and entries that
+# are no weights.
 VG_UNUSED = ("box_predictor.bbox_pred.", "box_predictor.cls_embedding.", "box_predictor.fc_attr.",
     "box_predictor.attr_score.", "num_batches_tracked", "pixel_mean", "pixel_std")
 
@@ -254,7 +254,7 @@ VG_UNUSED = ("box_predictor.bbox_pred.", "box_predictor.cls_embedding.", "box_pr
 def convert_vg_weights(published):
     """torchvision's state dict of the detector from Hugging Face's.
 
-    There the background is class 1600, the last; here it is class 0.
+    Theirs has the background as class 1600, the last; here it is class 0.
     """
     converted = {}
     for name, value in published.items():
@@ -271,9 +271,9 @@ def convert_vg_weights(published):
 # --- 3. Toy detector ------------------------------------------------------------------------------
 #
 # A Faster R-CNN of 300,000 weights for pictures of 128 x 128, so that the toy world needs no
-# download. Trained in half a minute, it finds 99 % of the things of held-out scenes at IoU .5.
+# download. Trained in half a minute, it finds 99 % of the things in held-out scenes at IoU .5.
 
-TOY_REGIONS = 8  # R: a scene has 6 things at most, and no detector is always right
+TOY_REGIONS = 8  # R: a scene has at most 6 things; two more allow for wrong detections
 
 
 def residual_block(inputs, outputs):
@@ -290,9 +290,9 @@ def toy_network():
         relu=nn.ReLU(), layer1=residual_block(32, 32), layer2=residual_block(32, 64)))
     backbone.out_channels = 64
     anchors = detection.rpn.AnchorGenerator(sizes=((20, 36),), aspect_ratios=((1.0,),))
-    # One point per bin instead of four, and 5 x 5 bins instead of 7 x 7: faster, and no worse.
+    # One sample per bin instead of four, 5 x 5 bins instead of 7 x 7: faster, and no worse.
     pool = MultiScaleRoIAlign(["0"], output_size=5, sampling_ratio=1)
-    # (P, 64, 5, 5) -> (P, 128): one more convolution, and its mean.
+    # (P, 64, 5, 5) -> (P, 128): one more convolution, then the mean over its bins.
     box_head = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(128), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     predictor = detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES))
@@ -305,12 +305,12 @@ def toy_network():
 
 
 def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3):
-    """A toy detector trained from random weights on these scenes; images: uint8 (N, 3, 128, 128).
+    """A toy detector trained from scratch on these scenes; images: uint8 (N, 3, 128, 128).
 
-    BatchNorm stays in training mode: it has no pretrained weights that could be frozen.
+    BatchNorm is trained too: there are no pretrained statistics to freeze.
     """
     torch.manual_seed(0)
-    # channels_last: the order in memory that CPU convolutions want, a fifth faster here.
+    # channels_last: the memory order that CPU convolutions prefer, a fifth faster here.
     model = build_detector("toy").train().to(memory_format=torch.channels_last)
     targets = [toy_targets(scene) for scene in scenes]
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4, fused=True)
@@ -327,19 +327,19 @@ def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3):
 
 
 def toy_targets(scene):
-    """The things of a scene as torchvision wants them: boxes (n, 4) in pixels and labels (n,)."""
+    """The things of a scene as torchvision's targets: boxes (n, 4) in pixels and labels (n,)."""
     labels = [TOY_CLASSES.index(f"{t.colour} {t.shape}") for t in scene.things]
     boxes = torch.tensor([t.box for t in scene.things], dtype=torch.float32)
     return {"boxes": boxes, "labels": torch.tensor(labels)}
 
 
 def draw_scenes(numbers):
-    """uint8 (N, 3, 128, 128)"""
+    """The pictures of N scenes: uint8 (N, 3, 128, 128)."""
     return torch.stack([pil_to_tensor(Scene(n).draw()) for n in numbers])
 
 
 def toy_detector(weights, numbers):
-    """The toy detector in file `weights`, a Path; without that file these scenes train it first."""
+    """The toy detector in file `weights`, a Path; if there is none, trained on these scenes."""
     if not weights.exists():
         started = time.time()
         model = train_toy_detector([Scene(n) for n in numbers], draw_scenes(numbers))
@@ -349,7 +349,7 @@ def toy_detector(weights, numbers):
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
 
 
-# name: (builds the model, class names where they are known, makes its state dict of a file's)
+# name: (function that builds it, class names if known, conversion of a file to its state dict)
 DETECTORS = {
     "vg": (vg_detector, (), convert_vg_weights),
     "coco": (coco_detector, COCO_WEIGHTS.meta["categories"], dict),
@@ -357,8 +357,8 @@ DETECTORS = {
 
 # --- 4. Regions -----------------------------------------------------------------------------------
 #
-# The detector's parts one after the other, by hand: its own output would be boxes corrected after
-# pooling, with scores, and without the features.
+# The detector's parts, called one by one: its own output would be scores and boxes that are
+# corrected after pooling, without the features.
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -368,12 +368,12 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     """The best regions of B pictures: B x [boxes (n, 4), features (n, F), probs (n, C)], n <= R.
 
     images: float tensors (3, H, W) in [0, 1], all of one size: a smaller one would be padded, and
-    its border of zeros would leak into the features beside it. boxes: None, or for each picture the
-    (n, 4) whose features are wanted, all of them and in this order. precision: of the convolutions;
-    bf16 changes a feature by less than 1 % of the largest one, fp16 by less than .2 %.
+    its border of zeros would leak into nearby features. boxes: None, or for each picture the (n, 4)
+    whose features are wanted; all are kept, in this order. precision: of the convolutions; bf16
+    changes a feature by less than 1 % of the largest one, fp16 by less than .2 %.
 
     The results are numpy arrays, the best region first; boxes are x1, y1, x2, y2 in pixels of the
-    picture. A feature is that of the proposal: no box is corrected.
+    picture. They are the proposals that were pooled: no box is corrected.
     """
     device = next(model.parameters()).device
     images = torch.stack(list(images)).to(device)  # (B, 3, H, W)
@@ -406,12 +406,12 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
 def select_regions(boxes, probs, most, confidence=0.0):
     """Anderson's choice of regions: indices (n,), best first, n <= most. ASSUMPTION A13.
 
-    In every foreground class the proposals compete: one that overlaps a better one (IoU > .3) is
-    struck from that class. A proposal then ranks by its best class in which it survived. So of ten
-    boxes around one red star only one ranks high, while a shirt and the man in it, two classes,
-    both stay. confidence: keep only those that rank so high, one at least.
+    Non-maximum suppression per foreground class: a proposal that overlaps a better one (IoU > .3)
+    is struck from that class. A proposal then ranks by its best score among the classes where it
+    survives. So of ten boxes around one red star only one ranks high, while a shirt and the man in
+    it, two classes, both stay. confidence: lowest score to keep; the best region always stays.
 
-    All classes are suppressed in one pass: step k looks at the k-th best box of every class at once
+    All classes are suppressed in one pass: step k takes the k-th best box of every class at once
     and, if it is still alive, strikes its rivals. (A rival that ranks higher was struck before, or
     it would have struck this box.) torchvision's batched_nms takes five times as long.
     """
@@ -433,20 +433,20 @@ def picture_regions(model, path, num_regions):
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
 #
-# What to extract: a list of (image id, path). The id ties a picture to its captions, and a store
-# holds each id once. A picture that cannot be used costs only itself.
+# What to extract: a list of (image id, path). The id links a picture to its captions, and a store
+# holds each id once. An unusable picture fails alone.
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def open_picture(path):
-    """A PIL image, RGB and upright, of a file in grey, palette, CMYK, 16 bits or with EXIF turns.
+    """A PIL image, RGB and upright, from a file in grey, palette, CMYK, 16 bits or EXIF-rotated.
 
-    Raises BadInput for a file that is no picture, that is cut off, or that shows a mere strip.
+    Raises BadInput for a file that is no picture, is truncated, or has an aspect ratio above 30.
     """
     with reading(path, "a picture that can be read"):
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits per pixel: `convert` would clip instead of scale
+        if image.mode.startswith("I"):  # 16 bits per pixel: `convert` would clip, not scale
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
@@ -457,8 +457,8 @@ def open_picture(path):
 def find_pictures(source):
     """[(image id, path)] of a folder (and all folders below it), a picture, or a list file.
 
-    Hidden files, such as the '._1.jpg' of macOS, are left out; links are followed. A list has a
-    path per line, relative to its own folder, and after a tab an id if it is not the file's name.
+    Hidden files, such as macOS's '._1.jpg', are left out; links are followed. A list has a path per
+    line, relative to its own folder, and optionally a tab and an id; otherwise the id is the name.
     """
     source = Path(source)
     if source.is_dir():
@@ -476,7 +476,7 @@ def find_pictures(source):
 def read_boxes(path):
     """{image id: boxes (n, 4) float32, x1 y1 x2 y2 in pixels} of a JSON file.
 
-    Detections, as MAttNet's: a list of {image_id, box [x, y, w, h], score}; the surest come first.
+    Detections like MAttNet's: a list of {image_id, box [x, y, w, h], score}; highest score first.
     COCO's and RefCOCO's instances.json: annotations with {image_id, bbox [x, y, w, h]}, in order.
     """
     content = read_json(path)
@@ -488,7 +488,7 @@ def read_boxes(path):
         surest = sorted(enumerate(records), key=lambda item: -item[1].get("score", 0))
         for at.entry, record in surest:
             x, y, w, h = record.get("box") or record["bbox"]
-            if not math.hypot(x, y, w, h) < 1e6:  # RoI pooling would index memory with NaN
+            if not math.hypot(x, y, w, h) < 1e6:  # also NaN: RoI pooling would index memory with it
                 raise ValueError(f"a box of {[x, y, w, h]}")
             boxes[canonical_id(record["image_id"])].append([x, y, x + w, y + h])
     return {image_id: np.float32(each) for image_id, each in boxes.items()}
@@ -496,14 +496,14 @@ def read_boxes(path):
 
 # --- 6. Extraction --------------------------------------------------------------------------------
 #
-# A store is filled row by row, so an interrupted extraction continues with the rows that are left.
-# It ends in the same bits as an undisturbed one. That takes care: in a batch of another size sums
-# come in another order and round otherwise. Scenes, all of one size, therefore come in the same
-# batches of 16, whatever is left of them, and pictures one by one.
+# A store is filled row by row, so an interrupted extraction continues with the pending rows. The
+# result is bit for bit that of an undisturbed one. Pitfall: a batch of another size adds in another
+# order and rounds differently. Therefore scenes, all of one size, are always in the same batches of
+# 16, even if some rows are already written, and pictures are extracted one by one.
 
 
 def extract_scenes(model, numbers, folder):
-    """A feature store of these scenes; continues one that was interrupted."""
+    """A feature store of these scenes; continues an interrupted one."""
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
     starts = sorted({row - row % 16 for row in writer.pending()})
     for start in tqdm(starts, "extracting", leave=False, disable=None):
@@ -515,7 +515,7 @@ def extract_scenes(model, numbers, folder):
 
 
 def prepare(args):
-    """(model, writer, pictures, boxes) of these flags: the same in each of several processes."""
+    """(model, writer, pictures, boxes) from the flags; the same in every process."""
     pictures = find_pictures(args.images)
     boxes = None
     most = 36
@@ -533,7 +533,7 @@ def prepare(args):
 
 
 def picture_or_error(path):
-    """A picture uint8 (3, H, W), or the BadInput in its place, from a loading process."""
+    """A picture uint8 (3, H, W), or the BadInput that it caused, from a loading process."""
     try:
         return pil_to_tensor(open_picture(path))
     except BadInput as error:
@@ -541,10 +541,10 @@ def picture_or_error(path):
 
 
 def extract_part(args, model, writer, pictures, boxes):
-    """Extract the pending pictures that fall to this process, one of --gpus, on its device.
+    """Extract this process's share of the pending pictures, one of --gpus, on its device.
 
-    They are dealt out by row number, not by place among the pending rows: a process that starts
-    late finds fewer of those.
+    The share depends on the row number, not on the place among pending rows: a process that starts
+    late sees fewer of those.
     """
     rank = int(os.environ.get("RANK", 0))
     torch.set_num_threads(max(1, torch.get_num_threads() // args.gpus))
@@ -569,7 +569,7 @@ def extract_part(args, model, writer, pictures, boxes):
 
 
 def extract(args):
-    """Fill a feature store with all these pictures, or with those an interrupted run left."""
+    """Fill a feature store with these pictures, or with those that an interrupted run left."""
     with only_run_in(args.out):
         model, writer, pictures, boxes = prepare(args)
         total = len(pictures)
@@ -589,14 +589,14 @@ def extract(args):
 
 # --- 7. Command line ------------------------------------------------------------------------------
 #
-# `show` draws what a store holds of one image: do boxes, names and pictures belong together?
+# `show` draws a store's regions of one image: do boxes, names and picture fit together?
 
 
 def show(folder, which):
     """A PIL image of an image's regions: boxes with class names and probabilities.
 
-    which: a picture file whose name gives the id, or an id alone. Scenes are then drawn anew, and
-    other boxes are drawn on grey. Raises BadInput.
+    which: a picture file whose name gives the id, or an id alone: then a scene is drawn again, and
+    other boxes are shown on grey. Raises BadInput.
     """
     store = FeatureStore(folder)
     row = store.row(which)
@@ -618,12 +618,12 @@ def show(folder, which):
 def draw_regions(image, boxes, size, labels=None):
     """A dimmed copy of a PIL image, its longer side 1000 pixels, with boxes (n, 4) and labels.
 
-    size: the (W, H) that the boxes are in; the image may be a larger or smaller copy. torchvision's
-    letters are ten pixels high: they are drawn on half of the size, which is enlarged afterwards.
+    size: (W, H) of the picture that the boxes refer to; the image may be scaled. torchvision's
+    letters are ten pixels high: they are drawn at half size, then enlarged.
     """
     scale = 500 / max(size)
     image = image.resize([max(1, round(s * scale)) for s in size]).point(lambda value: value // 2)
-    # 137 degrees around the circle of colours: neighbours never look alike.
+    # 137 degrees around the colour wheel each time: neighbours never look alike.
     colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))]
     boxes = torch.from_numpy(boxes[::-1] * scale)  # the best comes last, on top
     labels = labels and labels[::-1]
@@ -632,7 +632,7 @@ def draw_regions(image, boxes, size, labels=None):
 
 
 def parse_args(argv=None):
-    """The settings of an extraction, or of a look at a store."""
+    """The settings of an extraction, or of `show`."""
     argv = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description="Extract the regions of pictures into a feature store; "
         "`show STORE ID -o regions.png` draws those of one image.")
@@ -647,10 +647,10 @@ def parse_args(argv=None):
     add("-o", "--out", type=folder_to_write, required=True, help="the store to write")
     add("--detector", choices=DETECTORS, default="vg",
         help="default: vg; coco was trained on pictures that RefCOCO+ tests on")
-    add("--weights", help="file of the detector's weights; coco can download its own")
-    add("--classes", help="vg: file of class names, one per line, without background")
-    add("--boxes", help="JSON file of the boxes whose features are wanted")
-    flag(p, "--regions", COUNT, None, "most regions per picture (default: 36; all of --boxes)")
+    add("--weights", help="file with the detector's weights; coco can download its own")
+    add("--classes", help="vg: file with class names, one per line, without background")
+    add("--boxes", help="JSON file with the boxes whose features are wanted")
+    flag(p, "--regions", COUNT, None, "maximum per picture (default: 36; with --boxes all)")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
     flag(p, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
     add("--precision", choices=PRECISIONS, default="fp32")
@@ -661,12 +661,12 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Extract, look at a store, or do one process's part of an extraction."""
+    """Extract, show a store, or do one process's part of an extraction."""
     args = parse_args(argv)
     if "which" in args:
         save_png(args.out, show(args.store, args.which))
         print(args.out)
-    elif "RANK" in os.environ:  # one of the processes that `extract` has started
+    elif "RANK" in os.environ:  # a process that `extract` started
         extract_part(args, *prepare(args))
     else:
         extract(args)
