@@ -616,8 +616,9 @@ class Refer(Task):
             for scene in map(Scene, numbers):
                 for k, (text, index, kind) in enumerate(scene.expressions(n)):
                     thing = scene.things[index]
+                    alike = [other for other in scene.things if other.shape == thing.shape]
                     yield dict(image_id=scene.number, text=text, box=thing.box, kind=kind,
-                        ref_id=scene.number, sent_id=k, alike=len(scene.where(shape=thing.shape)))
+                        ref_id=scene.number, sent_id=k, alike=len(alike))
         return {"train": [*items(training, 8)], "val": [*items(held_out, 6)]}
 
     def build_model(self, config, weights):

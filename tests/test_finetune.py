@@ -15,7 +15,7 @@ from PIL import Image
 import extract_features
 import finetune
 import train
-from data import BadInput
+from data import SHAPES, BadInput, Scene
 from finetune import VQA, Refer, Retrieval, normalise_answer
 from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
 
@@ -184,6 +184,26 @@ def test_referring_counts_boxes_that_overlap_by_half(make):
         "relation": 0.5, "relation by attributes alone": 0.5})
     assert [p["iou"] for p in predictions[:3]] == pytest.approx([1, 0.6, 0])
     assert task.targets(task.held_out["val"][1])[2] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("kind", [VQA, Retrieval, Refer])
+def test_the_toy_worlds_items_say_what_is_true_of_their_scenes(kind):
+    """Expressions name a thing by its shape: its box and how many are alike follow from that."""
+    splits = kind.from_scenes(range(5), range(1_000_000, 1_000_105))
+    numbers = {split: {int(item["image_id"]) for item in items} for split, items in splits.items()}
+    assert numbers.pop("train") <= set(range(5))
+    assert set.union(*numbers.values()) <= set(range(1_000_000, 1_000_105))
+    for item in splits["val"]:
+        scene = Scene(int(item["image_id"]))
+        if kind is VQA:
+            assert (item["text"], item["majority"], item["question_type"]) in scene.questions(5)
+            assert item["answers"] == [item["majority"]] * 10
+        elif kind is Retrieval:
+            assert item["text"] in scene.captions(2)
+        else:
+            shape = next(word for word in item["text"].split() if word in SHAPES)
+            fitting = [thing for thing in scene.things if thing.shape == shape]
+            assert item["alike"] == len(fitting) and item["box"] in [t.box for t in fitting]
 
 
 # --- Published files ------------------------------------------------------------------------------
