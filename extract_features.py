@@ -385,7 +385,10 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         height, width = images.shape[2:]
         scale = torch.tensor([w / width, h / height] * 2, device=device)
         if boxes is None:
-            proposals, _ = model.rpn(prepared, maps)  # B x (P, 4), in pixels of `prepared`
+            # In bf16 a box would be rounded to 4 pixels, and might end outside of the picture.
+            with torch.autocast(device.type, enabled=False):
+                exact = {name: each.float() for name, each in maps.items()}
+                proposals, _ = model.rpn(prepared, exact)  # B x (P, 4), in pixels of `prepared`
             places = [proposal / scale for proposal in proposals]
         else:
             places = [torch.as_tensor(given, device=device) for given in boxes]

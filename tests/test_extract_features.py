@@ -429,6 +429,18 @@ def test_every_flag_of_an_extraction_has_its_effect(tmp_path, weights, detector,
     assert not np.array_equal(half, whole)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_boxes_are_exact_in_every_precision(detector, precision, monkeypatch):
+    """bf16 has 8 bits: from 512 on its numbers lie 4 apart, and 899 becomes 900."""
+    monkeypatch.setattr(detector.transform, "min_size", (600,))
+    monkeypatch.setattr(detector.transform, "max_size", 899)
+    image = pil_to_tensor(noise(3, (1798, 1200))) / 255
+    boxes, _, _ = regions(detector, [image], 16, None, precision)[0]
+    rounded = torch.from_numpy(boxes / 2).bfloat16().float().numpy()
+    assert not np.allclose(rounded, boxes / 2, atol=1e-4, rtol=0)
+    assert (boxes <= [1798.01, 1200.01] * 2).all()
+
+
 def test_regions_are_drawn_where_they_are():
     """A picture of 100 x 50, shown ten times as large and dimmed: the edges have another colour."""
     grey, box = Image.new("RGB", (200, 100), "grey"), np.array([[20.0, 10, 60, 40]])
