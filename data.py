@@ -298,10 +298,11 @@ def start_processes(count):
     # The terminal sends Ctrl-C to every process; SIGTERM reaches only this one, which passes it on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
-    for _ in processes:
-        status = os.waitstatus_to_exitcode(os.wait()[1])  # of the next to end
-        if status:
-            break
+    ends = [None]  # None while a process runs, then its status; negative: ended by a signal
+    while None in ends and not any(ends):
+        time.sleep(0.05)
+        ends = [process.poll() for process in processes]
+    status = next(filter(None, ends), 0)
     for process in processes:
         process.kill()  # the others would wait for the failed one forever
         process.wait()

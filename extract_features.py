@@ -466,7 +466,8 @@ def find_pictures(source):
     source = Path(source)
     if source.is_dir():
         names = glob.glob("**/*", root_dir=source, recursive=True)
-        paths = sorted(source / name for name in names)
+        # Each file once, also where a link leads to a folder again.
+        paths = sorted({(source / name).resolve(): source / name for name in names}.values())
         return [(canonical_id(p), p) for p in paths if p.suffix.lower() in SUFFIXES]
     if source.suffix.lower() in SUFFIXES:
         return [(canonical_id(source), source)]

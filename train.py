@@ -194,7 +194,7 @@ def pretrain(args, checkpoint=None):
         scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
-    say(f"{args.out}: " + ", ".join(RECORD))
+    say(f"{args.out}: " + ", ".join(name for name in RECORD if (args.out / name).exists()))
     say(f"done in {time.time() - started:.0f} s")
     return scores
 
@@ -360,7 +360,7 @@ def fit(args, task, checkpoint=None):
                 timed_from, timed_since = done, time.time()  # evaluation is not timed
 
             # 7. Was any process asked to stop? Then all stop, and --resume continues here.
-            elif total(torch.tensor(float(stop_asked()))) > 0:
+            if done < steps and total(torch.tensor(float(stop_asked()))) > 0:
                 save_checkpoint(args, task, model, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume continues from here")
                 return None

@@ -156,3 +156,16 @@ def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path):
     error = finish(start(tmp_path, "--gpus", 2, "--batch", 5), status=1)
     assert "error: --batch 5 cannot be cut into 2 processes x --accum 1 equal parts" in error
     assert "Traceback" not in error
+
+
+def test_children_of_the_shell_are_not_taken_for_processes_of_the_run(tmp_path):
+    """After `exec`, and as process 1 of a container, a program has children it did not start."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\n"
+        f"sys.path.insert(0, {str(SMALL_RUN.parents[1])!r})\n"
+        "from data import start_processes\n"
+        "start_processes(2) if 'RANK' not in os.environ else time.sleep(1)\n"
+        "print('done', flush=True)\n")
+    command = f"sh -c 'exit 3' & sleep 0.1 & exec '{sys.executable}' '{script}'"
+    found = subprocess.run(["sh", "-c", command], text=True, stdout=subprocess.PIPE, timeout=100)
+    assert (found.returncode, found.stdout) == (0, 3 * "done\n")
