@@ -465,9 +465,9 @@ def find_pictures(source):
     """
     source = Path(source)
     if source.is_dir():
-        names = glob.glob("**/*", root_dir=source, recursive=True)
-        # Each file once, also where a link leads to a folder again.
-        paths = sorted({(source / name).resolve(): source / name for name in names}.values())
+        paths = [source / name for name in glob.glob("**/*", root_dir=source, recursive=True)]
+        # Each file once, also where a link leads to its folder a second time.
+        paths = sorted({(p.parent.resolve(), p.name): p for p in paths}.values())
         return [(canonical_id(p), p) for p in paths if p.suffix.lower() in SUFFIXES]
     if source.suffix.lower() in SUFFIXES:
         return [(canonical_id(source), source)]

@@ -220,6 +220,9 @@ def test_a_folder_a_list_or_a_picture_names_pictures(tmp_path, pictures):
         found = find_pictures(folder)
         first = tmp_path / "[link]/COCO_train2014_000000000000.png"
         assert found[0] == ("0", first) and len(found) == 6
+    (tmp_path / "again").symlink_to(pictures, target_is_directory=True)
+    (tmp_path / "upwards").symlink_to(tmp_path, target_is_directory=True)
+    assert len(find_pictures(tmp_path)) == 6  # each once
 
 
 BOXES = [{"image_id": 3, "bbox": [10, 20, 30.5, 15]}, {"image_id": 3, "bbox": [0, 0, 90, 60]},
