@@ -835,7 +835,7 @@ class Captions:
             words.append(text.count(b" "))
             offsets.append(len(self.block))
         self.ids, self.words = np.array(ids, dtype=bytes), np.array(words)
-        offsets = np.array(offsets)
+        offsets = np.array(offsets, dtype=np.min_scalar_type(len(self.block)))
         self.starts, self.ends = offsets[:-1], offsets[1:]
 
     def __len__(self):
