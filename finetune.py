@@ -389,6 +389,7 @@ class VQA(Task):
         types = {"count": "number", "yes": "yes/no", "no": "yes/no"}
 
         def items(numbers, n):
+            """Up to n questions about each of these scenes."""
             for i in numbers:
                 for k, (text, answer, kind) in enumerate(Scene(i).questions(n)):
                     answer_type = types.get(kind) or types.get(answer, "other")
@@ -508,8 +509,9 @@ class Retrieval(Task):
         rng = np.random.default_rng([self.seed, epoch, index])
         item, own = self.items[index], self.own[index]
         other = index
-        while self.own[other] == own:
+        while self.own[other] == own:  # drawn among captions: an image with more comes more often
             other = rng.integers(len(self))
+        # Among images each comes equally often: 1 to number - 1 places after the own one, round.
         number = len(self.images)
         image = self.images[(own + 1 + rng.integers(number - 1)) % number]
         hard = self.images[self.nearest[own]]
@@ -613,6 +615,7 @@ class Refer(Task):
     def from_scenes(training, held_out):
         """The toy world's expressions."""
         def items(numbers, n):
+            """Up to n expressions for each of these scenes."""
             for scene in map(Scene, numbers):
                 for k, (text, index, kind) in enumerate(scene.expressions(n)):
                     thing = scene.things[index]

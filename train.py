@@ -449,6 +449,7 @@ def load_parts(args, task, first, steps):
     all they need is a key, (epoch, index).
     """
     def keys():
+        """Lists of (epoch, index), one per part, in the order in which this process needs them."""
         for step in range(first, steps):
             epoch, k = divmod(step, len(task.examples) // args.batch)
             batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
@@ -557,10 +558,12 @@ def evaluate(model, dataset, batch_size=200):
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
+        # Eight numbers: three sums of losses, two counts of hits, and the three counts of places.
         found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
     model.train()
     sums, counts = total(found).split([5, 3])
+    # mlm and words are means over predicted words, mrc over regions, itm and match over pairs.
     means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
     return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
