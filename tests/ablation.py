@@ -196,6 +196,12 @@ def scores_of(results, quick=False):
     return found
 
 
+def settings_of(scores):
+    """The settings that have scores: those of SETTINGS in their order, then other paths."""
+    found = next(iter(scores.values()))
+    return [s for s in SETTINGS if s in found] + [s for s in found if s not in SETTINGS]
+
+
 def mean_and_error(values):
     """Mean and its standard error; the error of one value is unknown: 0."""
     values = np.array(list(values), dtype=float)
@@ -230,17 +236,22 @@ def table(results):
     of learned switches to the best fixed structure, paired by seed.
     """
     scores = scores_of(results)
-    settings = [s for s in SETTINGS if s in next(iter(scores.values()))]
-    fixed = [s for s in FIXED if s in settings]
+    settings = settings_of(scores)
+    fixed = [s for s in settings if s in FIXED or s not in SETTINGS]
+    compared = [s for s in settings if s == "learned" or s in fixed]
     rows = [["measure", *settings, "learned - best fixed"], ["---"] * (len(settings) + 2)]
     for name, each in scores.items():
         means = {s: mean_and_error(each[s].values()) for s in settings}
         pick = max if MEASURES[name] else min
-        leader, best = (pick(of, key=lambda s: means[s][0]) for of in (settings, fixed))
+        leader = pick(settings, key=lambda s: means[s][0])
         cells = [short(*means[s]) for s in settings]
         cells = [f"**{c}**" if s == leader else c for s, c in zip(settings, cells)]
-        rows.append([name, *cells, short(*paired(each["learned"], each[best]), "+")])
-    ranks = mean_ranks(scores, ["learned", *fixed])
+        difference = ""
+        if "learned" in settings and fixed:
+            best = pick(fixed, key=lambda s: means[s][0])
+            difference = short(*paired(each["learned"], each[best]), "+")
+        rows.append([name, *cells, difference])
+    ranks = mean_ranks(scores, compared)
     rows.append(["mean rank", *(f"{ranks[s]:.1f}" if s in ranks else "" for s in settings), ""])
     # The fastest of a setting's runs: others had the machine to share.
     speeds = {s: max(r["pairs per second"] for r in results if r["setting"] == s)
@@ -252,7 +263,7 @@ def table(results):
 def draw(results, width=230, height=190):
     """A panel per measure with a dot per run, a column per setting, and the mean as a line."""
     scores, font = scores_of(results), ImageFont.load_default(12)
-    settings, panels = [s for s in SETTINGS if s in next(iter(scores.values()))], []
+    settings, panels = settings_of(scores), []
     for name, each in scores.items():
         panel = Image.new("RGB", (width, height), "white")
         pen, values = ImageDraw.Draw(panel), [v for s in settings for v in each[s].values()]

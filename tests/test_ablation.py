@@ -40,6 +40,16 @@ def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
     assert table[4] == "| mean rank | 1.5 | 1.5 | 2.0 |  |"
 
 
+def test_a_path_is_a_fixed_structure_and_nothing_is_compared_where_there_is_no_rival():
+    path = [line("II,XX", 0, VQA=0.9), line("learned", 0, VQA=0.8), line("chosen", 0, VQA=0.95)]
+    table = ablation.table(path).splitlines()
+    assert table[0] == "| measure | learned | chosen | II,XX | learned - best fixed |"
+    assert table[2] == "| VQA | .800±.000 | **.950±.000** | .900±.000 | -.100±.000 |"
+    assert table[3] == "| mean rank | 2.0 |  | 1.0 |  |"
+    for alone in (path[1:], path[2:]):
+        assert ablation.table(alone).splitlines()[2].endswith("**.950±.000** |  |")
+
+
 @pytest.mark.parametrize("mean, error, sign, text", [(0.781, 0.012, "", ".781±.012"),
     (-0.02, 0.01, "+", "-.020±.010"), (0.02, 0, "+", "+.020±.000"), (9.5, 1.2, "", "9.500±1.200")])
 def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
