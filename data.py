@@ -54,14 +54,13 @@ import contextlib
 import copy
 import functools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import signal
-import socket
 import string
-import subprocess
 import sys
 import time
 import types
@@ -73,7 +72,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.run
 from PIL import Image, ImageDraw
+from torch.distributed.elastic import multiprocessing
 from tqdm import tqdm
 
 from switchbert import MATCH, MISMATCH
@@ -82,6 +83,13 @@ from switchbert import MATCH, MISMATCH
 #
 # What all scripts but switchbert.py share: how an image is named, how a file is read and written,
 # which values a flag accepts, and how a script ends. Skip this section on a first reading.
+
+
+# Of several processes, torchrun numbers each one: data.start_processes, train.launch.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# A progress bar of the first process, on a terminal only.
+progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
 
 
 class BadInput(ValueError):
@@ -112,7 +120,7 @@ def run(main):
         message = (f"error: out of memory? Try fewer --workers, or --accum 2, which gives the same "
             f"result; --resume continues ({str(error)[:150]})")
     # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
-    time.sleep(os.environ.get("RANK", "0") != "0")
+    time.sleep(RANK > 0)
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -233,24 +241,6 @@ COUNT, NATURAL = Number(int, 1), Number(int, 0)
 RATE, SHARE = Number(float, 1e-12, 10), Number(float, 1e-6, 1)
 
 
-def folder_to_write(text):
-    """The type of --out: a folder that exists or can be made."""
-    nearest = Path(text)
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder to write to, but {nearest} is a file")
-    return Path(text)
-
-
-def file_to_write(text):
-    """The type of --out where it is a file: its folder exists or can be made."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file to write, but {text} is a folder")
-    folder_to_write(Path(text).parent)
-    return Path(text)
-
-
 def flag(parser, name, kind, default, text):
     """Add a flag whose --help shows its range."""
     parser.add_argument(name, type=kind, default=default, help=text,
@@ -266,7 +256,7 @@ def only_run_in(folder):
     SIGKILL.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
             import fcntl
@@ -280,38 +270,27 @@ def only_run_in(folder):
 
 
 def start_processes(count):
-    """Run this same command in `count` processes on this machine, as torchrun would.
+    """Run this same command in `count` processes on this machine, by torchrun.
 
-    Each finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. Returns
-    when all have succeeded. When one fails, the others are killed at once; it has printed the
-    reason, and this process exits with its status.
+    Each finds its RANK and WORLD_SIZE in the environment. Returns when all have succeeded, or have
+    stopped after a signal that torchrun passed on. When one fails it has printed the reason;
+    torchrun ends the others, and this process exits with status 1.
     """
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]  # a free one, so that two runs do not collide
-    processes = []
-    for rank in map(str, range(count)):
-        env = dict(os.environ, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=env))
-    # The terminal sends Ctrl-C to every process; SIGTERM reaches only this one, which passes it on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes])
-    ends = [None]  # None while a process runs, then its status; negative: ended by a signal
-    while None in ends and not any(ends):
-        time.sleep(0.05)
-        ends = [process.poll() for process in processes]
-    status = next(filter(None, ends), 0)
-    for process in processes:
-        process.kill()  # the others would wait for the failed one forever
-        process.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if status < 0:
-        raise BadInput(f"a process was ended by signal {-status}; the same command goes on, a "
-            "training with --resume")
-    if status:
-        sys.exit(status)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    logging.disable()  # torchrun would explain every error again, in thirty lines
+    try:
+        torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",
+            f"--nproc-per-node={count}", "--no-python", sys.executable, *sys.orig_argv[1:]])
+    except multiprocessing.SignalException:
+        pass
+    except multiprocessing.errors.ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        if status < 0:
+            raise BadInput(f"a process was ended by signal {-status}; the same command goes on, a "
+                "training with --resume") from None
+        sys.exit(1)
 
 
 # --- 2. WordPiece ---------------------------------------------------------------------------------
@@ -1059,7 +1038,7 @@ def read_tsv(paths):
     for path in paths:
         what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
         with reading(path, what, "line") as at, open_text(path) as file:
-            for at.entry, line in enumerate(tqdm(file, str(path), leave=False, disable=None), 1):
+            for at.entry, line in enumerate(progress(file, str(path)), 1):
                 cells = line.rstrip("\r\n").split("\t")
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
@@ -1357,7 +1336,7 @@ def check(paths):
             rows = np.flatnonzero(store.counts > 0)
             if not len(rows):
                 raise BadInput(f"{path}: no image could be used: see {path}/failed.txt")
-            for row in tqdm(rows, "reading", leave=False, disable=None):
+            for row in progress(rows, "reading"):
                 problem = record_problem(**store[row], class_probs=store.class_probs(row))
                 if problem:
                     raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; extract it "
@@ -1385,7 +1364,7 @@ def main(argv=None):
     p.add_argument("paths", nargs="+", help="feature stores, caption files, vocabularies (.txt)")
     p = commands.add_parser("import", help="make a feature store from published TSV files")
     p.add_argument("paths", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
-    p.add_argument("-o", "--out", type=folder_to_write, required=True, help="the store to write")
+    p.add_argument("-o", "--out", type=Path, required=True, help="the store to write")
     p.add_argument("--detector", default="vg", help="its name in the store (default: vg)")
     p.add_argument("--classes", help="class names, one per line, without background")
     args = parser.parse_args(argv)

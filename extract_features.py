@@ -69,11 +69,10 @@ from torchvision.models import detection, resnet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou, roi_pool
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
-from tqdm import tqdm
 
-from data import (COUNT, NATURAL, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    canonical_id, file_to_write, flag, folder_to_write, only_run_in, open_text, read_class_names,
-    read_json, reading, run, save_png, start_processes, write_whole)
+from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
+    WORLD_SIZE, canonical_id, flag, only_run_in, open_text, progress, read_class_names, read_json,
+    reading, run, save_png, start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 #
@@ -317,7 +316,7 @@ def train_toy_detector(scenes, images, iterations=900, batch=8, lr=4e-3):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(scenes))
     order = torch.cat([torch.randperm(len(scenes)) for _ in range(epochs)])[: iterations * batch]
-    for chosen in tqdm(order.split(batch), "training the detector", leave=False, disable=None):
+    for chosen in progress(order.split(batch), "training the detector"):
         losses = model([images[i] / 255 for i in chosen], [targets[i] for i in chosen])
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -510,7 +509,7 @@ def extract_scenes(model, numbers, folder):
     """A feature store of these scenes; continues an interrupted one."""
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
     starts = sorted({row - row % 16 for row in writer.pending()})
-    for start in tqdm(starts, "extracting", leave=False, disable=None):
+    for start in progress(starts, "extracting"):
         images = draw_scenes(numbers[start : start + 16])
         found = regions(model, images / 255, TOY_REGIONS)
         for row, (boxes, features, _) in enumerate(found, start):
@@ -550,17 +549,15 @@ def extract_part(args, model, writer, pictures, boxes):
     The share depends on the row number, not on the place among pending rows: a process that starts
     late sees fewer of those.
     """
-    rank = int(os.environ.get("RANK", 0))
-    torch.set_num_threads(max(1, torch.get_num_threads() // args.gpus))
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     if torch.cuda.is_available():
-        device = f"cuda:{rank}"
+        device = f"cuda:{RANK}"
     model.to(device)
     most = writer.meta["num_regions"]
-    rows = [row for row in writer.pending() if row % args.gpus == rank]
+    rows = [row for row in writer.pending() if row % args.gpus == RANK]
     loader = torch.utils.data.DataLoader([pictures[row][1] for row in rows], batch_size=None,
         num_workers=args.workers, collate_fn=picture_or_error)
-    images = tqdm(loader, "extracting", leave=False, disable=rank > 0 or None)
+    images = progress(loader, "extracting")
     for image, row in zip(images, rows):
         try:
             if isinstance(image, BadInput):
@@ -645,10 +642,10 @@ def parse_args(argv=None):
         add("command")
         add("store", type=Path, help="a feature store")
         add("which", help="a picture file, or an image's id")
-        add("-o", "--out", type=file_to_write, default="regions.png", help="the picture to write")
+        add("-o", "--out", type=Path, default="regions.png", help="the picture to write")
         return p.parse_args(argv)
     add("images", help="folder, picture, or list file")
-    add("-o", "--out", type=folder_to_write, required=True, help="the store to write")
+    add("-o", "--out", type=Path, required=True, help="the store to write")
     add("--detector", choices=DETECTORS, default="vg",
         help="default: vg; coco was trained on pictures that RefCOCO+ tests on")
     add("--weights", help="file with the detector's weights; coco can download its own")
@@ -670,7 +667,7 @@ def main(argv=None):
     if "which" in args:
         save_png(args.out, show(args.store, args.which))
         print(args.out)
-    elif "RANK" in os.environ:  # a process that `extract` started
+    elif WORLD_SIZE > 1:  # a process that `extract` started
         extract_part(args, *prepare(args))
     else:
         extract(args)

@@ -58,16 +58,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
-from data import (HELD_OUT_SCENES, SCENE_PIXELS, TRAIN_SCENES, BadInput, FeatureStore, Scene,
-    WordPiece, canonical_id, file_to_write, flag, model_inputs, normalise_boxes, pad, read_captions,
+from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, FeatureStore, Scene,
+    WordPiece, canonical_id, flag, model_inputs, normalise_boxes, pad, progress, read_captions,
     read_json, reading, region_inputs, run, save_png, write_json, write_whole)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device,
-    first_process_first, fit, launch, load_checkpoint, match_scores, parse_settings, quiet, rank,
-    recall_at, say, share_of, stack, to_device, total, toy_world)
+    first_process_first, fit, launch, load_checkpoint, match_scores, parse_settings, recall_at, say,
+    share_of, stack, to_device, total, toy_world)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
@@ -106,7 +105,7 @@ def parse_args(argv=None):
     c.add_argument("text", help="a question, a caption or a phrase, as the run was trained on")
     c.add_argument("pictures", nargs="+")
     flag(c, "--weights", Path, None, "the detector's; default: the toy world's")
-    c.add_argument("-o", "--out", type=file_to_write, default="answer.png", help="picture to write")
+    c.add_argument("-o", "--out", type=Path, default="answer.png", help="picture to write")
     if argv and argv[0] in TASKS:
         task = TASKS[argv[0]]
         return parse_settings(p, argv, lambda args: task.full if args.data else task.toy,
@@ -304,7 +303,7 @@ class Task(torch.utils.data.Dataset):
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
         switches = SwitchShares(model.config)
         parts = share_of(lengths_of(items), batch_size)
-        for part in tqdm(parts, leave=False, disable=quiet()):
+        for part in progress(parts):
             inputs = model_inputs([self.example(items[i]) for i in part])
             logits, out = model(**to_device(inputs), temperature=tau)
             chosen[part] = logits.argmax(dim=-1)
@@ -492,7 +491,7 @@ class Retrieval(Task):
         Similarity is the cosine of global features, the means over an image's regions. Anything
         tells a street from a beach; only details of a caption tell it from another street.
         """
-        rows = tqdm(self.store.rows(self.images), "features", leave=False, disable=quiet())
+        rows = progress(self.store.rows(self.images), "features")
         means = [self.store[row]["features"].mean(axis=0, dtype=np.float32) for row in rows]
         means = F.normalize(torch.from_numpy(np.stack(means)).to(device()))
         nearest = []
@@ -558,7 +557,7 @@ class Retrieval(Task):
         """
         images = [""] * len(images) if self.blind else images
         columns = []
-        for k in tqdm(range(0, len(images), block), "scoring", leave=False, disable=quiet()):
+        for k in progress(range(0, len(images), block), "scoring"):
             columns.append(match_scores(model, self.store, self.tokenizer, texts,
                 images[k : k + block], self.max_tokens, tau))
         return torch.cat(columns, dim=1)
@@ -745,12 +744,12 @@ def finetune(args, checkpoint=None):
     results, predictions = {}, {}
     for split, items in task.held_out.items():
         hard, predictions[split], _ = task.evaluate_items(task.model, items)
-        if kind is Retrieval and rank() == 0:
+        if kind is Retrieval and RANK == 0:
             write_whole(args.out / f"scores-{split}.npy",
                 lambda file: np.save(file, task.scores.numpy()), "wb")
         soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
         results[split] = {"hard": hard, "soft": soft}
-    if rank() == 0:
+    if RANK == 0:
         write_results(args, task, results, predictions)
     return results
 

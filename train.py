@@ -80,11 +80,10 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, RATE, SHARE, TRAIN_SCENES, BadInput, Captions,
-    FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate, flag, folder_to_write,
-    model_inputs, only_run_in, read_captions, reading, region_inputs, run, save_png,
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
+    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate,
+    flag, model_inputs, only_run_in, progress, read_captions, reading, region_inputs, run, save_png,
     start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
@@ -120,7 +119,7 @@ def parse_args(argv):
 def add_run_flags(p, out):
     """Add the flags that all trainings share. parse_settings fills in those that are None."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    flag(p, "--out", folder_to_write, out, "folder of the results")
+    flag(p, "--out", Path, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
     flag(p, "--lr", RATE, None, "peak learning rate")
@@ -316,7 +315,7 @@ def fit(args, task, checkpoint=None):
     if args.compile:
         compile_layers(model)
     trained = DistributedDataParallel(
-        model, broadcast_buffers=False) if dist.is_initialized() else model
+        model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     rate = temperature_rate(args, steps, task.initial_temperature)
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
@@ -325,8 +324,7 @@ def fit(args, task, checkpoint=None):
     timed_from, timed_since = first, time.time()
 
     with stop_signals() as stop_asked:
-        for step in tqdm(range(first, steps), "training", initial=first, total=steps, leave=False,
-                disable=quiet()):
+        for step in progress(range(first, steps), "training", initial=first, total=steps):
             # 3. Learning rate and temperature depend only on the step.
             done, lr = step + 1, learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
@@ -364,7 +362,7 @@ def fit(args, task, checkpoint=None):
                 save_checkpoint(args, task, model, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
-    if rank() == 0:
+    if RANK == 0:
         write_gif(args.out)
     return scores
 
@@ -415,8 +413,8 @@ def number_of_steps(args, num_examples):
     """Steps of a run; BadInput if examples are too few for a batch, or it has no equal parts."""
     if args.epochs and num_examples < args.batch:
         raise BadInput(f"--batch {args.batch}: there are only {num_examples} training examples")
-    if args.batch % (world_size() * args.accum):
-        raise BadInput(f"--batch {args.batch} cannot be cut into {world_size()} processes x "
+    if args.batch % (WORLD_SIZE * args.accum):
+        raise BadInput(f"--batch {args.batch} cannot be cut into {WORLD_SIZE} processes x "
             f"--accum {args.accum} equal parts")
     return args.epochs * (num_examples // args.batch)
 
@@ -453,7 +451,7 @@ def load_parts(args, task, first, steps):
         for step in range(first, steps):
             epoch, k = divmod(step, len(task.examples) // args.batch)
             batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
-            for part in batch.reshape(world_size(), args.accum, -1)[rank()]:
+            for part in batch.reshape(WORLD_SIZE, args.accum, -1)[RANK]:
                 yield [(epoch, int(i)) for i in part]
 
     return iter(DataLoader(task.examples, batch_sampler=keys(), collate_fn=task.collate,
@@ -476,17 +474,17 @@ def forward_backward(args, task, model, batches, step, tau):
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
-    for number, batch in enumerate(batches, rank() * args.accum):
+    for number, batch in enumerate(batches, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
         # Processes exchange gradients once per step, after their last part.
-        wait = world_size() > 1 and batch is not batches[-1]
+        wait = WORLD_SIZE > 1 and batch is not batches[-1]
         with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
                 device().type, torch.bfloat16, enabled=args.precision == "bf16")):
             part, out = task.sums(model, to_device(batch), tau)
             # DistributedDataParallel averages gradients over processes; we need their sum.
-            (world_size() * (part / counts.to(part)).sum()).backward()
+            (WORLD_SIZE * (part / counts.to(part)).sum()).backward()
         sums += part.detach()
         mixture.add(out)
     return total(sums) / counts, mixture
@@ -520,7 +518,7 @@ def check_finite(step, numbers, bound=math.inf):
 def share_of(lengths, batch_size=200):
     """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
-    starts = range(rank() * batch_size, len(order), world_size() * batch_size)
+    starts = range(RANK * batch_size, len(order), WORLD_SIZE * batch_size)
     return [order[start : start + batch_size] for start in starts]
 
 
@@ -711,23 +709,24 @@ def toy_world(folder=Path("runs/world"), num_scenes=3600):
 
 # --- 7. Processes ---------------------------------------------------------------------------------
 #
-# One process per GPU, all running the same code on their own parts of each batch. torchrun, or
-# data.start_processes for --gpus, starts them and sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
-# and MASTER_PORT. Skip this section on a first reading.
+# One process per GPU, all running the same code on their own parts of each batch. torchrun
+# starts them, for --gpus as well, and sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+# MASTER_PORT. Skip this section on a first reading.
 
 
 def launch(args, work):
     """The result of work(), run in this process, or in --gpus processes, which exit in here."""
-    if args.gpus > 1 and "RANK" not in os.environ:
+    if args.gpus > 1 and WORLD_SIZE == 1:
         return start_processes(args.gpus)
-    torch.set_num_threads(args.threads or max(1, torch.get_num_threads() // args.gpus))
-    if "RANK" in os.environ:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if WORLD_SIZE > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    with only_run_in(args.out) if rank() == 0 else contextlib.nullcontext():
+    with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
         result = work()
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
         # Gloo's threads live on; if one still runs while the interpreter shuts down, the process
         # aborts although all is done. So it exits here, after the usual cleanup.
@@ -735,16 +734,6 @@ def launch(args, work):
         sys.stdout.flush()
         os._exit(0)
     return result
-
-
-def rank():
-    """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device():
@@ -764,39 +753,30 @@ def total(tensor):
 
 def say(text):
     """Print from the first process only, and flush."""
-    if rank() == 0:
+    if RANK == 0:
         print(text, flush=True)
-
-
-def quiet():
-    """tqdm's `disable`: bars only from the first process, and only on a terminal."""
-    return True if rank() else None
 
 
 @contextlib.contextmanager
 def first_process_first():
     """The first process runs the block, and writes its files; the others run it afterwards."""
-    if rank() > 0:
+    if RANK > 0:
         dist.barrier()
     yield
-    if rank() == 0 and dist.is_initialized():
+    if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM and Ctrl-C only ask to stop; after either, Ctrl-C ends at once.
+    """In this block SIGTERM and Ctrl-C only ask to stop.
 
     Yields a function: was it asked? No step is interrupted, so that the saved state is that of an
     undisturbed run. If the process that started this one ends (a killed launcher), that asks too.
     """
     signalled, parent = [], os.getppid()
-
-    def ask(number, frame):
-        signalled.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda *_: signalled.append(True))
+        for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(signalled) or os.getppid() != parent
     finally:
@@ -826,7 +806,7 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
     settings (the FIXED ones) define how it continues, config, vocab and store what the model fits.
     No state of a random generator is needed: every step seeds its own.
     """
-    if rank() == 0:
+    if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
             "settings": {k: v for k, v in vars(args).items() if k in FIXED},
             "config": asdict(model.config), "vocab": task.tokenizer.pieces,
@@ -875,7 +855,7 @@ def begin_record(args, task, first, steps):
     A folder with another run's checkpoint is renamed, to the first free name. On resume, the lines
     of metrics.jsonl after step `first` are dropped: the run writes them again.
     """
-    if rank() > 0:
+    if RANK > 0:
         return
     out, kept = args.out, []
     if first > 0:
@@ -894,13 +874,13 @@ def begin_record(args, task, first, steps):
     parameters = sum(p.numel() for p in task.model.parameters())
     say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
         f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "
-        f"{device().type}; processes: {world_size()}, threads: {torch.get_num_threads()}"
+        f"{device().type}; processes: {WORLD_SIZE}, threads: {torch.get_num_threads()}"
         + f"; resuming after step {first}" * (first > 0))
 
 
 def record(args, **line):
     """Add an object to metrics.jsonl."""
-    if rank() == 0:
+    if RANK == 0:
         with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -912,7 +892,7 @@ def report(args, task, steps, **line):
     say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
         "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(**line, steps=steps, losses=losses,
             headline=task.headline(line["scores"]), unit=task.unit))
-    if rank() == 0:
+    if RANK == 0:
         save_png(args.out / "switches.png", draw_switches([args.out]))
 
 

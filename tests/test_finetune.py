@@ -335,9 +335,9 @@ def test_three_processes_in_turn_predict_what_one_does(make, kind, pretrained, m
     model, items = task.build_model(*pretrained), task.items
     whole, hard = task.predict(model, items, batch_size=2)
     assert hard != task.predict(model, items, tau=0.2)[1]
-    monkeypatch.setattr(train, "world_size", lambda: 3)
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
     for number in range(3):
-        monkeypatch.setattr(train, "rank", lambda: number)
+        monkeypatch.setattr(train, "RANK", number)
         parts.append(task.predict(model, items, batch_size=2)[0])
     assert sum(parts).equal(whole) and all(p.count_nonzero() < len(items) for p in parts)
 

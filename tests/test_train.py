@@ -328,8 +328,8 @@ def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenize
     texts, ids = ["a red ring", "a large blue circle left of the ring", "a blue ring"], [*"4079"]
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     scores = train.match_scores(ranker, store, tokenizer, texts, ids)
-    monkeypatch.setattr(train, "world_size", lambda: 2)
-    halves = [monkeypatch.setattr(train, "rank", lambda: n) or train.match_scores(
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    halves = [monkeypatch.setattr(train, "RANK", n) or train.match_scores(
         ranker, store, tokenizer, texts, ids) for n in range(2)]
     assert (halves[0] + halves[1]).equal(scores)
     for t, i in np.ndindex(3, 4):
