@@ -50,9 +50,8 @@ Map of the file (* = read these first)
     out = model(**batch, temperature=temperature(pairs_seen))      # batch: see data.collate
     out.loss.backward()
 
-Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1 to A4
-and A6 (the model), A5 (temperature), A7, A8 (heads and losses), A10 (how switches start), A12
-(boxes).
+Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1 to A8,
+A10 (how switches start) and A12 (boxes).
 """
 
 import json
@@ -152,7 +151,6 @@ class SwitchBertConfig:
 # A switch turns a gate's logits into weights that sum to 1. In training they are soft and noisy, so
 # that every option gets a gradient; as the temperature falls, they close: approach one-hot.
 
-
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
 
@@ -222,8 +220,7 @@ class Gate(nn.Module):
     ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
 
     forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
-    options; row TEXT is the choice of text, row VISION that of vision. start: the head start of the
-    last option, in log odds.
+    options, in rows TEXT and VISION. start: the head start of the last option, in log odds.
     """
 
     def __init__(self, hidden_size, num_options, start=0.0):
@@ -259,9 +256,9 @@ class Gate(nn.Module):
 #
 #     weight of key k for query q  =  open(q, k) exp(s(q, k)) / sum over all k' of the same
 #
-# A closed switch makes `open` 1 or 0: this is then exactly the attention of its mode. An even
-# switch makes it 2/3 everywhere, which cancels: training begins close to joint attention.
-# log(open) is a bias added to the scores, so all of it costs what plain attention does.
+# A closed switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes it
+# 2/3 everywhere, which cancels: training begins close to joint attention. log(open) is a bias added
+# to the scores, so all of it costs what plain attention does.
 
 
 def open_to(modes):
@@ -335,27 +332,20 @@ class SwitchInput(nn.Module):
         super().__init__()
         # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature: it has
         # weight e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary
-        # stack and departs from it where that pays. Divided by the initial temperature 5, as the
-        # logits are, the 5 would be 1, and the newest of twelve depths would begin at .2. Gates
-        # with a start of 3 soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
+        # stack and departs from it where that pays. With a start of 3, gates soon read older
+        # depths; MRC and VQA got worse (tests/ABLATION.md).
         self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
     def forward(self, depths, mask, num_text, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
         weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
-        read = range(len(depths))
-        if temperature is None:  # one-hot: a depth that no sample in the batch reads costs nothing
-            read = weights.any(dim=1).any(dim=0).nonzero().flatten().tolist()
-            if len(read) == 1:
-                return depths[read[0]], weights
         kind = modality_of(mask.shape[1], num_text, mask.device)
         shares = weights[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
         # One fused pass per depth. Stacking all depths for a single product would copy them first:
         # two to five times slower (tests/benchmark.py).
-        first, *others = read
-        mixed = shares[first] * depths[first]
-        for depth in others:
-            mixed = torch.addcmul(mixed, shares[depth], depths[depth])
+        mixed = shares[0] * depths[0]
+        for share, states in zip(shares[1:], depths[1:]):
+            mixed = torch.addcmul(mixed, share, states)
         return mixed, weights
 
 
@@ -371,8 +361,8 @@ class SwitchBertLayer(nn.Module):
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
         self.mode_gate = Gate(config.hidden_size, 3) if learns_modes else None
-        self.frozen_modes = frozen_modes(config.switches, config.num_hidden_layers)[layer]
-        constant = F.one_hot(torch.tensor(self.frozen_modes), len(MODES)).float()  # (2, 3)
+        frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
+        constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, 3)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -382,10 +372,8 @@ class SwitchBertLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, depths, mask, num_text, temperature):
-        """depths: the states (B, L, D) of depths 0..l, the newest last; mask (B, L).
-
-        Returns the states (B, L, D) of depth l+1, the modes (B, 2, 3) and the depth weights
-        (B, 2, l+1) that were used.
+        """The states (B, L, D) of depths 0..l, the newest last -> those of depth l+1, the modes
+        (B, 2, 3) and the weights of the depths (B, 2, l+1).
         """
         if self.switch_input:
             states, depth_weights = self.switch_input(depths, mask, num_text, temperature)
@@ -396,9 +384,8 @@ class SwitchBertLayer(nn.Module):
         return *self.block(states, mask, num_text, temperature), depth_weights
 
     def block(self, states, mask, num_text, temperature):
-        """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, 3).
-
-        train.compile_layers compiles it, once for all layers: their code is the same.
+        """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, 3). `train.py
+        --compile` compiles it.
         """
         if self.mode_gate:
             modes = self.mode_gate(states, mask, num_text, temperature)
@@ -412,8 +399,7 @@ class SwitchBertLayer(nn.Module):
 
 # --- 5. Embeddings --------------------------------------------------------------------------------
 #
-# Depth 0. A word is embedded by its id and its position, a region by the detector's feature and
-# its box.
+# Depth 0. A word is embedded by its id and position, a region by its feature and box.
 
 
 class TextEmbeddings(nn.Module):
@@ -440,8 +426,7 @@ class RegionEmbeddings(nn.Module):
     as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a fifteenth as long
     as the feature layer's and mostly alike: on the toy world the model learned nothing about boxes.
 
-    region_features (B, R, F); region_boxes (B, R, 5) in [0, 1]; region_mask (B, R), 1 = real;
-    region_hidden (B, R) bool, True = masked, or None. Returns (B, 1+R, D).
+    Inputs as SwitchBert's; returns (B, 1+R, D).
     """
 
     def __init__(self, config):
@@ -485,8 +470,8 @@ class Pooler(nn.Module):
 
 # --- 6. The encoder -------------------------------------------------------------------------------
 #
-# Text and vision become one sequence [text | global region | regions] of L tokens, and every layer
-# appends its states to the list of depths that the layers above may read.
+# Text and vision become one sequence [text | global region | regions]. Every layer appends its
+# states to the list of depths that the layers above may read.
 
 
 @dataclass
@@ -512,9 +497,8 @@ class SwitchBert(nn.Module):
     region_mask (B, R), temperature=None, region_hidden=None) -> SwitchBertOutput
 
     Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. region_hidden (B, R)
-    bool: True = masked, its feature is not seen. temperature: in training that of the
-    Gumbel-softmax (None: 1.0, where finetuning starts); in evaluation None takes the best option of
-    each switch, a number the soft mixture at that temperature.
+    bool: True = masked, its feature is not seen. temperature: see switch; in training None is 1.0,
+    where finetuning starts.
     """
 
     def __init__(self, config):
@@ -567,8 +551,8 @@ def init_weights(module, std):
 #     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
 #
 # c is the detector's distribution over C classes, p the model's. MRC is KL(c || p), summed over
-# classes as in VOLTA (UNITER's mean over classes is 1,601 times smaller). Of a mismatched pair no
-# word or region is predicted: data.py gives it no labels.
+# classes as in VOLTA. Of a mismatched pair no word or region is predicted: data.py gives it no
+# labels.
 
 
 class Transform(nn.Sequential):
@@ -629,10 +613,8 @@ class PretrainingOutput:
 class SwitchBertForPretraining(nn.Module):
     """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
-    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. A batch holds the
-    encoder's inputs and: mlm_positions (K,), b T + t for predicted piece t of pair b, and
-    mlm_labels (K,), its id; mrc_positions (K',), b R + r for predicted region r, and mrc_targets
-    (K', C), its distribution, or None (no MRC); itm_labels (B,), MATCH or MISMATCH.
+    forward(**batch, temperature=None) -> PretrainingOutput. A batch, from data.collate, holds the
+    encoder's inputs, the places to predict and their labels.
     """
 
     def __init__(self, config):
@@ -665,8 +647,8 @@ class SwitchBertForPretraining(nn.Module):
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
             temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # The large output layers run on predicted places only: 15 % of half of the pairs. Places
-        # come as indices: with a mask the GPU would have to wait until its places are counted.
+        # The large output layers run on predicted places only: 15 % of half of the pairs. They come
+        # as indices: to use a mask, the GPU would have to wait until its places are counted.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
         mlm_sum = word_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
@@ -728,8 +710,7 @@ class SwitchBertForRetrieval(TaskModel):
 
         The score is then the matching head's log odds of MATCH: log(p1 / p0) = logit_1 - logit_0,
         a linear layer whose weights are the difference of the two rows. So the model can rank
-        without finetuning (zero-shot retrieval), and finetuning starts from there. UNITER starts
-        its ranking layer from the row of MATCH alone.
+        without finetuning (zero-shot retrieval), and finetuning starts from there.
         """
         model = cls(config)
         for name in ("weight", "bias"):
@@ -747,7 +728,7 @@ class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
     Padding gets the lowest float, so arg max never picks it. Train with binary cross entropy
-    against IoU, on real regions only.
+    against IoU, on real regions.
     """
 
     def __init__(self, config):
@@ -761,8 +742,8 @@ class SwitchBertForReferring(TaskModel):
 
 # --- 8. BERT weights ------------------------------------------------------------------------------
 #
-# Name in Hugging Face's BERT -> name here. Both modalities share these weights (A6), so both start
-# from BERT. Old files call the weight and bias of a LayerNorm gamma and beta.
+# Name in Hugging Face's BERT -> name here. Old files call the weight and bias of a LayerNorm gamma
+# and beta.
 
 BERT_NAMES = {
     r"^bert\.": "",
@@ -781,7 +762,7 @@ BERT_NAMES = {
     r"^cls\.predictions\.transform\.LayerNorm\.": "mlm_transform.2.",
     r"^cls\.predictions\.bias$": "mlm_bias",
 }
-# Sizes of config.json that must equal the model's. More positions are allowed, and cut off.
+# Entries of config.json that must equal the model's. More positions are allowed, and cut off.
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "intermediate_size")
 BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # redundant entries
@@ -794,8 +775,7 @@ def load_bert(model, folder):
     folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
     missing: what the model has and the file does not (regions, gates, poolers, other heads).
     unexpected: what the file has and the model does not use (its pooler, next-sentence head).
-    Raises ValueError, before anything is changed, if a size does not fit; for a damaged file, any
-    error of the reader.
+    Raises ValueError if a size does not fit; for a damaged file, any error of its reader.
     """
     folder = Path(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -816,12 +796,10 @@ def load_bert(model, folder):
             found[here] = tensor
         elif not name.endswith(BERT_COPIES):
             unexpected.append(name)
-    wrong = [name for name, tensor in found.items() if tensor.shape != own[name].shape]
-    if wrong or not found:
-        raise ValueError(f"{wrong[0]} has the shape {tuple(found[wrong[0]].shape)}, not "
-            f"{tuple(own[wrong[0]].shape)}" if wrong else "no weight has a name of BERT's")
-    model.load_state_dict(found, strict=False)
-    return [name for name in own if name not in found], unexpected
+    if not found:
+        raise ValueError("no weight has a name of BERT's")
+    missing, _ = model.load_state_dict(found, strict=False)
+    return missing, unexpected
 
 
 def read_bert_weights(folder):
@@ -838,8 +816,6 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
-
-    Raises an error if a tensor's bytes do not fit its shape; its type depends on the damage.
     """
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
