@@ -25,19 +25,12 @@ def config():
 @pytest.fixture
 def inputs():
     """Encoder inputs, B = 3, T = 5, R = 4; the second sample has 3 words and 2 regions."""
-    return random_inputs(torch.Generator().manual_seed(1))
-
-
-def random_inputs(generator, b=3, t=5, r=4, feature_size=12, vocab_size=60):
-    text_mask, region_mask = torch.ones(b, t).long(), torch.ones(b, r).long()
-    text_mask[1, 3:] = 0
-    region_mask[1, 2:] = 0
-    corner = torch.rand(b, r, 2, generator=generator) * 0.5
-    size = torch.rand(b, r, 2, generator=generator) * 0.5
+    text_mask, region_mask = torch.ones(3, 5).long(), torch.ones(3, 4).long()
+    text_mask[1, 3:] = region_mask[1, 2:] = 0
+    corner, size = torch.rand(2, 3, 4, 2) / 2
     boxes = torch.cat([corner, corner + size, size.prod(-1, keepdim=True)], dim=-1)
-    return dict(input_ids=torch.randint(5, vocab_size, (b, t), generator=generator),
-        text_mask=text_mask, region_features=torch.randn(b, r, feature_size, generator=generator),
-        region_boxes=boxes, region_mask=region_mask)
+    return dict(input_ids=torch.randint(5, 60, (3, 5)), text_mask=text_mask,
+        region_features=torch.randn(3, 4, 12), region_boxes=boxes, region_mask=region_mask)
 
 
 @pytest.fixture(scope="session")
