@@ -36,7 +36,7 @@ Map of the file (* = read these first)
     8. Command line          check, import
 
     $ python data.py check runs/world/features-3600
-    runs/world/features-3600: a feature store of 4,000 images, 0 of them failed
+    runs/world/features-3600: a feature store of 4,000 images, 4,000 of them with regions
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
@@ -90,18 +90,15 @@ progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
 
 
 class BadInput(ValueError):
-    """The user's files or flags are wrong: one sentence says where, what and how to fix it.
-
-    `run` prints it without a traceback. Any other exception is a bug in this code.
-    """
+    """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput, OSError (disks, permissions) and running out of memory print one sentence and exit
-    with status 1. Ctrl-C and SIGTERM exit with 130, the shell's status for Ctrl-C. Any other
-    exception is a bug and keeps its traceback.
+    BadInput, OSError (disks, permissions) and running out of memory print one sentence: status 1.
+    Ctrl-C and SIGTERM: status 130, as in a shell. Any other exception is a bug and keeps its
+    traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: unwinds and cleans up
     status = 1
@@ -156,10 +153,11 @@ def canonical_id(name):
     >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
     ['391895', '391895', 'dog_1']
     """
-    if str(name).isdecimal():  # most are, and there may be millions
-        return str(name).lstrip("0") or "0"
+    name = str(name)
+    if name.isdecimal():  # most are, and there may be millions
+        return name.lstrip("0") or "0"
     suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|txt|np[yz]))+$"
-    stem = re.sub(suffixes, "", os.path.basename(str(name)), flags=re.I)
+    stem = re.sub(suffixes, "", os.path.basename(name), flags=re.I)
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
 
@@ -191,11 +189,11 @@ def write_json(path, content):
 
 def read_json(path, kind=object):
     """The content of a JSON file; BadInput unless it is of this kind (dict or list)."""
-    with reading(path, "a whole JSON file"):
+    with reading(path, f"a whole JSON file with a {kind.__name__}"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, kind):
-        raise BadInput(f"{path}: expected a JSON {kind.__name__}, found a {type(content).__name__}")
-    return content
+        if not isinstance(content, kind):
+            raise ValueError(f"found a {type(content).__name__}")
+        return content
 
 
 def save_png(path, image):
@@ -285,9 +283,8 @@ def start_processes(count):
 #
 #     "Unaffable!"  ->  unaffable !  ->  un ##aff ##able !  ->  [CLS] un ##aff ##able ! [SEP]
 #
-# Thirty thousand pieces thus spell any word, and a rare word shares its parts with frequent ones.
-# Both steps follow BERT's tokenization.py exactly: any other piece would select an embedding that
-# was trained for something else.
+# Thirty thousand pieces thus spell any word. Both steps follow BERT's tokenization.py exactly: any
+# other piece would select an embedding that was trained for something else.
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The CJK ideographs of Unicode, without Kana and Hangul: BERT splits those only into pieces.
@@ -373,8 +370,7 @@ def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
     Words seen at least twice become pieces, the most frequent first, until `size` is reached. All
-    others are spelled in characters, so no word of the corpus is [UNK]. A corpus large enough to
-    need subwords deserves BERT's own file. Returns a list of pieces.
+    others are spelled in characters, so no word of the corpus is [UNK]. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
@@ -415,10 +411,7 @@ STORE_VERSION = 1
 
 
 def store_layout(meta):
-    """{array: (dtype, shape)} of a store, from its store.json.
-
-    Reader and writer share it, so the table above is written as code only once.
-    """
+    """{array: (dtype, shape)} of a store, from its store.json: the table above as code."""
     n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
     c = meta["num_region_classes"]
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
@@ -471,8 +464,7 @@ class FeatureStore:
     store.best_classes(row) -> (n,) classes and (n,) probabilities, or None
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json), ids, counts. Safe to use from several
-    processes: they map the same pages, read-only.
+    class_names, detector, meta (all of store.json), ids, counts.
     """
 
     def __init__(self, folder):
@@ -486,8 +478,8 @@ class FeatureStore:
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
-        # in every loading process; this takes 4 bytes per image.
-        self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
+        # in every loading process; this takes 8 bytes per image.
+        self._order = np.argsort(self.ids)
 
     def __reduce__(self):
         return FeatureStore, (self.folder,)  # a loading process opens the maps anew
@@ -576,15 +568,14 @@ class StoreWriter:
     store = writer.finish()
 
     The arrays have their full size from the start, so each row has its place and no process waits
-    for another; counts says which rows are written. fixed: {name: array} of what is known from the
-    start.
+    for another; counts says which rows are written. fixed: {name: array known from the start}.
     """
 
     def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
         if not (folder / "store.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            self._allocate(store_layout(meta), fixed)
+            self._allocate(store_layout(meta), fixed | {"counts": -1})
         found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
         differs = [key for key, value in (meta | fixed).items()
@@ -594,7 +585,7 @@ class StoreWriter:
             raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
-    def _allocate(self, layout, fixed):
+    def _allocate(self, layout, start):
         # Mapped files take disk space as they fill; a full disk then kills the process silently.
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
         if size > shutil.disk_usage(self.folder).free:
@@ -602,10 +593,8 @@ class StoreWriter:
         for name, form in layout.items():
             # 'w+' makes a sparse file: a row uses no disk until it is written.
             array = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", *form)
-            if name in fixed:
-                array[:] = fixed[name]
-            elif name == "counts":
-                array[:] = -1
+            if name in start:
+                array[:] = start[name]
         write_json(self.folder / "store.json", self.meta)  # last: now all arrays exist
 
     def pending(self):
@@ -673,9 +662,8 @@ def normalise_boxes(boxes, size):
 
 # --- 4. Pretraining examples ----------------------------------------------------------------------
 #
-# Pretraining and all tasks read the store through the same two functions: region_inputs for an
-# image, model_inputs for a batch. What is predicted is decided here, once, and passed on as a list
-# of positions: neither the model nor the counts of a loss filter anything. Of a mismatched pair
+# Pretraining and all tasks read the store by region_inputs and make batches by model_inputs. What
+# is predicted is decided here, once, and passed on as a list of positions. Of a mismatched pair
 # only the mismatch is predicted: its words say nothing about its picture.
 #
 #     pair         masked words   masked regions   match
@@ -706,7 +694,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
     mismatches nothing: such a model learns what words alone give away.
 
     name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the kept pairs,
-    their store rows, and their lengths in words, roughly.
+    their store rows, and their number of spaces, to sort by length.
     """
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
@@ -792,8 +780,8 @@ class Captions:
 def choose(n, rng, rate):
     """(n,) bool, each True with probability `rate`; at least one is, unless rate or n is 0.
 
-    An example without a target would teach nothing. In short captions this raises the predicted
-    share: of 5 words, one is forced in 44 % of the cases, and the share rises from 15 % to 24 %.
+    An example without a target would teach nothing. In short captions this raises the share: of 5
+    words, one is forced in 44 % of the cases, and 24 % are predicted instead of 15 %.
     """
     chosen = rng.random(n) < rate
     if n and rate and not chosen.any():
@@ -894,7 +882,8 @@ def read_captions(path, split=None):
     what = "a table of two columns, COCO's 'annotations' or Karpathy's 'images'"
     with reading(path, what, "caption") as at:
         if path.is_dir():
-            records = _folder_captions(path)
+            files = sorted(path.rglob("*.txt"))  # the number in a file's name is the image's id
+            records = ((file.name, file.read_text(encoding="utf-8"), "train") for file in files)
         else:
             with open_text(path) as file:
                 is_json = file.read(1) == "{"
@@ -906,15 +895,9 @@ def read_captions(path, split=None):
             at.entry += 1
 
 
-def _folder_captions(folder):
-    # Yields (image id, caption, split), as do the next two. img2dataset writes a caption beside
-    # each picture; the number in both names is the id.
-    for path in sorted(folder.rglob("*.txt")):
-        yield path.name, path.read_text(encoding="utf-8"), "train"
-
-
 def _json_captions(path):
-    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
+    # Yields (image id, caption, split), as does the next. COCO has one caption per record and no
+    # splits; Karpathy one image per record, with both.
     content = read_json(path, dict)
     if "annotations" in content:
         for record in content["annotations"]:
@@ -1111,8 +1094,7 @@ class Scene:
     def draw(self, scale=1):
         """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
 
-        Detectors and models see scale 1. Larger ones are for people, to whom a circle of 14 pixels
-        looks like a square.
+        Detectors and models see scale 1; larger ones are for people.
         """
         noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
         image = Image.fromarray(noise.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
@@ -1128,10 +1110,9 @@ class Scene:
     def captions(self, n=4):
         """n sentences that are true of this picture and of few others.
 
-        Each names three things where there are three: 2 % of the captions are then also true of
-        another of 100 scenes; with two things, 8 %. Half of them say where two things are, the
-        others how two things relate: a model first learns the places of single regions, then to
-        compare them. From comparisons alone no model learned anything about places.
+        Each names three things where there are three: 2 % are then also true of another of 100
+        scenes; with two things, 8 %. Half of them say where two things are, the others how they
+        relate: from comparisons alone no model learned anything about places.
         """
         rng, sentences = self._rng(2), []
         for _ in range(n):
@@ -1148,8 +1129,7 @@ class Scene:
         """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
 
         Types alternate; one that has no fair question about this scene is left out. Yes and no are
-        about equally frequent, and a 'what ...' question has one answer in the picture. Numbers are
-        digits, as in VQA's evaluation.
+        about equally frequent; a 'what ...' question has one answer. Numbers are digits, as in VQA.
         """
         rng, found = self._rng(3), []
         for turn in range(self.number, self.number + n):
@@ -1191,8 +1171,7 @@ class Scene:
 
     def _ask_relation(self, rng):
         # Two forms, as in GQA: find a thing by its relation, or say whether a relation holds. The
-        # first is a step towards the second, which gives no partial credit: a model with half of
-        # the skills that it takes answers no better than chance.
+        # first is a step towards the second, where half of the skills gain nothing over chance.
         if rng.random() < 0.5:
             if found := self._refer_by_relation(rng):
                 return f"what colour is {found[0]} ?", self.things[found[1]].colour

@@ -767,7 +767,7 @@ def failing(path):
 
 REFUSED = [  # (what is called, what lies at its path, words of the message behind the path)
     (read_json, '{"annotations": [', "not a whole JSON file .*line 1"),
-    (lambda path: read_json(path, dict), "[1]", "expected a JSON dict, found a list"),
+    (lambda path: read_json(path, dict), "[1]", "not a whole JSON file with a dict .*found a list"),
     (captions_of, None, rf"{FORMS} \(.*No such file"),
     (captions_of, "a\tb\nc\td\te\n", rf"{FORMS} \(near caption 2: too many values"),
     (captions_of, f"a bus\t{URL}\nno link\n", rf"{FORMS} \(near caption 2"),
