@@ -78,8 +78,7 @@ from switchbert import MATCH, MISMATCH
 
 # --- 1. Small rules -------------------------------------------------------------------------------
 #
-# What all scripts but switchbert.py share: how an image is named, how a file is read and written,
-# which values a flag accepts, and how a script ends. Skip this section on a first reading.
+# What all scripts but switchbert.py share. Skip this section on a first reading.
 
 
 # Of several processes, torchrun numbers each one: data.start_processes, train.launch.
@@ -234,9 +233,8 @@ def flag(parser, name, kind, default, text):
 def only_run_in(folder):
     """Lock a folder during a block. A second run is refused, and changes nothing.
 
-    The lock (POSIX, on a file beside the folder) belongs to this process alone: its loading
-    processes do not inherit it, and the system releases it however the process ends, even by
-    SIGKILL.
+    The lock (POSIX, on a file beside the folder) belongs to this process alone, not to its loading
+    processes, and the system releases it however the process ends, even by SIGKILL.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -402,8 +400,7 @@ def build_vocab(texts, size=30522):
 # Genome's 1,601 classes, replaces 115 KB per image, 380 GB for 3.3 million images. Rows beyond an
 # image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image); its rounding,
 # 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files opened as memory maps:
-# nothing is loaded, all loading processes share the system's page cache, and
-# `np.load("features.npy", mmap_mode="r")` reads them without this code.
+# nothing is loaded, and all loading processes share the system's page cache.
 
 STORE_VERSION = 1
 # ASSUMPTION A9: region classes include the background, as class 0. UNITER, VOLTA and torchvision do
@@ -460,8 +457,7 @@ class FeatureStore:
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are views of the mapped file, read-only: copy them before you change them
-    store.class_probs(row) -> (n, C) float32, or None if the store has no classes
-    store.best_classes(row) -> (n,) classes and (n,) probabilities, or None
+    store.class_probs(row), store.best_classes(row) -> None if the store has no classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
     class_names, detector, meta (all of store.json), ids, counts.
@@ -621,7 +617,7 @@ class StoreWriter:
                 raise ValueError("features with NaN or infinity")
             if not inside.all():
                 raise ValueError(f"a box outside its picture of {size} pixels, or with x2 < x1")
-            if len(values) > 2 and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
+            if "class_probs" in values and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
                 raise ValueError("class_probs that do not add up to 1")
             for key, value in values.items():
                 shape = (n, *self.arrays[key].shape[2:])
@@ -719,16 +715,14 @@ class PretrainingDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """One example: a dict of numpy arrays; `collate` stacks them.
 
-        key: an index, or (epoch, index): every epoch draws new masks and mismatches. The epoch is
-        part of the key, so loading processes hold no state.
+        key: an index, or (epoch, index): every epoch draws new masks and mismatches.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
         row, match = self.rows[index], MATCH
         if rng.random() < self.mismatch:
-            # The image of another caption may fit by chance; with many images that is rare.
-            # Swapping captions instead would give the same pairs equally often, but with texts of
-            # unknown lengths: train.epoch_batches could not sort by them.
+            # Another caption's image may fit by chance; with many images that is rare. Swapping
+            # captions instead would give texts of unknown lengths to train.epoch_batches.
             match = MISMATCH
             while row == self.rows[index]:
                 row = self.rows[rng.integers(len(self))]
@@ -812,7 +806,7 @@ def mask_tokens(ids, tokenizer, rng, rate=0.15):
 def pad(arrays):
     """Stack arrays that differ in length: a tensor (B, longest, ...), padded with zeros.
 
-    longest is at least 1: attention over zero places would divide by zero.
+    longest is at least 1: attention over nothing would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
@@ -1245,8 +1239,6 @@ def _draw_shape(draw, thing, scale):
 
 # --- 8. Command line ------------------------------------------------------------------------------
 #
-# `check` says what files hold and how they fit, before a run that would end after hours.
-
 
 def check(folder, *files):
     """Describe a feature store and caption files, and count the images that they share.

@@ -396,6 +396,7 @@ def test_captions_without_words_or_features_are_counted_and_left_out(store, toke
     pairs = PretrainingDataset(store, [("77", "a ring"), *CAPTIONS, ("3", "  ")], tokenizer)
     assert len(pairs) == 20 and pairs.skipped == {"without features": 1, "without words": 1}
     assert same(pairs[5], dataset(store, tokenizer)[5])
+    assert pairs.lengths.tolist() == [*range(20)]  # in spaces
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 100_003])
