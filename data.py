@@ -465,12 +465,13 @@ class FeatureStore:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        meta, self.arrays = open_store(self.folder)
-        if not meta["complete"]:
+        self.meta, self.arrays = open_store(self.folder)
+        with reading(folder, "a store with a whole store.json"):
+            complete, self.num_region_classes, self.class_names, self.detector = (self.meta[key]
+                for key in ("complete", "num_region_classes", "class_names", "detector"))
+        if not complete:
             raise BadInput(f"{folder}: a half-written feature store; repeat the command that was "
                 "writing it to continue")
-        self.meta, self.num_region_classes = meta, meta["num_region_classes"]
-        self.class_names, self.detector = meta["class_names"], meta["detector"]
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte

@@ -699,13 +699,15 @@ def importing(cell, change, columns=10, then=None):
 
 
 def damaging(name, content):
-    """Open a finished store of which one file was exchanged."""
+    """Open a finished store of which one file was exchanged; a key that is None was lost."""
     def run(path):
         meta = fill(make_writer(path)).finish().meta
         if isinstance(content, np.ndarray):
             np.save(path / name, content)
+        elif isinstance(content, dict):
+            write(path / name, {k: v for k, v in (meta | content).items() if v is not None})
         else:
-            write(path / name, meta | content if isinstance(content, dict) else content)
+            write(path / name, content)
         FeatureStore(path)
     return run
 
@@ -751,7 +753,8 @@ REFUSED = [  # (what is called, what lies at its path, words of the message behi
         r"\(near array boxes: expected \(3, 2, 4\) float32, found \(3, 1, 4\) float32"),
     (damaging("boxes.npy", np.zeros((3, 2, 4))), None, "near array boxes: .*found .*float64"),
     (damaging("store.json", {"version": 99}), None, "expected version 1, found 99"),
-    *((damaging("store.json", {key: None}), None, "not a ") for key in ("version", "num_images")),
+    *((damaging("store.json", {key: None}), None, f"KeyError '{key}'")
+        for key in ("version", "num_images", "complete", "class_names")),
     (damaging("store.json", "{"), None, "not a feature store; .*line 1"),
     (damaging("store.json", {"num_regions": "x"}), None, "near array boxes"),
     (twice(ids=("a", "b", "x")), None, "other images or settings .*differs in ids"),
