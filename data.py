@@ -36,7 +36,7 @@ Map of the file (* = read these first)
     8. Command line          check, import
 
     $ python data.py check runs/world/features-3600
-    runs/world/features-3600: a feature store of 4,000 images, 0 of them failed
+    runs/world/features-3600: a feature store of 4,000 images, 4,000 of them with regions
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
@@ -48,10 +48,8 @@ README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the b
 """
 
 import argparse
-import array
 import base64
 import contextlib
-import copy
 import functools
 import json
 import logging
@@ -63,7 +61,6 @@ import signal
 import string
 import sys
 import time
-import types
 import unicodedata
 import zlib
 from collections import Counter
@@ -81,8 +78,7 @@ from switchbert import MATCH, MISMATCH
 
 # --- 1. Small rules -------------------------------------------------------------------------------
 #
-# What all scripts but switchbert.py share: how an image is named, how a file is read and written,
-# which values a flag accepts, and how a script ends. Skip this section on a first reading.
+# What all scripts but switchbert.py share. Skip this section on a first reading.
 
 
 # Of several processes, torchrun numbers each one: data.start_processes, train.launch.
@@ -93,18 +89,15 @@ progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
 
 
 class BadInput(ValueError):
-    """The user's files or flags are wrong: one sentence says where, what and how to fix it.
-
-    `run` prints it without a traceback. Any other exception is a bug in this code.
-    """
+    """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput, OSError (disks, permissions) and running out of memory print one sentence and exit
-    with status 1. Ctrl-C and SIGTERM exit with 130, the shell's status for Ctrl-C. Any other
-    exception is a bug and keeps its traceback.
+    BadInput, OSError (disks, permissions) and running out of memory print one sentence: status 1.
+    Ctrl-C and SIGTERM: status 130, as in a shell. Any other exception is a bug and keeps its
+    traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: unwinds and cleans up
     status = 1
@@ -135,7 +128,7 @@ def reading(path, what, unit="entry"):
     A missing key, a wrong type or a broken header becomes BadInput("a.json: not a list of boxes
     (near entry 3: KeyError 'bbox')"). One net around the reader replaces a check per field.
     """
-    at = types.SimpleNamespace(entry=None)
+    at = argparse.Namespace(entry=None)
     try:
         yield at
     except BadInput:
@@ -143,7 +136,7 @@ def reading(path, what, unit="entry"):
     except Exception as error:
         near = "" if at.entry is None else f"near {unit} {at.entry}: "
         # Only the first sentence: torch's second one advises loading the file unsafely.
-        reason = getattr(error, "strerror", None) or re.split(r"\n|\. ", str(error))[0][:200]
+        reason = re.split(r"\n|\. ", str(error))[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
@@ -159,10 +152,11 @@ def canonical_id(name):
     >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
     ['391895', '391895', 'dog_1']
     """
-    if str(name).isdecimal():  # most are, and there may be millions
-        return str(name).lstrip("0") or "0"
+    name = str(name)
+    if name.isdecimal():  # most are, and there may be millions
+        return name.lstrip("0") or "0"
     suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|txt|np[yz]))+$"
-    stem = re.sub(suffixes, "", os.path.basename(str(name)), flags=re.I)
+    stem = re.sub(suffixes, "", os.path.basename(name), flags=re.I)
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
 
@@ -176,7 +170,7 @@ def write_whole(path, write, mode="w"):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -194,11 +188,11 @@ def write_json(path, content):
 
 def read_json(path, kind=object):
     """The content of a JSON file; BadInput unless it is of this kind (dict or list)."""
-    with reading(path, "a whole JSON file"):
+    with reading(path, f"a whole JSON file with a {kind.__name__}"):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    if not isinstance(content, kind):
-        raise BadInput(f"{path}: expected a JSON {kind.__name__}, found a {type(content).__name__}")
-    return content
+        if not isinstance(content, kind):
+            raise ValueError(f"found a {type(content).__name__}")
+        return content
 
 
 def save_png(path, image):
@@ -212,48 +206,35 @@ def open_text(path):
     return open(path, encoding="utf-8-sig", newline="\n")
 
 
-@dataclass(frozen=True)
-class Number:
-    """The type of a numeric flag: its range shows in its declaration, --help and error messages.
-
-    Both ends belong to the range. NaN lies in no range, so it is refused too.
-    """
-
-    kind: type
-    least: float
-    most: float = math.inf
-
-    def __call__(self, text):
+def number(kind, least, most):
+    """The type of a numeric flag, int or float, from `least` to `most`; no range contains NaN."""
+    def read(text):
+        """The number; argparse prints the error beside the flag's name."""
         with contextlib.suppress(ValueError):
-            value = self.kind(text)
-            if self.least <= value <= min(self.most, sys.maxsize):
-                return value
-        raise argparse.ArgumentTypeError(f"expected a number in {self.range}, found {text!r}")
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected a number in {read.__name__}, found {text!r}")
 
-    @property
-    def range(self):
-        """'1...' or '0...1'."""
-        return f"{self.least:g}..." + f"{self.most:g}".removesuffix("inf")
+    read.__name__ = f"{least:g}...{most:g}"
+    return read
 
 
 # Rates and shares start just above 0: with 0 itself a run would learn nothing, or divide by 0.
-COUNT, NATURAL = Number(int, 1), Number(int, 0)
-RATE, SHARE = Number(float, 1e-12, 10), Number(float, 1e-6, 1)
+COUNT, NATURAL = number(int, 1, 1e9), number(int, 0, 1e9)
+RATE, SHARE = number(float, 1e-12, 10), number(float, 1e-6, 1)
 
 
 def flag(parser, name, kind, default, text):
     """Add a flag whose --help shows its range."""
-    parser.add_argument(name, type=kind, default=default, help=text,
-        metavar=getattr(kind, "range", None))
+    parser.add_argument(name, type=kind, default=default, help=text, metavar=kind.__name__)
 
 
 @contextlib.contextmanager
 def only_run_in(folder):
     """Lock a folder during a block. A second run is refused, and changes nothing.
 
-    The lock (POSIX, on a file beside the folder) belongs to this process alone: its loading
-    processes do not inherit it, and the system releases it however the process ends, even by
-    SIGKILL.
+    The lock (POSIX, on a file beside the folder) belongs to this process alone, not to its loading
+    processes, and the system releases it however the process ends, even by SIGKILL.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,9 +281,8 @@ def start_processes(count):
 #
 #     "Unaffable!"  ->  unaffable !  ->  un ##aff ##able !  ->  [CLS] un ##aff ##able ! [SEP]
 #
-# Thirty thousand pieces thus spell any word, and a rare word shares its parts with frequent ones.
-# Both steps follow BERT's tokenization.py exactly: any other piece would select an embedding that
-# was trained for something else.
+# Thirty thousand pieces thus spell any word. Both steps follow BERT's tokenization.py exactly: any
+# other piece would select an embedding that was trained for something else.
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The CJK ideographs of Unicode, without Kana and Hangul: BERT splits those only into pieces.
@@ -388,8 +368,7 @@ def build_vocab(texts, size=30522):
     """A vocabulary for a corpus that has none: specials, characters, then its frequent words.
 
     Words seen at least twice become pieces, the most frequent first, until `size` is reached. All
-    others are spelled in characters, so no word of the corpus is [UNK]. A corpus large enough to
-    need subwords deserves BERT's own file. Returns a list of pieces.
+    others are spelled in characters, so no word of the corpus is [UNK]. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
     characters = sorted({c for word in words for c in word})
@@ -421,8 +400,7 @@ def build_vocab(texts, size=30522):
 # Genome's 1,601 classes, replaces 115 KB per image, 380 GB for 3.3 million images. Rows beyond an
 # image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image); its rounding,
 # 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files opened as memory maps:
-# nothing is loaded, all loading processes share the system's page cache, and
-# `np.load("features.npy", mmap_mode="r")` reads them without this code.
+# nothing is loaded, and all loading processes share the system's page cache.
 
 STORE_VERSION = 1
 # ASSUMPTION A9: region classes include the background, as class 0. UNITER, VOLTA and torchvision do
@@ -430,10 +408,7 @@ STORE_VERSION = 1
 
 
 def store_layout(meta):
-    """{array: (dtype, shape)} of a store, from its store.json.
-
-    Reader and writer share it, so the table above is written as code only once.
-    """
+    """{array: (dtype, shape)} of a store, from its store.json: the table above as code."""
     n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
     c = meta["num_region_classes"]
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
@@ -451,33 +426,27 @@ def open_store(folder, mode="r"):
     arrays = {}
     what = "a feature store; extract_features.py writes one"
     with reading(folder, what, "array") as at:
-        meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "store.json").read_bytes())
         if meta["version"] != STORE_VERSION:
             raise ValueError(f"expected version {STORE_VERSION}, found {meta['version']}")
         for at.entry, (dtype, shape) in store_layout(meta).items():
             # asarray: a plain view of the mapped pages, which numpy slices ten times faster.
             path = folder / f"{at.entry}.npy"
-            array = np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
+            array = np.asarray(np.load(path, mmap_mode=mode))
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"expected {shape} {dtype}, found {array.shape} {array.dtype}")
             arrays[at.entry] = array
     return meta, arrays
 
 
-def _shown(image_id):
-    # An id as messages show it; bytes that are not UTF-8 become U+FFFD.
-    return image_id.decode(errors="replace")
-
-
 def encode_ids(ids):
     """(n,) bytes: image ids of any spelling as a store keeps them; bytes stay as they are.
 
-    Bytes of fixed width can be mapped and sorted; surrogateescape keeps file names that are not
-    UTF-8.
+    Bytes of fixed width can be mapped and sorted. File names need not be UTF-8: the rest is '?'.
     """
     if isinstance(ids, np.ndarray) and ids.dtype.kind == "S":
         return ids
-    return np.array([canonical_id(i).encode(errors="surrogateescape") for i in ids], dtype=bytes)
+    return np.array([canonical_id(i).encode(errors="replace") for i in ids], dtype=bytes)
 
 
 class FeatureStore:
@@ -488,29 +457,26 @@ class FeatureStore:
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are views of the mapped file, read-only: copy them before you change them
-    store.class_probs(row) -> (n, C) float32, or None if the store has no classes
-    store.best_classes(row) -> (n,) classes and (n,) probabilities, or None
+    store.class_probs(row), store.best_classes(row) -> None if the store has no classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json), ids, counts. Safe to use from several
-    processes: they map the same pages, read-only.
+    class_names, detector, meta (all of store.json), ids, counts.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        meta, self.arrays = open_store(self.folder)
-        self.meta = meta
-        with reading(self.folder, "a whole store.json"):
-            self.num_regions, self.feature_size = meta["num_regions"], meta["feature_size"]
-            self.num_region_classes = meta["num_region_classes"]
-            self.class_names, self.detector = meta["class_names"], meta["detector"]
-            if not meta["complete"]:
-                raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
-                    "was writing it to continue")
+        self.meta, self.arrays = open_store(self.folder)
+        with reading(folder, "a store with a whole store.json"):
+            complete, self.num_region_classes, self.class_names, self.detector = (self.meta[key]
+                for key in ("complete", "num_region_classes", "class_names", "detector"))
+        if not complete:
+            raise BadInput(f"{folder}: a half-written feature store; repeat the command that was "
+                "writing it to continue")
+        self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
-        # in every loading process; this takes 4 bytes per image.
-        self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
+        # in every loading process; this takes 8 bytes per image.
+        self._order = np.argsort(self.ids)
 
     def __reduce__(self):
         return FeatureStore, (self.folder,)  # a loading process opens the maps anew
@@ -575,7 +541,7 @@ class FeatureStore:
 
         ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
         of the detector's last layer, background first, in place of stored distributions. `more`
-        goes into store.json unchanged. Raises BadInput if the folder holds anything else.
+        goes into store.json unchanged. Raises BadInput if the folder holds another store.
         """
         fixed = {"ids": encode_ids(ids)}  # known from the start; the rest is written per row
         if class_head:
@@ -586,9 +552,9 @@ class FeatureStore:
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
         unique, times = np.unique(fixed["ids"], return_counts=True)
-        wrong = unique[(times > 1) | (unique == b"")]
-        if len(wrong):
-            raise BadInput(f"{folder}: {_shown(wrong[0])!r} is the id of two images, or empty")
+        repeated = unique[times > 1]
+        if len(repeated):
+            raise BadInput(f"{folder}: {repeated[0].decode()!r} is the id of two images")
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -599,15 +565,14 @@ class StoreWriter:
     store = writer.finish()
 
     The arrays have their full size from the start, so each row has its place and no process waits
-    for another; counts says which rows are written. fixed: {name: array} of what is known from the
-    start.
+    for another; counts says which rows are written. fixed: {name: array known from the start}.
     """
 
     def __init__(self, folder, meta, fixed):
         self.folder, self.meta = folder, meta
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "store.json").exists():
-            self._allocate(fixed)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._allocate(store_layout(meta), fixed | {"counts": -1})
         found, self.arrays = open_store(folder, mode="r+")
         # A newer torch may finish what an older one began; nothing else may differ.
         differs = [key for key, value in (meta | fixed).items()
@@ -617,13 +582,7 @@ class StoreWriter:
             raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")
 
-    def _allocate(self, fixed):
-        layout, start = store_layout(self.meta), fixed | {"counts": -1}
-        # Overwrite only what a run that was killed in this method has left.
-        for path in self.folder.iterdir():
-            if path.stem not in layout and path.name[0] != ".":
-                raise BadInput(f"{self.folder}: holds {path.name} and no feature store; choose a "
-                    "folder that is empty or new")
+    def _allocate(self, layout, start):
         # Mapped files take disk space as they fill; a full disk then kills the process silently.
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
         if size > shutil.disk_usage(self.folder).free:
@@ -643,26 +602,36 @@ class StoreWriter:
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
 
         class_probs (n, C): for a store with this array. Raises BadInput, and leaves the row
-        pending, if the numbers are unusable: see record_problem.
+        pending, if a number is unusable: a NaN in a store would show only as a NaN loss, thousands
+        of images later. A box may leave the picture by a pixel: rounding.
         """
-        values, name = dict(features=features, boxes=boxes), _shown(self.arrays["ids"][row])
+        values, n = dict(features=features, boxes=boxes), len(features)
         if "class_probs" in self.arrays:
             values["class_probs"] = class_probs
-        with reading(f"image {name}", "regions of this store's shapes"):
-            if problem := record_problem(**values, size=size):
-                raise BadInput(f"image {name}: {problem}")
+        with reading(f"image {self.arrays['ids'][row].decode()}", "regions that can be stored"):
+            low, high = boxes[:, :2], boxes[:, 2:]
+            inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
+            finite = np.abs(features) <= 65504  # the largest float16; False for NaN
+            if min(n, *size) < 1:
+                raise ValueError(f"{n} regions in a picture of {size} pixels")
+            if not finite.all():
+                raise ValueError("features with NaN or infinity")
+            if not inside.all():
+                raise ValueError(f"a box outside its picture of {size} pixels, or with x2 < x1")
+            if "class_probs" in values and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
+                raise ValueError("class_probs that do not add up to 1")
             for key, value in values.items():
-                # numpy would broadcast a single column or row without an error.
-                if value.shape[1:] != self.arrays[key].shape[2:]:
-                    raise ValueError(f"{key}: {value.shape} of {self.arrays[key].shape[1:]}")
-                self.arrays[key][row, : len(features)] = value
+                shape = (n, *self.arrays[key].shape[2:])
+                if value.shape != shape:  # numpy would broadcast a single row or column
+                    raise ValueError(f"expected {key} {shape}, found {value.shape}")
+                self.arrays[key][row, :n] = value
         self.arrays["sizes"][row] = size
-        self.arrays["counts"][row] = len(features)  # last: marks the row as written
+        self.arrays["counts"][row] = n  # last: marks the row as written
 
     def fail(self, row, reason):
         """Mark an image as failed: its row stays empty, and failed.txt says why."""
         with open(self.folder / "failed.txt", "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{_shown(self.arrays['ids'][row])}\t{' '.join(reason.split())}\n")
+            file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
 
     def finish(self):
@@ -673,26 +642,6 @@ class StoreWriter:
             view.base.flush()  # the memory map: to the disk, before store.json says complete
         write_json(self.folder / "store.json", dict(self.meta, complete=True))
         return FeatureStore(self.folder)
-
-
-def record_problem(features, boxes, size, class_probs=None):
-    """What is wrong with an image's regions, in words, or None.
-
-    Checked before they are stored: a NaN in a store would show only as a NaN loss, thousands of
-    images later. A box may leave the picture by a pixel: rounding.
-    """
-    if min(len(features), *size) < 1 or len(boxes) != len(features):
-        return f"{len(features)} regions and {len(boxes)} boxes in a picture of {size} pixels"
-    with np.errstate(over="ignore"):  # above 65504, float16 is infinite
-        finite = np.isfinite(np.float16(features)).all()
-    if not finite:
-        return "features with NaN or infinity"
-    if class_probs is not None and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
-        return "class_probs that do not add up to 1"
-    low, high = boxes[:, :2], boxes[:, 2:]
-    if not ((low >= -1).all() and (low <= high).all() and (high <= np.add(size, 1)).all()):
-        return f"a box outside its picture of {size} pixels, or with x2 < x1 or y2 < y1"
-    return None
 
 
 def normalise_boxes(boxes, size):
@@ -710,9 +659,8 @@ def normalise_boxes(boxes, size):
 
 # --- 4. Pretraining examples ----------------------------------------------------------------------
 #
-# Pretraining and all tasks read the store through the same two functions: region_inputs for an
-# image, model_inputs for a batch. What is predicted is decided here, once, and passed on as a list
-# of positions: neither the model nor the counts of a loss filter anything. Of a mismatched pair
+# Pretraining and all tasks read the store by region_inputs and make batches by model_inputs. What
+# is predicted is decided here, once, and passed on as a list of positions. Of a mismatched pair
 # only the mismatch is predicted: its words say nothing about its picture.
 #
 #     pair         masked words   masked regions   match
@@ -743,7 +691,7 @@ class PretrainingDataset(torch.utils.data.Dataset):
     mismatches nothing: such a model learns what words alone give away.
 
     name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the kept pairs,
-    their store rows, and their lengths in words, roughly.
+    their store rows, and their number of spaces, to sort by length.
     """
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
@@ -752,10 +700,10 @@ class PretrainingDataset(torch.utils.data.Dataset):
         self.rate, self.blind = (0.15 if masking else 0.0), blind
         self.mismatch = 0.0 if blind else mismatch
         captions = captions if isinstance(captions, Captions) else Captions(captions)
-        rows, empty = store.rows(captions.ids), captions.starts == captions.ends
+        rows, empty = store.rows(captions.ids), captions.texts == ""
         kept = (rows >= 0) & ~empty
         self.rows, self.captions = rows[kept], captions[kept]
-        self.lengths = self.captions.words
+        self.lengths = np.strings.count(self.captions.texts, " ")
         self.skipped = {"without features": int((rows < 0).sum()),
             "without words": int(empty.sum())}
         if (self.rows == self.rows[:1]).all():
@@ -768,16 +716,14 @@ class PretrainingDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """One example: a dict of numpy arrays; `collate` stacks them.
 
-        key: an index, or (epoch, index): every epoch draws new masks and mismatches. The epoch is
-        part of the key, so loading processes hold no state.
+        key: an index, or (epoch, index): every epoch draws new masks and mismatches.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
         row, match = self.rows[index], MATCH
         if rng.random() < self.mismatch:
-            # The image of another caption may fit by chance; with many images that is rare.
-            # Swapping captions instead would give the same pairs equally often, but with texts of
-            # unknown lengths: train.epoch_batches could not sort by them.
+            # Another caption's image may fit by chance; with many images that is rare. Swapping
+            # captions instead would give texts of unknown lengths to train.epoch_batches.
             match = MISMATCH
             while row == self.rows[index]:
                 row = self.rows[rng.integers(len(self))]
@@ -796,46 +742,41 @@ class PretrainingDataset(torch.utils.data.Dataset):
 class Captions:
     """Pairs (image id, text) in little memory, used like a list: Captions(pairs)[0], len, for.
 
-    The texts lie in one block of bytes, each between its start and its end. A list of 3.3 million
-    tuples takes 0.9 GB; this takes 0.3, and loading processes share it. They would copy a list
-    page by page: reading a string changes its reference count, and so writes to its page.
-
-    ids (N,) bytes: canonical image ids. words (N,): the number of spaces in each text. A slice, or
-    an array of indices or bools, selects Captions that share the block.
+    ids (N,): canonical image ids as bytes. texts (N,): strings of variable width, which numpy keeps
+    in one block. A list of 3.3 million tuples takes 0.9 GB; this takes 0.4, and loading processes
+    share it. They would copy a list page by page: reading a string changes its reference count, and
+    so writes to its page. A slice, or an array of indices or bools, selects Captions.
     """
 
     def __init__(self, pairs):
-        self.block, ids, words, offsets = bytearray(), [], array.array("i"), array.array("q", [0])
-        for image_id, text in pairs:
-            # surrogatepass: JSON may hold half a surrogate pair, which UTF-8 cannot encode.
-            text = text.strip().encode(errors="surrogatepass")
-            self.block += text
-            ids.append(canonical_id(image_id).encode(errors="surrogateescape"))
-            words.append(text.count(b" "))
-            offsets.append(len(self.block))
-        self.ids, self.words = np.array(ids, dtype=bytes), np.array(words)
-        offsets = np.array(offsets, dtype=np.min_scalar_type(len(self.block)))
-        self.starts, self.ends = offsets[:-1], offsets[1:]
+        ids = []
+
+        def texts():
+            """Yield the texts, so that no list of them is needed, and gather the ids."""
+            for image_id, text in pairs:
+                ids.append(canonical_id(image_id).encode(errors="replace"))
+                # JSON may hold half a surrogate pair, which UTF-8 cannot encode.
+                yield text.strip().encode(errors="replace").decode()
+
+        self.texts = np.fromiter(texts(), np.dtypes.StringDType())
+        self.ids = np.array(ids, dtype=bytes)
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, which):
         if np.isscalar(which):
-            text = self.block[self.starts[which] : self.ends[which]]
-            return (self.ids[which].decode(errors="surrogateescape"),
-                text.decode(errors="surrogatepass"))
-        some = copy.copy(self)
-        for name in ("ids", "words", "starts", "ends"):
-            setattr(some, name, getattr(self, name)[which])
+            return self.ids[which].decode(), self.texts[which]
+        some = Captions([])
+        some.ids, some.texts = self.ids[which], self.texts[which]
         return some
 
 
 def choose(n, rng, rate):
     """(n,) bool, each True with probability `rate`; at least one is, unless rate or n is 0.
 
-    An example without a target would teach nothing. In short captions this raises the predicted
-    share: of 5 words, one is forced in 44 % of the cases, and the share rises from 15 % to 24 %.
+    An example without a target would teach nothing. In short captions this raises the share: of 5
+    words, one is forced in 44 % of the cases, and 24 % are predicted instead of 15 %.
     """
     chosen = rng.random(n) < rate
     if n and rate and not chosen.any():
@@ -866,7 +807,7 @@ def mask_tokens(ids, tokenizer, rng, rate=0.15):
 def pad(arrays):
     """Stack arrays that differ in length: a tensor (B, longest, ...), padded with zeros.
 
-    longest is at least 1: attention over zero places would divide by zero.
+    longest is at least 1: attention over nothing would divide by zero.
     """
     longest = max(1, *(len(a) for a in arrays))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
@@ -896,15 +837,17 @@ def collate(examples):
     (K,), b T + t for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), b R + r, and
     mrc_targets (K', C), or None where the store has no classes; itm_labels (B,), MATCH or MISMATCH.
     """
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    batch = dict(model_inputs(examples), region_hidden=pad(columns["region_hidden"]),
-        itm_labels=torch.tensor(columns["itm_labels"]), mrc_targets=None)
-    for places, mask in (("mlm_positions", "text_mask"), ("mrc_positions", "region_mask")):
-        width = batch[mask].shape[1]
-        columns[places] = [place + width * b for b, place in enumerate(columns[places])]
-    for name in ("mlm_positions", "mlm_labels", "mrc_positions", "mrc_targets"):
-        if columns[name][0] is not None:
-            batch[name] = torch.from_numpy(np.concatenate(columns[name]))
+    batch = model_inputs(examples)
+    batch["region_hidden"] = pad([example["region_hidden"] for example in examples])
+    batch["itm_labels"] = torch.tensor([example["itm_labels"] for example in examples])
+    batch["mrc_targets"] = None
+    # Positions count on from pair to pair, in steps of the padded length.
+    steps = dict(mlm_positions=batch["text_mask"].shape[1], mlm_labels=0,
+        mrc_positions=batch["region_mask"].shape[1], mrc_targets=0)
+    for name, step in steps.items():
+        if examples[0][name] is not None:
+            parts = [example[name] + step * b for b, example in enumerate(examples)]
+            batch[name] = torch.from_numpy(np.concatenate(parts))
     return batch
 
 
@@ -931,45 +874,40 @@ def read_captions(path, split=None):
     A file without splits is all "train". Raises BadInput near the first problem.
     """
     path = Path(path)
-    if path.is_dir():
-        records = _folder_captions(path)
-    else:
-        with reading(path, "a caption file"), open_text(path) as file:
-            is_json = file.read(1) == "{"
-        records = _json_captions(path) if is_json else _tsv_captions(path)
-        if not is_json and split not in (None, "train"):
-            return  # 3.3 million lines need not be read to find none
-    for image_id, text, part in records:
-        if split in (None, part):
-            yield canonical_id(image_id), text
-
-
-def _folder_captions(folder):
-    # Yields (image id, caption, split), as do the next two. img2dataset writes a caption beside
-    # each picture; the number in both names is the id.
-    for path in sorted(folder.rglob("*.txt")):
-        with reading(path, "a caption"):
-            yield path.name, path.read_text(encoding="utf-8").strip(), "train"
+    what = "a table of two columns, COCO's 'annotations' or Karpathy's 'images'"
+    with reading(path, what, "caption") as at:
+        if path.is_dir():
+            files = sorted(path.rglob("*.txt"))  # the number in a file's name is the image's id
+            records = ((file.name, file.read_text(encoding="utf-8"), "train") for file in files)
+        else:
+            with open_text(path) as file:
+                is_json = file.read(1) == "{"
+            records = _json_captions(path) if is_json else _tsv_captions(path)
+        at.entry = 1
+        for image_id, text, part in records:
+            if split in (None, part):
+                yield canonical_id(image_id), text.strip()
+            at.entry += 1
 
 
 def _json_captions(path):
-    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
+    # Yields (image id, caption, split), as does the next. COCO has one caption per record and no
+    # splits; Karpathy one image per record, with both.
     content = read_json(path, dict)
-    with reading(path, "COCO's 'annotations' or Karpathy's 'images', with captions") as at:
-        if "annotations" in content:
-            for at.entry, record in enumerate(content["annotations"]):
-                yield record["image_id"], "" + record["caption"], "train"  # "" +: None fails
-        else:
-            for at.entry, record in enumerate(content["images"]):
-                split = record["split"].replace("restval", "train")
-                for sentence in record["sentences"]:
-                    yield record.get("cocoid", record["filename"]), "" + sentence["raw"], split
+    if "annotations" in content:
+        for record in content["annotations"]:
+            yield record["image_id"], record["caption"], "train"
+    else:
+        for record in content["images"]:
+            split = record["split"].replace("restval", "train")
+            for sentence in record["sentences"]:
+                yield record.get("cocoid", record["filename"]), sentence["raw"], split
 
 
 def _tsv_captions(path):
     # Not the csv module: it would swallow lines after an unpaired quotation mark.
-    with reading(path, "a caption file of two columns", "line") as at, open_text(path) as file:
-        for at.entry, line in enumerate(file, 1):
+    with open_text(path) as file:
+        for line in file:
             image, text = line.rstrip("\r\n").split("\t")
             if text.startswith("http") and not image.startswith("http"):
                 image, text = text, image
@@ -997,25 +935,20 @@ TSV_COLUMNS = {6: "id w h n boxes features", 10: "id h w _ _ _ _ n boxes feature
     13: "id h w _ _ _ _ n boxes features class_probs _ _"}
 
 
-def import_features(paths, folder, detector="vg", classes=None):
+def import_features(paths, folder):
     """Write a feature store from published TSV files; continues an interrupted import.
 
-    classes: a file with a class name per line, without background, or None. Two passes with one
-    line in memory at a time: the first counts, the second writes. A broken line ends the import; an
-    image with unusable numbers fails alone. Returns the FeatureStore.
+    Two passes with one line in memory at a time: the first counts, the second writes. A broken line
+    ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
     rows, most = {}, 0
     for image_id, record in read_tsv(paths):
         rows.setdefault(image_id, len(rows))
         most = max(most, len(record["features"]))
-    if not most:
+    if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
     size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
-    names = ["background", *read_class_names(classes)] if classes else []
-    if names and len(names) != num_classes:
-        raise BadInput(f"{classes}: {len(names)} class names with the background, but cls_prob has "
-            f"{num_classes} classes")
-    writer = FeatureStore.create(folder, rows, most, size, num_classes, names, detector,
+    writer = FeatureStore.create(folder, rows, most, size, num_classes, detector="vg",
         source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
@@ -1029,7 +962,7 @@ def import_features(paths, folder, detector="vg", classes=None):
 
 
 def read_tsv(paths):
-    """Yield (image id, keyword arguments of StoreWriter.write) line by line.
+    """Yield (image id, keyword arguments of StoreWriter.write) of each line with a region.
 
     All lines of all files must have as many numbers per region as the first: a store has one shape
     per array. class_probs is (n, 0) where a file has none.
@@ -1042,20 +975,15 @@ def read_tsv(paths):
                 cells = line.rstrip("\r\n").split("\t")
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
+                if not n:
+                    continue
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.
                     text = cells.get(name, "").removeprefix("b'").removesuffix("'")
                     numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
-                    if n:
-                        widths.setdefault(name, len(numbers) // n)
-                    record[name] = numbers.reshape(n, widths.get(name, 0))
+                    width = widths.setdefault(name, len(numbers) // n)
+                    record[name] = numbers.reshape(n, width)
                 yield canonical_id(cells["id"]), record
-
-
-def read_class_names(path):
-    """Names from a file with one per line, such as Visual Genome's objects_vocab.txt."""
-    with reading(path, "a list of class names"), open_text(path) as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 # --- 7. The toy world -----------------------------------------------------------------------------
@@ -1161,8 +1089,7 @@ class Scene:
     def draw(self, scale=1):
         """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
 
-        Detectors and models see scale 1. Larger ones are for people, to whom a circle of 14 pixels
-        looks like a square.
+        Detectors and models see scale 1; larger ones are for people.
         """
         noise = self._rng(1).integers(95, 160, (SCENE_PIXELS, SCENE_PIXELS), dtype=np.uint8)
         image = Image.fromarray(noise.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
@@ -1178,10 +1105,9 @@ class Scene:
     def captions(self, n=4):
         """n sentences that are true of this picture and of few others.
 
-        Each names three things where there are three: 2 % of the captions are then also true of
-        another of 100 scenes; with two things, 8 %. Half of them say where two things are, the
-        others how two things relate: a model first learns the places of single regions, then to
-        compare them. From comparisons alone no model learned anything about places.
+        Each names three things where there are three: 2 % are then also true of another of 100
+        scenes; with two things, 8 %. Half of them say where two things are, the others how they
+        relate: from comparisons alone no model learned anything about places.
         """
         rng, sentences = self._rng(2), []
         for _ in range(n):
@@ -1198,8 +1124,7 @@ class Scene:
         """n (question, answer, type) triples; type is colour, shape, count, existence or relation.
 
         Types alternate; one that has no fair question about this scene is left out. Yes and no are
-        about equally frequent, and a 'what ...' question has one answer in the picture. Numbers are
-        digits, as in VQA's evaluation.
+        about equally frequent; a 'what ...' question has one answer. Numbers are digits, as in VQA.
         """
         rng, found = self._rng(3), []
         for turn in range(self.number, self.number + n):
@@ -1241,8 +1166,7 @@ class Scene:
 
     def _ask_relation(self, rng):
         # Two forms, as in GQA: find a thing by its relation, or say whether a relation holds. The
-        # first is a step towards the second, which gives no partial credit: a model with half of
-        # the skills that it takes answers no better than chance.
+        # first is a step towards the second, where half of the skills gain nothing over chance.
         if rng.random() < 0.5:
             if found := self._refer_by_relation(rng):
                 return f"what colour is {found[0]} ?", self.things[found[1]].colour
@@ -1295,83 +1219,64 @@ def _draw_shape(draw, thing, scale):
     # Each shape fills its box: x - h to x + h - 1, inclusive, are 2 h columns. The arms of a cross
     # are a third as wide, and a star's inner points lie at .42 of the outer radius.
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
-    colour, third, box = COLOURS[thing.colour], h / 3, [x - h, y - h, x + h - 1, y + h - 1]
-    if thing.shape == "circle":
-        draw.ellipse(box, colour)
-    elif thing.shape == "ring":
-        draw.ellipse(box, None, colour, max(3 * scale, h // 3))
-    elif thing.shape == "square":
-        draw.rectangle(box, colour)
-    elif thing.shape == "triangle":
-        draw.polygon([(x, y - h), (x + h, y + h), (x - h, y + h)], colour)
-    elif thing.shape == "cross":
-        draw.rectangle([x - third, y - h, x + third, y + h - 1], colour)
-        draw.rectangle([x - h, y - third, x + h - 1, y + third], colour)
-    else:  # star: ten points, alternately far and near, clockwise from the top
-        polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
-        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
+    left, top, right, bottom = (scale * value for value in thing.box)
+    colour, third, box = COLOURS[thing.colour], h / 3, [left, top, right - 1, bottom - 1]
+    match thing.shape:
+        case "circle":
+            draw.ellipse(box, colour)
+        case "ring":
+            draw.ellipse(box, None, colour, max(3 * scale, h // 3))
+        case "square":
+            draw.rectangle(box, colour)
+        case "triangle":
+            draw.polygon([(x, top), (right, bottom), (left, bottom)], colour)
+        case "cross":
+            draw.rectangle([x - third, top, x + third, bottom - 1], colour)
+            draw.rectangle([left, y - third, right - 1, y + third], colour)
+        case "star":  # ten points, alternately far and near, clockwise from the top
+            polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
+            draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
 #
-# `check` reads every number that a run would read, and finds in minutes a fault that would end the
-# run after hours. Given captions and a store, it also counts how many images they share.
 
-
-def check(paths):
-    """Describe stores, captions and vocabularies; BadInput if a run could not use one.
+def check(folder, *files):
+    """Describe a feature store and caption files, and count the images that they share.
 
     It prints store.json, which names the detector and its settings: never mix the features of two
-    detectors in one run.
+    detectors in one run. BadInput if a run could not use the store or a file.
     """
-    stores, captions = [], {}
-    for path in map(Path, paths):
-        if (path / "store.json").exists():
-            store = FeatureStore(path)
-            stores.append(store)
-            print(f"{path}: a feature store of {len(store):,} images, "
-                f"{(store.counts == 0).sum():,} of them failed")
-            for key, value in store.meta.items():
-                print(f"    {key}: {str(value)[:90]}")
-            rows = np.flatnonzero(store.counts > 0)
-            if not len(rows):
-                raise BadInput(f"{path}: no image could be used: see {path}/failed.txt")
-            for row in progress(rows, "reading"):
-                problem = record_problem(**store[row], class_probs=store.class_probs(row))
-                if problem:
-                    raise BadInput(f"{path}: image {_shown(store.ids[row])}: {problem}; extract it "
-                        "again")
-        elif path.suffix == ".txt":
-            print(f"{path}: a vocabulary of {len(WordPiece(path))} word pieces")
-        else:
-            texts = Captions(read_captions(path))
-            captions[path] = np.unique(texts.ids)
-            print(f"{path}: {len(texts):,} captions of {len(captions[path]):,} images; the first: "
-                f"{[*texts[:1]]}")
-    for path, ids in captions.items():
-        for store in stores:
-            found = (store.rows(ids) >= 0).sum()
-            print(f"{path}: {found:,} of {len(ids):,} images have features in {store.folder}")
-            if found < 2:
-                raise BadInput(f"{path}: a run needs two images with features, or more")
+    store = FeatureStore(folder)
+    usable = (store.counts > 0).sum()
+    print(f"{folder}: a feature store of {len(store):,} images, {usable:,} of them with regions")
+    for key, value in store.meta.items():
+        print(f"    {key}: {str(value)[:90]}")
+    if not usable:
+        raise BadInput(f"{folder}: no image could be used: see {folder}/failed.txt")
+    for path in files:
+        captions = Captions(read_captions(path))
+        ids = np.unique(captions.ids)
+        found = (store.rows(ids) >= 0).sum()
+        print(f"{path}: {len(captions):,} captions, first {[*captions[:1]]}, of {len(ids):,} "
+            f"images, {found:,} of them with features")
+        if found < 2:
+            raise BadInput(f"{path}: a run needs two images with features, or more")
 
 
 def main(argv=None):
     """python data.py check | import"""
     parser = argparse.ArgumentParser(description="Check data before a run reads it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="describe files and stores; do they fit together?")
-    p.add_argument("paths", nargs="+", help="feature stores, caption files, vocabularies (.txt)")
-    p = commands.add_parser("import", help="make a feature store from published TSV files")
-    p.add_argument("paths", nargs="+", help="bottom-up-attention TSVs of 6, 10 or 13 columns")
-    p.add_argument("-o", "--out", type=Path, required=True, help="the store to write")
-    p.add_argument("--detector", default="vg", help="its name in the store (default: vg)")
-    p.add_argument("--classes", help="class names, one per line, without background")
+    parser.add_argument("command", choices=["check", "import"])
+    parser.add_argument("paths", nargs="+", help="check: a feature store, then caption files or "
+        "folders; import: bottom-up-attention TSVs of 6, 10 or 13 columns")
+    parser.add_argument("-o", "--out", type=Path, help="import: the store to write")
     args = parser.parse_args(argv)
     if args.command == "import":
-        import_features(args.paths, args.out, args.detector, args.classes)
-        args.paths = [args.out]
-    check(args.paths)
+        if not args.out:
+            parser.error("import needs -o STORE")
+        args.paths = [import_features(args.paths, args.out).folder]
+    check(*args.paths)
 
 
 if __name__ == "__main__":

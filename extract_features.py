@@ -71,7 +71,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    WORLD_SIZE, canonical_id, flag, only_run_in, open_text, progress, read_class_names, read_json,
+    WORLD_SIZE, canonical_id, flag, only_run_in, open_text, progress, read_json,
     reading, run, save_png, start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
@@ -110,6 +110,12 @@ def build_detector(name, weights=None, classes=None):
         box_format="x1 y1 x2 y2, pixels of the upright picture",
         versions={m.__name__: m.__version__ for m in (torch, torchvision, np)})
     return model
+
+
+def read_class_names(path):
+    """Names from a file with one per line, such as Visual Genome's objects_vocab.txt."""
+    with reading(path, "a list of class names"), open_text(path) as file:
+        return [line.strip() for line in file if line.strip()]
 
 
 def load_weights(model, path, name, convert):
