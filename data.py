@@ -877,22 +877,27 @@ def read_captions(path, split=None):
     what = "a table of two columns, COCO's 'annotations' or Karpathy's 'images'"
     with reading(path, what, "caption") as at:
         if path.is_dir():
-            files = sorted(path.rglob("*.txt"))  # the number in a file's name is the image's id
-            records = ((file.name, file.read_text(encoding="utf-8"), "train") for file in files)
+            form = _folder_captions
         else:
             with open_text(path) as file:
-                is_json = file.read(1) == "{"
-            records = _json_captions(path) if is_json else _tsv_captions(path)
+                form = _json_captions if file.read(1) == "{" else _tsv_captions
+        if form != _json_captions and split not in (None, "train"):
+            return  # 3.3 million lines need not be read to find none
         at.entry = 1
-        for image_id, text, part in records:
+        for image_id, text, part in form(path):
             if split in (None, part):
                 yield canonical_id(image_id), text.strip()
             at.entry += 1
 
 
+def _folder_captions(folder):
+    # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
+    for path in sorted(folder.rglob("*.txt")):
+        yield path.name, path.read_text(encoding="utf-8"), "train"
+
+
 def _json_captions(path):
-    # Yields (image id, caption, split), as does the next. COCO has one caption per record and no
-    # splits; Karpathy one image per record, with both.
+    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
     content = read_json(path, dict)
     if "annotations" in content:
         for record in content["annotations"]:
@@ -1239,7 +1244,7 @@ def _draw_shape(draw, thing, scale):
 
 
 # --- 8. Command line ------------------------------------------------------------------------------
-#
+
 
 def check(folder, *files):
     """Describe a feature store and caption files, and count the images that they share.
