@@ -917,10 +917,8 @@ def draw_switches(folders):
         lines = [line for line in read_metrics(folder) if "switches" in line]
         if not lines:
             raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-        for line in lines:
-            if line["step"] == 0 or line is lines[-1]:
-                title = f"{folder}: what every layer chose after {line['step']} steps"
-                pictures.append(switches_picture(line["switches"], title))
+        pictures += [switches_picture(line["switches"], f"{folder}, step {line['step']}")
+            for line in lines if line["step"] == 0 or line is lines[-1]]
     return stack(pictures)
 
 
@@ -929,13 +927,10 @@ def write_gif(folder):
     frames = []
     for line in read_metrics(folder):
         if "mixture" in line:
-            title = f"{folder}: step {line['step']}, temperature {line['temperature']:.2f}"
-            frames.append(switches_picture(line["mixture"], title))
-            frames[-1].thumbnail((800, 800))
+            title = f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}"
+            # A fixed palette: pixels that do not change between frames compress to nothing.
+            frames.append(switches_picture(line["mixture"], title).convert("P", dither=0))
     if frames:
-        # One palette, no dithering: pixels that do not change between frames compress to nothing.
-        palette = frames[-1].quantize(16)
-        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
         write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", save_all=True,
             append_images=frames[1:], duration=durations, loop=0), mode="wb")
@@ -944,55 +939,41 @@ def write_gif(folder):
 def stack(images, columns=1):
     """Some PIL images as one, `columns` per row; the largest width and height set the cells."""
     width, height = max(i.width for i in images), max(i.height for i in images)
-    size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
-    whole = Image.new("RGB", size, "white")
+    rows = math.ceil(len(images) / columns)
+    whole = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
     for k, image in enumerate(images):
         whole.paste(image, (k % columns * width, k // columns * height))
     return whole
 
 
-LEGEND = {"intra: attends to its own modality": (66, 114, 196),
-    "inter: to the other one": (237, 125, 49), "joint: to both": (112, 173, 71),
-    "squares: how often this depth is read (0: embeddings)": (0, 0, 0)}
-CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 110  # pixels
+# The three modes, then depths. Multiples of 51 are in the fixed palette of PIL's mode P.
+LEGEND = {"own modality": (51, 102, 204), "the other": (255, 102, 0), "both": (51, 153, 51),
+    "reads depth 0, 1, ...": (0, 0, 0)}
+BAR, ROW = 264, 24  # pixels: the width of a bar, the height of a row
 
 
 def switches_picture(switches, title):
-    """What every layer chose, as a PIL image: bars for modes, squares for depths.
+    """What every layer chose, as a PIL image: bars for modes; squares for depths, black: always.
 
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
     """
     layers = len(switches["modes"])
-    panel = LEFT + BAR + 90 + CELL * layers  # width of one modality's panel
-    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 20), "white")
+    image = Image.new("RGB", (450 + ROW * max(layers, 4), 75 + 2 * ROW * layers), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(13)
-    draw.text((20, 12), title, "black")
+    draw.text((10, 8), f"{title}\nattends to", "black", spacing=12)
     for k, (text, colour) in enumerate(LEGEND.items()):
-        draw.text((20 + 235 * k, 42), text, colour)
-    for modality, name in enumerate(MODALITIES):
-        left = modality * panel + LEFT
-        squares = left + BAR + 40
-        draw.text((left, TOP - 25), f"{name}: attention", "black")
-        draw.text((squares, TOP - 25), "reads depth", "black")
-        for layer in range(layers):
-            x, y = left, TOP + layer * ROW
-            draw.text((x - 70, y + 9), f"layer {layer + 1}", "black")
-            for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
-                draw_share(draw, x, y, share * BAR, share, colour)
-                x += share * BAR
-            for depth, share in enumerate(switches["depths"][layer][modality]):
-                shade = int(255 * (1 - share))  # black: all samples read this depth
-                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3)
+        draw.text((120 + 96 * k, 32), text, colour)
+    for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
+        x, y = 120, 56 + ROW * row + 10 * modality
+        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
+        for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
+            draw.rectangle([x, y, x + BAR * share, y + 20], colour)
+            x += BAR * share
+        for share in switches["depths"][layer][modality]:
+            x += ROW
+            draw.rectangle([x, y, x + 20, y + 20], (round(255 * (1 - share)),) * 3, "grey")
     return image
-
-
-def draw_share(draw, x, y, width, share, colour):
-    """A box `width` pixels wide, with its share in percent if that is above 5."""
-    draw.rectangle([x, y, x + width, y + CELL - 2], colour, "grey")
-    if share > 0.05:
-        ink = "white" if sum(colour) < 450 else "black"
-        draw.text((x + width / 2, y + CELL / 2), f"{100 * share:.0f}", ink, anchor="mm")
 
 
 def show(argv):
