@@ -68,7 +68,8 @@ import sys
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
 # Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
@@ -104,21 +105,20 @@ def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", type=Path, default=Path("data") if Path("data").is_dir() else None,
-        help="folder with features/ and captions; None: the toy world")
-    p.add_argument("--switches", default="learned", help="learn both switches, or one of them: "
+    flag(p, "--data", Path, Path("data") if Path("data").is_dir() else None,
+        "folder with features/ and captions; None: the toy world")
+    flag(p, "--switches", str, "learned", "learn both switches, or one of them: "
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
-    p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; None: bert/ "
-        "in the data folder, if it exists")
+    flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: bert/ in the data "
+        "folder, if it exists")
     add_run_flags(p, Path("runs/pretrain"))
     return parse_settings(p, argv, lambda args: FULL if args.data else TOY, "pretraining")
 
 
 def add_run_flags(p, out):
     """Add the flags that all trainings share. parse_settings fills in those that are None."""
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     flag(p, "--out", Path, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
@@ -135,7 +135,8 @@ def add_run_flags(p, out):
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32",
+    p.add_argument("--precision", choices=["bf16", "fp32"],
+        default="bf16" if torch.cuda.is_available() else "fp32",
         help="of matrix products; softmax, losses and gates stay in fp32")
 
 
@@ -146,20 +147,18 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
     settings replace them; a flag that contradicts one raises BadInput. A first parse, without
     --help, finds what the defaults depend on, so that --help shows those that apply.
     """
-    plain = [word for word in argv if word not in ("-h", "--help")]
-    owner, checkpoint, saved = subparser or parser, None, {}
-    owner.set_defaults(**defaults_of(parser.parse_args(plain)))
-    known = parser.parse_args(plain)
-    if known.resume:
-        checkpoint = load_checkpoint(known.out / "checkpoint.pt", task)
+    first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    checkpoint, saved = None, {}
+    if first.resume:
+        checkpoint = load_checkpoint(first.out / "checkpoint.pt", task)
         saved = checkpoint["settings"]
-        owner.set_defaults(**saved)
+    (subparser or parser).set_defaults(**(defaults_of(first) | saved))
     args = parser.parse_args(argv)
     for key, value in saved.items():
-        if getattr(args, key) != value:
-            name = key.replace("_", "-")
-            raise BadInput(f"--{name} {getattr(args, key)}: the run that is resumed has {value}; "
-                "leave the flag out, or start a new run with another --out")
+        given = getattr(args, key)
+        if given != value:
+            raise BadInput(f"--{key.replace('_', '-')} {given}: the run that is resumed has "
+                f"{value}; leave the flag out, or start a new run with another --out")
     return args, checkpoint
 
 
@@ -180,7 +179,7 @@ def pretrain(args, checkpoint=None):
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. Regions, captions and words: made for the toy world, or read from the folder.
-    data = load_data(args.data, args.limit)
+    data = load_data(args.data)
 
     # 2. The task: its examples, model, losses and evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
@@ -193,7 +192,7 @@ def pretrain(args, checkpoint=None):
         scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
-    say(f"{args.out}: " + ", ".join(name for name in RECORD if (args.out / name).exists()))
+    say(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
     say(f"done in {time.time() - started:.0f} s")
     return scores
 
@@ -208,32 +207,33 @@ class Pretraining:
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
     clip, weight_decay, initial_temperature = 5.0, 0.01, 5.0  # A7, supp. 2
     gate_rate, evaluates_at_start = 0.1, False  # A10
-    collate = staticmethod(collate)
+    collate, labels = staticmethod(collate), None
 
     def __init__(self, args, data, checkpoint=None):
-        self.store, self.tokenizer = data.store, data.tokenizer
-        pairs = functools.partial(
-            PretrainingDataset, data.store, tokenizer=data.tokenizer, blind=args.blind)
-        self.examples = pairs(captions=data.captions, seed=args.seed)
+        store, captions, held_out, tokenizer = data
+        self.store, self.tokenizer = store, tokenizer
+        self.examples = PretrainingDataset(store, captions[: args.limit], tokenizer, seed=args.seed,
+            blind=args.blind)
         # Words and regions are evaluated on masked pairs, matching on unmasked ones.
-        held_out = functools.partial(pairs, captions=data.held_out_captions, seed=args.seed + 1,
-            name="held-out captions")
-        self.masked, self.whole = held_out(), held_out(masking=False)
+        self.masked, self.whole = (PretrainingDataset(store, held_out, tokenizer,
+            seed=args.seed + 1, blind=args.blind, masking=masking, name="held-out captions")
+            for masking in (True, False))
         for why, count in self.examples.skipped.items():
             if count:
                 say(f"left out: {count} captions {why}")
-        if not data.store.num_region_classes:
-            say(f"{data.store.folder} has no class distributions: training without MRC")
-        if checkpoint:
-            check_fits(checkpoint, data.store, data.tokenizer, ("num_region_classes",))
-            config = SwitchBertConfig(**checkpoint["config"])
-        else:
-            with reading(f"--switches {args.switches}", "a setting of the switches"):
-                config = model_config(args.model, data.store, data.tokenizer, args.switches)
+        if not store.num_region_classes:
+            say(f"{store.folder} has no class distributions: training without MRC")
+        with reading(f"--switches {args.switches}", "a setting of the switches"):
+            config = model_config(args.model, store, tokenizer, args.switches)
         torch.manual_seed(args.seed)
         self.model = SwitchBertForPretraining(config)
-        bert = args.bert or (args.data and args.data / "bert")
-        if bert and not checkpoint and (args.bert or bert.is_dir()):
+        if checkpoint:
+            check_fits(checkpoint, store, "num_region_classes")
+            if checkpoint["vocab"] != tokenizer.pieces:
+                raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the "
+                    "captions that it was trained with")
+        elif args.bert or args.data and (args.data / "bert").is_dir():
+            bert = args.bert or args.data / "bert"
             with reading(bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, bert)  # A6
             say(f"started from {bert}; new in this model: {len(missing)} parameters; not used of "
@@ -243,7 +243,7 @@ class Pretraining:
     def counts(batch):
         """(3,): predicted words, predicted regions, pairs."""
         places = ("mlm_labels", "mrc_positions", "itm_labels")
-        return torch.tensor([float(len(batch[name])) for name in places])
+        return torch.tensor([len(batch[name]) for name in places])
 
     @staticmethod
     def sums(model, batch, tau):
@@ -262,21 +262,17 @@ class Pretraining:
         """The scores of the printed line: shares of words and of pairs that are right, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
-    def about(self):
-        """What finetuning needs besides weights, vocabulary and regions: nothing."""
-        return {}
-
 
 def model_config(size, store, tokenizer, switches):
     """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
     # matching was learned only after 450 steps, with .05 after 225.
-    small = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
         intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05)
+        attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
     return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes,
-        **(small if size == "small" else {}))
+        **sizes)
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
@@ -290,7 +286,7 @@ def model_config(size, store, tokenizer, switches):
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, about()          for the checkpoint
+#     store, tokenizer, labels            for the checkpoint
 
 
 def fit(args, task, checkpoint=None):
@@ -301,7 +297,7 @@ def fit(args, task, checkpoint=None):
     """
     # 1. The model, AdamW, and the state of an earlier run.
     model = task.model.to(device())
-    optimizer = make_optimizer(model, args.lr, task.weight_decay, task.gate_rate)
+    optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, interval = 0, torch.zeros(len(task.loss_names) + 1)  # sums of losses, and their number
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -314,9 +310,9 @@ def fit(args, task, checkpoint=None):
     loader = load_parts(args, task, first, steps)
     if args.compile:
         compile_layers(model)
-    trained = DistributedDataParallel(
-        model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
-    rate = temperature_rate(args, steps, task.initial_temperature)
+    trained = model
+    if WORLD_SIZE > 1:
+        trained = DistributedDataParallel(model, broadcast_buffers=False)
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -329,10 +325,10 @@ def fit(args, task, checkpoint=None):
             done, lr = step + 1, learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
-            tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
+            tau = annealed(args, step, steps, task.initial_temperature)
 
             # 4. Forward and backward: this process's sums over the counts of all processes.
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
 
@@ -350,16 +346,16 @@ def fit(args, task, checkpoint=None):
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
                 # No loss here starts above 100: a thousand means that the weights have diverged.
-                check_finite(done, {**means, **scores}, bound=1e3)
+                check_finite(done, means | scores, bound=1e3)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
-                save_checkpoint(args, task, model, optimizer, done, interval)
+                save_checkpoint(args, task, optimizer, done, interval)
                 timed_from, timed_since = done, time.time()  # evaluation is not timed
 
             # 7. Was any process asked to stop? Then all stop, and --resume continues here.
             if done < steps and total(torch.tensor(float(stop_asked()))) > 0:
-                save_checkpoint(args, task, model, optimizer, done, interval)
+                save_checkpoint(args, task, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
     if RANK == 0:
@@ -383,18 +379,19 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
-def temperature_rate(args, steps, initial, final=0.2):
-    """The temperature's decay rate r per example (A5): tau = max(0.2, initial exp(-r examples)).
+def annealed(args, step, steps, initial):
+    """The temperature of a step (A5): max(0.2, initial exp(-rate examples)).
 
-    With --anneal a, tau reaches `final` at share a of the run: r = log(initial / final) / (a n),
-    n = steps x batch. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
+    With --anneal a it reaches 0.2 at share a of the run: rate = log(initial / 0.2) / (a n), for n
+    examples in all. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
     """
-    if args.anneal is None:
-        return 1e-6
-    return math.log(initial / final) / (args.anneal * max(1, steps) * args.batch)
+    rate = 1e-6
+    if args.anneal is not None:
+        rate = math.log(initial / 0.2) / (args.anneal * steps * args.batch)
+    return temperature(step * args.batch, initial, rate=rate)
 
 
-def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
+def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
     """AdamW with the paper's settings [supp. 2]; no decay on biases and LayerNorms (A7).
 
     Each group has `scale`, a factor on the learning rate: .1 for gates in pretraining (A10). A gate
@@ -406,7 +403,7 @@ def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
         scale = gate_rate if "gate." in name else 1.0
         groups.setdefault((decay, scale), []).append(parameter)
     groups = [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas .9 and .999, as in the paper
 
 
 def number_of_steps(args, num_examples):
@@ -420,20 +417,20 @@ def number_of_steps(args, num_examples):
 
 
 @functools.lru_cache(1)  # called in every step
-def epoch_batches(seed, epoch, size, examples, window=100):
+def epoch_batches(seed, epoch, size, examples):
     """(batches, size) indices: the examples of an epoch, batches of similar length.
 
     A batch is padded to its longest text. Captions have 12 word pieces on average and up to 38: in
     random batches most of the text would be padding. So the epoch's permutation is cut into windows
-    of `window` batches, each window is sorted by length and cut into batches, and the batches are
+    of 100 batches, each window is sorted by length and cut into batches, and the batches are
     shuffled. All of it depends on (seed, epoch) only, and so is the same in every process and after
     every restart.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # the rest is skipped in this epoch
-    for start in range(0, len(order), window * size):
-        part = order[start : start + window * size]
+    for start in range(0, len(order), 100 * size):
+        part = order[start : start + 100 * size]
         part[:] = part[np.argsort(examples.lengths[part], kind="stable")]
     return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
 
@@ -460,8 +457,7 @@ def load_parts(args, task, first, steps):
 
 def to_device(batch):
     """The dict with its tensors on this process's device; all else is unchanged."""
-    where = device()
-    return {k: v.to(where, non_blocking=True) if torch.is_tensor(v) else v
+    return {k: v.to(device(), non_blocking=True) if torch.is_tensor(v) else v
         for k, v in batch.items()}
 
 
@@ -491,13 +487,12 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile a model in place, layer by layer, and return it.
+    """Compile a model in place, layer by layer.
 
     The code of one layer serves all twelve and compiles in a minute; the whole model takes several.
     """
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
-    return model
 
 
 def check_finite(step, numbers, bound=math.inf):
@@ -526,22 +521,23 @@ class SwitchShares:
     """What the switches chose, as shares of all samples: add outputs, then call shares()."""
 
     def __init__(self, config):
-        layers = range(config.num_hidden_layers)
-        modes, depths = torch.zeros(len(layers), 2, 3), [torch.zeros(2, l + 1) for l in layers]
-        self.sums = [part.to(device()) for part in (modes, *depths)]
+        layers, where = config.num_hidden_layers, device()
+        self.sums = [torch.zeros(layers, 2, 3, device=where)]  # modes, then depths by layer
+        self.sums += [torch.zeros(2, l + 1, device=where) for l in range(layers)]
 
     def add(self, out):
         """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
         for kept, new in zip(self.sums, (out.modes, *out.depths)):
-            kept += new.detach().sum(dim=0)
+            kept += new.detach().sum(0)
 
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
 
         Every process must call it: it sums over all of them.
         """
-        sums = [total(part) for part in self.sums]  # a switch's options sum to the samples' number
-        modes, *depths = [(part / part.sum(dim=-1, keepdim=True)).tolist() for part in sums]
+        # The options of a switch sum to the number of samples.
+        modes, *depths = [(part / part.sum(-1, keepdim=True)).tolist()
+            for part in map(total, self.sums)]
         return {"modes": modes, "depths": depths}
 
 
@@ -566,13 +562,13 @@ def evaluate(model, dataset, batch_size=200):
     return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
 
-def zero_shot(task, most=100):
-    """Recalls with the pretrained matching head: one caption for each of `most` held-out images."""
+def zero_shot(task):
+    """Recalls with the pretrained matching head: one caption for each of 100 held-out images."""
     # Reversed, so that a dict keeps the first caption of each image.
     first = dict(reversed(task.whole.captions))
-    ids, model = sorted(first)[:most], task.model
+    ids, texts = zip(*sorted(first.items())[:100])
+    model = task.model
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
-    texts = [first[image_id] for image_id in ids]
     scores = match_scores(ranker, task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
@@ -581,25 +577,29 @@ def zero_shot(task, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the model; a batch is some texts of similar length with all images, up
-    to 200 pairs, or one text with all images. Images are padded and sent to the device once. The
-    processes share the texts. temperature: as in the model, None for hard switches.
+    Every pair goes through the model. A block of 100 images is padded and sent to the device once;
+    a batch is all of them with some texts of similar length, up to 200 pairs. The processes share
+    the texts. An id that the store lacks is a picture without regions, as a blind model sees it.
+    temperature: as in the model, None for hard switches.
     """
     model.eval()
-    no_words, no_regions = dict(input_ids=np.zeros(0, int)), region_inputs(store, None)
-    images = [region_inputs(store, store.row(image_id)) | no_words for image_id in image_ids]
-    words = [no_regions | dict(input_ids=np.array(tokenizer.encode(text, max_tokens)))
-        for text in texts]
-    n, regions = len(images), to_device(model_inputs(images))
-    scores = torch.zeros(len(texts), n, device=device())
-    for part in share_of([len(text["input_ids"]) for text in words], max(1, 200 // n)):
-        inputs = to_device(model_inputs([words[i] for i in part]))
-        for name in ("input_ids", "text_mask"):
-            inputs[name] = inputs[name].repeat_interleave(n, dim=0)  # (k n, T)
-        for name in ("region_features", "region_boxes", "region_mask"):
-            inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
-        found, _ = model(**inputs, temperature=temperature)
-        scores[part] = found.view(len(part), n)
+    empty = dict(region_inputs(store, None), input_ids=np.zeros(0, int))
+    words = [empty | {"input_ids": np.array(tokenizer.encode(t, max_tokens))} for t in texts]
+    lengths = [len(text["input_ids"]) for text in words]
+    scores = torch.zeros(len(texts), len(image_ids), device=device())
+    for start in progress(range(0, len(image_ids), 100), "scoring"):
+        images = [empty | region_inputs(store, store.row(image_id))
+            for image_id in image_ids[start : start + 100]]
+        n, regions = len(images), to_device(model_inputs(images))
+        for part in share_of(lengths, max(1, 200 // n)):
+            inputs = to_device(model_inputs([words[i] for i in part]))
+            for name, tensor in inputs.items():
+                if "region" in name:
+                    inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
+                else:
+                    inputs[name] = tensor.repeat_interleave(n, dim=0)  # (k n, T)
+            found, _ = model(**inputs, temperature=temperature)
+            scores[part, start : start + n] = found.view(len(part), n)
     return total(scores)
 
 
@@ -613,8 +613,8 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
     right, recalls = scores.masked_fill(wrong, -math.inf), {}
     for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
-        best = right.amax(dim=candidates, keepdim=True)
-        rank = ((scores >= best) & wrong).sum(dim=candidates)  # 0 is best
+        best = right.amax(candidates, keepdim=True)
+        rank = ((scores >= best) & wrong).sum(candidates)  # 0 is best
         for k in ks:
             recalls[f"{name} R@{k}"] = (rank < k).float().mean().item()
     return recalls
@@ -628,33 +628,24 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
 
 
-@dataclass
-class Data:
-    """What a run trains on: regions, pairs as (image id, text), and the words."""
-
-    store: FeatureStore
-    captions: Captions
-    held_out_captions: Captions
-    tokenizer: WordPiece
+# What a run trains on: regions (a FeatureStore), training and held-out pairs (image id, text) as
+# Captions or a list, and words (a WordPiece).
+Data = namedtuple("Data", "store captions held_out_captions tokenizer")
 
 
-def load_data(folder, limit=None):
-    """The Data of a folder, or of the toy world if it is None; at most `limit` training captions.
+def load_data(folder):
+    """The Data of a folder, or of the toy world if it is None.
 
     A folder holds features/ (a store), captions (*.tsv, *.json, or folders written by img2dataset,
     any number), and a vocabulary, vocab.txt or bert/vocab.txt. Without either, one is built from
     the captions: the same captions give the same words, so a run can be resumed.
     """
     if folder is None:
-        with first_process_first():
-            data = toy_world()
-    else:
-        store, (training, held_out) = FeatureStore(folder / "features"), split_captions(folder)
-        files = [p for p in (folder / "vocab.txt", folder / "bert" / "vocab.txt") if p.exists()]
-        words = files[0] if files else build_vocab(text for _, text in training)
-        data = Data(store, training, held_out, WordPiece(words))
-    data.captions = data.captions[:limit]
-    return data
+        return toy_world()
+    store, (training, held_out) = FeatureStore(folder / "features"), split_captions(folder)
+    files = [*folder.glob("vocab.txt"), *folder.glob("bert/vocab.txt")]
+    words = files[0] if files else build_vocab(text for _, text in training)
+    return Data(store, training, held_out, WordPiece(words))
 
 
 def split_captions(folder):
@@ -664,8 +655,8 @@ def split_captions(folder):
     (at least 5): the ones with the smallest crc32 of their ids, independent of the files and their
     order. At most 1,000 captions.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json") or (
-        p.is_dir() and p.name not in ("features", "bert") and any(p.rglob("*.txt"))))
+    files = sorted(path for path in folder.iterdir() if path.name != "bert" and (
+        path.suffix in (".tsv", ".json") or any(path.glob("**/*.txt"))))
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
@@ -679,31 +670,31 @@ def split_captions(folder):
     return training, held_out[:1000]
 
 
-def toy_world(folder=Path("runs/world"), num_scenes=3600):
+def toy_world():
     """Data of the toy world; trains the detector and fills the feature store if they are missing.
 
     A scene's id is its number, which is also its seed; held-out scenes have other numbers than all
     scenes that the detector or the model is trained on.
     """
-    training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
+    training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
-    features = folder / f"features-{num_scenes}"
-    if not FeatureStore.is_complete(features):
-        from extract_features import extract_scenes, toy_detector  # a store needs no torchvision
+    features = Path("runs/world/features-3600")
+    with first_process_first():
+        if not FeatureStore.is_complete(features):
+            # Imported here: a finished store needs no torchvision.
+            from extract_features import extract_scenes, toy_detector
 
-        detector = toy_detector(folder / "detector.pt", training)
-        extract_scenes(detector, [*training, *held_out], features)
+            detector = toy_detector(features.with_name("detector.pt"), training)
+            extract_scenes(detector, [*training, *held_out], features)
     # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
     texts = []
     for scene in map(Scene, training[:1000]):
         texts += scene.captions()
         texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
         texts += [expression for expression, _, _ in scene.expressions()]
-
-    def captions(numbers, count):
-        return Captions((n, text) for n in numbers for text in Scene(n).captions(count))
-
-    return Data(FeatureStore(features), captions(training, 4), captions(held_out, 2),
+    return Data(FeatureStore(features),
+        [(n, text) for n in training for text in Scene(n).captions(4)],
+        [(n, text) for n in held_out for text in Scene(n).captions(2)],
         WordPiece(build_vocab(texts)))
 
 
@@ -731,7 +722,6 @@ def launch(args, work):
         # Gloo's threads live on; if one still runs while the interpreter shuts down, the process
         # aborts although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
         os._exit(0)
     return result
 
@@ -774,14 +764,14 @@ def stop_signals():
     Yields a function: was it asked? No step is interrupted, so that the saved state is that of an
     undisturbed run. If the process that started this one ends (a killed launcher), that asks too.
     """
-    signalled, parent = [], os.getppid()
-    before = {number: signal.signal(number, lambda *_: signalled.append(True))
-        for number in (signal.SIGTERM, signal.SIGINT)}
+    asked, parent, numbers = [], os.getppid(), (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, lambda *_: asked.append(True))
     try:
-        yield lambda: bool(signalled) or os.getppid() != parent
+        yield lambda: bool(asked) or os.getppid() != parent
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)  # as `run` has set them
 
 
 # --- 8. The record --------------------------------------------------------------------------------
@@ -795,23 +785,22 @@ def stop_signals():
 #         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
 #         "switches": {"modes": ..., "depths": ...}, "seconds": 71}      as in SwitchShares.shares
 
-RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
 CHECKPOINT_FORMAT = "switchbert-4"
 
 
-def save_checkpoint(args, task, model, optimizer, step, interval):
+def save_checkpoint(args, task, optimizer, step, interval):
     """All that a resumed run, finetuning or a reader needs; torch.load(weights_only=True) reads it.
 
-    model, optimizer, step and interval (losses since the last evaluation) are the run's state,
-    settings (the FIXED ones) define how it continues, config, vocab and store what the model fits.
-    No state of a random generator is needed: every step seeds its own.
+    optimizer, step and interval (losses since the last evaluation) are the run's state; settings
+    (the FIXED ones) define how it continues; config, vocab and store what the model fits. No state
+    of a random generator is needed: every step seeds its own.
     """
     if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
-            "settings": {k: v for k, v in vars(args).items() if k in FIXED},
-            "config": asdict(model.config), "vocab": task.tokenizer.pieces,
-            "store": task.store.meta, "model": model.state_dict(), "interval": interval,
-            "optimizer": optimizer.state_dict(), **task.about()}
+            "settings": {key: vars(args)[key] for key in FIXED if key in args},
+            "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
+            "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
+            "interval": interval, "optimizer": optimizer.state_dict()}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
@@ -826,27 +815,23 @@ def load_checkpoint(path, *tasks):
             if broken := file.testzip():
                 raise ValueError(f"{broken} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
-        if checkpoint["task"] not in tasks:
-            raise ValueError(f"it is a checkpoint of {checkpoint['task']}")
+        if checkpoint["format"] != CHECKPOINT_FORMAT or checkpoint["task"] not in tasks:
+            raise ValueError(f"it is a checkpoint of {checkpoint['task']} in format "
+                f"{checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
     return checkpoint
 
 
-def check_fits(checkpoint, store, tokenizer=None, more=()):
-    """Raise BadInput if a checkpoint was trained on other regions or words than these.
+def check_fits(checkpoint, store, *more):
+    """Raise BadInput if a checkpoint was trained on other regions than this store's.
 
     Another detector's features have another meaning, even at the same size. more: further entries
     of store.json that must be equal.
     """
     for key in ("feature_size", "detector", *more):
-        ours, theirs = store.meta[key], checkpoint["store"][key]
-        if ours != theirs:
-            raise BadInput(f"{store.folder}: its {key} is {ours!r}, but the checkpoint was trained "
-                f"with {theirs!r}; use the store that it was trained on, or start over")
-    if tokenizer and tokenizer.pieces != checkpoint["vocab"]:
-        raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the captions "
-            "that it was trained with")
+        if store.meta[key] != checkpoint["store"][key]:
+            raise BadInput(f"{store.folder}: its {key} is {store.meta[key]!r}, but the checkpoint "
+                f"was trained with {checkpoint['store'][key]!r}; use the store that it was trained "
+                "on, or start over")
 
 
 def begin_record(args, task, first, steps):
@@ -859,7 +844,7 @@ def begin_record(args, task, first, steps):
         return
     out, kept = args.out, []
     if first > 0:
-        kept = [line for line in read_metrics(out) if line["step"] <= first]
+        kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
         n = 1
         while Path(f"{out}-{n}").exists():
@@ -867,33 +852,32 @@ def begin_record(args, task, first, steps):
         out.rename(f"{out}-{n}")
         say(f"the run that was in {out} is now in {out}-{n}")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "metrics.jsonl",
-        lambda file: file.writelines(json.dumps(line) + "\n" for line in kept))
+    write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
         "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
-    parameters = sum(p.numel() for p in task.model.parameters())
     say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
-        f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "
-        f"{device().type}; processes: {WORLD_SIZE}, threads: {torch.get_num_threads()}"
-        + f"; resuming after step {first}" * (first > 0))
+        f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {steps} steps of "
+        f"{args.batch}, {args.precision}, on {device().type}; processes: {WORLD_SIZE}, threads: "
+        f"{torch.get_num_threads()}"
+        f"{f'; resuming after step {first}' * (first > 0)}")
 
 
 def record(args, **line):
     """Add an object to metrics.jsonl."""
     if RANK == 0:
-        with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def report(args, task, steps, **line):
     """Print an evaluation (without losses of 0, such as MRC in a blind run), record and draw it."""
     record(args, examples=line["step"] * args.batch, **line)
-    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
-    say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
-        "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(**line, steps=steps, losses=losses,
-            headline=task.headline(line["scores"]), unit=task.unit))
+    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line["losses"].items() if loss)
+    say(f"step {line['step']:5d}/{steps}  lr {line['lr']:.1e}  tau {line['temperature']:.2f}  "
+        f"{losses} | {task.headline(line['scores'])} | {line['per_second']:.0f} {task.unit}/s, "
+        f"{line['seconds']:.0f} s")
     if RANK == 0:
-        save_png(args.out / "switches.png", draw_switches([args.out]))
+        save_png(args.out / "switches.png", draw_switches(args.out))
 
 
 def read_metrics(folder):
@@ -903,37 +887,32 @@ def read_metrics(folder):
     """
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run", "line") as at:
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for at.entry, line in enumerate(whole.splitlines(), 1)]
+        lines = path.read_text().split("\n")[:-1]
+        return [json.loads(line) for at.entry, line in enumerate(lines, 1)]
 
 
-def draw_switches(folders):
-    """A picture of what every layer chose at the end of these runs, one below the other.
+def draw_switches(folder):
+    """A picture of what every layer chose at the end of a run. Raises BadInput without data.
 
-    A finetuned run shows its start too: what did the task change? Raises BadInput without data.
+    A finetuned run shows its start too: what did the task change?
     """
-    pictures = []
-    for folder in folders:
-        lines = [line for line in read_metrics(folder) if "switches" in line]
-        if not lines:
-            raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-        pictures += [switches_picture(line["switches"], f"{folder}, step {line['step']}")
-            for line in lines if line["step"] == 0 or line is lines[-1]]
-    return stack(pictures)
+    lines = [line for line in read_metrics(folder) if "switches" in line]
+    if not lines:
+        raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
+    return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
+        for line in lines if line["step"] == 0 or line is lines[-1]])
 
 
 def write_gif(folder):
     """switches.gif: how a run's switches closed as the temperature fell, in under 300 KB."""
-    frames = []
-    for line in read_metrics(folder):
-        if "mixture" in line:
-            title = f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}"
-            # A fixed palette: pixels that do not change between frames compress to nothing.
-            frames.append(switches_picture(line["mixture"], title).convert("P", dither=0))
+    # In one fixed palette, pixels that do not change between frames compress to nothing.
+    frames = [switches_picture(line["mixture"],
+        f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}"
+        ).convert("P", dither=0) for line in read_metrics(folder) if "mixture" in line]
     if frames:
-        durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
-        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", save_all=True,
-            append_images=frames[1:], duration=durations, loop=0), mode="wb")
+        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", loop=0,
+            save_all=True, append_images=frames[1:],
+            duration=[150] * (len(frames) - 1) + [3000]), mode="wb")  # milliseconds
 
 
 def stack(images, columns=1):
@@ -946,9 +925,7 @@ def stack(images, columns=1):
     return whole
 
 
-# The three modes, then depths. Multiples of 51 are in the fixed palette of PIL's mode P.
-LEGEND = {"own modality": (51, 102, 204), "the other": (255, 102, 0), "both": (51, 153, 51),
-    "reads depth 0, 1, ...": (0, 0, 0)}
+COLOURS = ("#3366cc", "#ff6600", "#339933")  # of modes: blue, orange and green of mode P's palette
 BAR, ROW = 264, 24  # pixels: the width of a bar, the height of a row
 
 
@@ -958,21 +935,21 @@ def switches_picture(switches, title):
     switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
     """
     layers = len(switches["modes"])
-    image = Image.new("RGB", (450 + ROW * max(layers, 4), 75 + 2 * ROW * layers), "white")
+    image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(13)
-    draw.text((10, 8), f"{title}\nattends to", "black", spacing=12)
-    for k, (text, colour) in enumerate(LEGEND.items()):
-        draw.text((120 + 96 * k, 32), text, colour)
+    draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
+        "(green)     reads depth 0, 1, ...", "black", spacing=8)
     for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
         x, y = 120, 56 + ROW * row + 10 * modality
         draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
-        for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
+        for share, colour in zip(switches["modes"][layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
             x += BAR * share
         for share in switches["depths"][layer][modality]:
             x += ROW
-            draw.rectangle([x, y, x + 20, y + 20], (round(255 * (1 - share)),) * 3, "grey")
+            grey = f"hsl(0, 0%, {100 - 100 * share}%)"
+            draw.rectangle([x, y, x + 20, y + 20], grey, "grey")
     return image
 
 
@@ -984,15 +961,14 @@ def show(argv):
         "default: switches.png in the first folder")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
-    save_png(out, draw_switches(args.runs))
+    save_png(out, stack([draw_switches(folder) for folder in args.runs]))
     for folder in args.runs:
         write_gif(folder)
     print(out)
 
 
-def main(argv=None):
+def main(argv):
     """Pretrain, or show; argv: the command line without the script's name."""
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"]:
         return show(argv[1:])
     args, checkpoint = parse_args(argv)
@@ -1000,4 +976,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(sys.argv[1:]))
