@@ -18,8 +18,6 @@ Where this stands
           |
           +--> finetune.py, whose tasks go through the same `fit`
 
-Letters: B batch, T word pieces, R regions, F region feature, C region classes.
-
 Map of the file (* = read these first)
 
     1. Settings         flags, and what the toy run and the full run set them to
@@ -38,22 +36,21 @@ Map of the file (* = read these first)
     python train.py show runs/pretrain  draw switches.png and switches.gif again
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
-Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and
-evaluates on held-out scenes. It prints one line per evaluation, here wrapped:
+Without data it draws scenes, trains a Faster R-CNN on them, extracts regions and pretrains. It
+prints one line per evaluation, here wrapped:
 
     step   450/900  lr 5.6e-04  tau 0.84  mlm 0.73 mrc 2.38 itm 0.41 | words 0.706  match 0.886
            | 1049 pairs/s, 29 s
 
-tau is the temperature; mlm, mrc and itm are the mean training losses since the last line. `words`
-is the share of masked word pieces that are predicted correctly, `match` the accuracy of image-text
-matching (chance: .50), both on held-out pairs with hard switches.
+tau is the temperature; mlm, mrc and itm are mean training losses since the last line. `words` is
+the share of masked word pieces predicted right, `match` the accuracy of image-text matching
+(chance: .50), both on held-out pairs with hard switches.
 
 A run is a function of its settings: the pairs of a batch, their masks, and the noise of dropout and
 switches depend on (seed, epoch, step) and on no hidden state. That is why a killed run resumes bit
 for bit, and why 1, 2 or 8 processes train on the same batches.
 
-Assumptions and deviations: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates), D2
-(the toy run's sizes, learning rate and annealing).
+Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
 
 import argparse
@@ -91,9 +88,9 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
-# Two tables of defaults. FULL is the paper's [supp. 2] and, where it is silent, VOLTA's (A7). The
-# toy run is DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its
-# floor, 0.2; None means the paper's rate, 1e-6 per pair (A5).
+# FULL holds the paper's defaults [supp. 2] and, where it is silent, VOLTA's (A7). The toy run is
+# DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its floor, 0.2;
+# None means the paper's rate, 1e-6 per pair (A5).
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
@@ -111,8 +108,7 @@ def parse_args(argv):
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
-    flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: bert/ in the data "
-        "folder, if it exists")
+    flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: DATA/bert, if any")
     add_run_flags(p, Path("runs/pretrain"))
     return parse_settings(p, argv, lambda args: FULL if args.data else TOY, "pretraining")
 
@@ -130,22 +126,19 @@ def add_run_flags(p, out):
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
     flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, same result")
     flag(p, "--workers", NATURAL, 0, "loading processes per process")
-    flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Use 1 on a busy "
-        "machine: one thread without a core makes every operation wait")
+    flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--precision", choices=["bf16", "fp32"],
-        default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of matrix products; softmax, losses and gates stay in fp32")
+    p.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32",
+        choices=["bf16", "fp32"], help="of matrix products; softmax, losses, gates stay in fp32")
 
 
 def parse_settings(parser, argv, defaults_of, task, subparser=None):
-    """(settings, checkpoint) of a command line; checkpoint is None without --resume.
-
-    defaults_of(args) -> dict: the defaults, which depend on --data. With --resume the run's FIXED
-    settings replace them; a flag that contradicts one raises BadInput. A first parse, without
-    --help, finds what the defaults depend on, so that --help shows those that apply.
+    """(settings, checkpoint) of a command line; checkpoint is None without --resume. With --resume
+    the run's FIXED settings replace defaults_of(args), which depend on --data; a flag that
+    contradicts one raises BadInput. The first parse finds what the defaults depend on, without
+    --help, which then shows those that apply.
     """
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     checkpoint, saved = None, {}
@@ -164,29 +157,24 @@ def parse_settings(parser, argv, defaults_of, task, subparser=None):
 
 # --- 2. Pretraining -------------------------------------------------------------------------------
 #
-# The whole run, and the task that `fit` trains in it. The model predicts masked words, the classes
-# of masked regions, and whether a caption belongs to its image. Often only the picture shows which
-# word is masked: that teaches the switches to look there.
+# The model predicts masked words, the classes of masked regions, and whether a caption belongs to
+# its image. Often only the picture shows which word is masked: so the switches learn to look there.
 
 
 def pretrain(args, checkpoint=None):
-    """A pretraining run from start to end. Returns its scores, or None if it was stopped.
-
-    args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm) and shares
-    from 0 to 1 (words, match, image R@1 ...).
+    """A pretraining run from start to end. Returns held-out losses (mlm, mrc, itm) and shares, 0 to
+    1 (words, match, image R@1 ...), or None if it was stopped. For args, checkpoint see parse_args.
     """
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. Regions, captions and words: made for the toy world, or read from the folder.
     data = load_data(args.data)
-
     # 2. The task: its examples, model, losses and evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
     scores = fit(args, task, checkpoint)
     if scores is None:
         return None
-
     # 3. What has it learned? Retrieval without training for it, on held-out images.
     if not args.blind:
         scores |= zero_shot(task)
@@ -198,10 +186,8 @@ def pretrain(args, checkpoint=None):
 
 
 class Pretraining:
-    """Masked words, masked regions and matching, on captions: a task for `fit`. [supp. 1]
-
-    data: a Data. checkpoint: the run to resume, or None for a new model, which starts from BERT if
-    --bert or the data folder has one. Raises BadInput if data and checkpoint do not fit together.
+    """Masked words, masked regions and matching, on captions: a task for `fit` [supp. 1].
+    checkpoint: the run to resume, or None for a new model, from BERT if there is one.
     """
 
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
@@ -242,8 +228,7 @@ class Pretraining:
     @staticmethod
     def counts(batch):
         """(3,): predicted words, predicted regions, pairs."""
-        places = ("mlm_labels", "mrc_positions", "itm_labels")
-        return torch.tensor([len(batch[name]) for name in places])
+        return torch.tensor([len(batch[k]) for k in ("mlm_labels", "mrc_positions", "itm_labels")])
 
     @staticmethod
     def sums(model, batch, tau):
@@ -270,9 +255,8 @@ def model_config(size, store, tokenizer, switches):
     sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
         intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
-    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches,
-        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes,
-        **sizes)
+    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **sizes,
+        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
@@ -280,20 +264,18 @@ def model_config(size, store, tokenizer, switches):
 # `fit` does all training in this project. A task is a plain object:
 #
 #     name, unit, loss_names             its names in what is printed and recorded
-#     examples, model, collate           a data set, a module, what makes a batch of examples;
-#                                        examples.lengths (N,): their lengths, to sort by
+#     examples, model, collate           a data set with lengths (N,), to sort by; a module; what
+#                                        makes a batch of examples
 #     counts(batch) -> (losses,)         the numbers of terms whose means the losses are
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, labels            for the checkpoint
+#     store, tokenizer, labels           for the checkpoint; labels: answers to choose from, or None
 
 
 def fit(args, task, checkpoint=None):
-    """Train a task. Returns the scores of its last evaluation, or None if it was asked to stop.
-
-    args: settings, as parse_settings returns them. checkpoint: the run to continue, or None. Raises
-    BadInput if a batch cannot be made or split (number_of_steps), or if training diverges.
+    """Train a task; for args and checkpoint see parse_settings. Returns the scores of the last
+    evaluation, or None if it was asked to stop. Raises BadInput if training diverges.
     """
     # 1. The model, AdamW, and the state of an earlier run.
     model = task.model.to(device())
@@ -310,14 +292,16 @@ def fit(args, task, checkpoint=None):
     loader = load_parts(args, task, first, steps)
     if args.compile:
         compile_layers(model)
-    trained = model
-    if WORLD_SIZE > 1:
-        trained = DistributedDataParallel(model, broadcast_buffers=False)
+    trained = DistributedDataParallel(
+        model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
     timed_from, timed_since = first, time.time()
+    rate = 1e-6  # at which the temperature decays per example (A5)
+    if args.anneal:  # it reaches 0.2 at this share of the run
+        rate = math.log(task.initial_temperature / 0.2) / (args.anneal * max(1, steps) * args.batch)
 
     with stop_signals() as stop_asked:
         for step in progress(range(first, steps), "training", initial=first, total=steps):
@@ -325,7 +309,7 @@ def fit(args, task, checkpoint=None):
             done, lr = step + 1, learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
-            tau = annealed(args, step, steps, task.initial_temperature)
+            tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
 
             # 4. Forward and backward: this process's sums over the counts of all processes.
             optimizer.zero_grad()
@@ -354,24 +338,21 @@ def fit(args, task, checkpoint=None):
                 timed_from, timed_since = done, time.time()  # evaluation is not timed
 
             # 7. Was any process asked to stop? Then all stop, and --resume continues here.
-            if done < steps and total(torch.tensor(float(stop_asked()))) > 0:
+            if done < steps and total(torch.tensor(int(stop_asked()))):
                 save_checkpoint(args, task, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
-    if RANK == 0:
-        write_gif(args.out)
     return scores
 
 
 # --- 4. Optimisation ------------------------------------------------------------------------------
 #
-# The pieces of a step. All random draws depend on (seed, epoch, step, part) only, so that a step is
-# the same in any number of processes and after any number of restarts.
+# All random draws depend on (seed, epoch, step, part) only, so a step is the same in any number of
+# processes and after any number of restarts.
 
 
 def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear warm-up over 10 %, then linear decay to 0.
-
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
     """
@@ -379,23 +360,9 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
-def annealed(args, step, steps, initial):
-    """The temperature of a step (A5): max(0.2, initial exp(-rate examples)).
-
-    With --anneal a it reaches 0.2 at share a of the run: rate = log(initial / 0.2) / (a n), for n
-    examples in all. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
-    """
-    rate = 1e-6
-    if args.anneal is not None:
-        rate = math.log(initial / 0.2) / (args.anneal * steps * args.batch)
-    return temperature(step * args.batch, initial, rate=rate)
-
-
 def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
-    """AdamW with the paper's settings [supp. 2]; no decay on biases and LayerNorms (A7).
-
-    Each group has `scale`, a factor on the learning rate: .1 for gates in pretraining (A10). A gate
-    that moves fast settles on the mode that is best for a still untrained model.
+    """AdamW [supp. 2]; no decay on biases and LayerNorms (A7). Gates have a tenth of the learning
+    rate in pretraining (A10): fast ones settle on what is best for a still untrained model.
     """
     groups = {}  # (weight decay, scale) -> parameters
     for name, parameter in model.named_parameters():
@@ -403,7 +370,7 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
         scale = gate_rate if "gate." in name else 1.0
         groups.setdefault((decay, scale), []).append(parameter)
     groups = [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas .9 and .999, as in the paper
+    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def number_of_steps(args, num_examples):
@@ -418,33 +385,27 @@ def number_of_steps(args, num_examples):
 
 @functools.lru_cache(1)  # called in every step
 def epoch_batches(seed, epoch, size, examples):
-    """(batches, size) indices: the examples of an epoch, batches of similar length.
-
-    A batch is padded to its longest text. Captions have 12 word pieces on average and up to 38: in
-    random batches most of the text would be padding. So the epoch's permutation is cut into windows
-    of 100 batches, each window is sorted by length and cut into batches, and the batches are
-    shuffled. All of it depends on (seed, epoch) only, and so is the same in every process and after
-    every restart.
+    """(batches, size) indices: the examples of an epoch, batches of similar length. Captions have
+    12 word pieces on average and up to 38: in random batches, padded to the longest, most of the
+    text would be padding. So the epoch's permutation is cut into windows of 100 batches, each
+    window is sorted by length, and all batches are shuffled. The result depends on (seed, epoch)
+    only: it is the same in every process and after every restart.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # the rest is skipped in this epoch
-    for start in range(0, len(order), 100 * size):
-        part = order[start : start + 100 * size]
+    for part in np.split(order, range(100 * size, len(order), 100 * size)):  # views
         part[:] = part[np.argsort(examples.lengths[part], kind="stable")]
     return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
 
 
 def load_parts(args, task, first, steps):
-    """An iterator over this process's batches, `accum` per step, from step `first` on.
-
-    The batch of a step is cut into world_size x accum equal parts; process r takes parts r accum to
-    (r + 1) accum - 1, so the batch is the same for any number of processes. With --workers, other
-    processes prepare them in advance. They hold no state that a resumed run would have to restore:
-    all they need is a key, (epoch, index).
+    """An iterator over this process's batches, `accum` per step, from step `first` on. A step's
+    batch is the same for any number of processes: it is cut into world_size x accum equal parts.
+    --workers load in advance; all they need is a key, (epoch, index), so nothing is lost by a kill.
     """
     def keys():
-        """Lists of (epoch, index), one per part, in the order in which this process needs them."""
+        """Lists of (epoch, index), one per part of this process."""
         for step in range(first, steps):
             epoch, k = divmod(step, len(task.examples) // args.batch)
             batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
@@ -462,11 +423,10 @@ def to_device(batch):
 
 
 def forward_backward(args, task, model, batches, step, tau):
-    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares).
-
-    A mean is over all that is predicted in the *whole* batch. Processes and parts hold different
-    numbers of masked places, so a mean of their means would weight places unequally, and depend on
-    the number of processes: their sums are divided by the common count instead.
+    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares). A
+    mean is over all that is predicted in the *whole* batch. Parts hold different numbers of masked
+    places, so a mean of their means would weight places unequally, and depend on the number of
+    processes: sums are divided by the common count instead.
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
@@ -474,12 +434,11 @@ def forward_backward(args, task, model, batches, step, tau):
         # The noise of dropout and switches depends on the part, not on its process.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
-        # Processes exchange gradients once per step, after their last part.
-        wait = WORLD_SIZE > 1 and batch is not batches[-1]
-        with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
-                device().type, torch.bfloat16, enabled=args.precision == "bf16")):
+        # DistributedDataParallel exchanges gradients once per step, after a process's last part.
+        model.require_backward_grad_sync = batch is batches[-1]
+        with torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16"):
             part, out = task.sums(model, to_device(batch), tau)
-            # DistributedDataParallel averages gradients over processes; we need their sum.
+            # It averages them over processes; we need their sum.
             (WORLD_SIZE * (part / counts.to(part)).sum()).backward()
         sums += part.detach()
         mixture.add(out)
@@ -487,10 +446,7 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile a model in place, layer by layer.
-
-    The code of one layer serves all twelve and compiles in a minute; the whole model takes several.
-    """
+    """Compile a model's layers, which share their code: a minute; the whole model takes several."""
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
 
@@ -506,15 +462,14 @@ def check_finite(step, numbers, bound=math.inf):
 # --- 5. Evaluation --------------------------------------------------------------------------------
 #
 # Switches are hard unless a temperature is given: this measures the model that will be used,
-# without noise. Processes share the work in whole batches, so the padding of a batch, and with it
-# the rounding, is the same for any number of processes. Batches hold examples of similar length.
+# without noise. Processes share the work in whole batches of similar length, so the padding of a
+# batch, and with it the rounding, is the same for any number of processes.
 
 
 def share_of(lengths, batch_size=200):
     """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
-    starts = range(RANK * batch_size, len(order), WORLD_SIZE * batch_size)
-    return [order[start : start + batch_size] for start in starts]
+    return np.split(order, range(batch_size, len(order), batch_size))[RANK::WORLD_SIZE]
 
 
 class SwitchShares:
@@ -531,10 +486,7 @@ class SwitchShares:
             kept += new.detach().sum(0)
 
     def shares(self):
-        """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
-
-        Every process must call it: it sums over all of them.
-        """
+        """{"modes": (layers, 2, 3), "depths": per layer (2, l+1)}; every process must call it."""
         # The options of a switch sum to the number of samples.
         modes, *depths = [(part / part.sum(-1, keepdim=True)).tolist()
             for part in map(total, self.sums)]
@@ -543,21 +495,17 @@ class SwitchShares:
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size=200):
-    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts.
-
-    A loss is a mean over predicted words, predicted regions, or pairs; words and match are the
-    shares of words and of pairs predicted correctly. The model is left in training mode.
-    """
+    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
-        # Eight numbers: three sums of losses, two counts of hits, and the three counts of places.
+        # Eight numbers: three sums of losses, hits among words and pairs, three counts of places.
         found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
     model.train()
     sums, counts = total(found).split([5, 3])
-    # mlm and words are means over predicted words, mrc over regions, itm and match over pairs.
+    # mlm and words are means over masked words, mrc over masked regions, itm and match over pairs.
     means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
     return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
@@ -567,20 +515,17 @@ def zero_shot(task):
     # Reversed, so that a dict keeps the first caption of each image.
     first = dict(reversed(task.whole.captions))
     ids, texts = zip(*sorted(first.items())[:100])
-    model = task.model
-    ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
-    scores = match_scores(ranker, task.store, task.tokenizer, texts, ids)
+    ranker = SwitchBertForRetrieval.from_pretraining(task.model.config, task.model.state_dict())
+    scores = match_scores(ranker.to(device()), task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
 
 @torch.no_grad()
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
-    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
-
-    Every pair goes through the model. A block of 100 images is padded and sent to the device once;
-    a batch is all of them with some texts of similar length, up to 200 pairs. The processes share
-    the texts. An id that the store lacks is a picture without regions, as a blind model sees it.
-    temperature: as in the model, None for hard switches.
+    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval. Every pair
+    goes through the model. A block of 100 images is padded and sent to the device once; a batch is
+    all of them with some texts of similar length, up to 200 pairs. The processes share the texts.
+    An id that the store lacks is an image without regions, as a blind model sees it.
     """
     model.eval()
     empty = dict(region_inputs(store, None), input_ids=np.zeros(0, int))
@@ -605,10 +550,9 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
     """Share of queries whose right answer is among the k best: {'image R@1': .., 'text R@1': ..}.
-
-    scores (texts, images); image_of_text (texts,): the index of each text's image; an image may
-    have several texts. "image" finds the image of a text, "text" any text of an image. Ties count
-    against the model: one that scores all pairs alike has recall 0, not 1.
+    scores (texts, images); image_of_text (texts,): the index of each text's image. "image" finds
+    the image of a text, "text" any text of an image. Ties count against the model: one that scores
+    all pairs alike has recall 0, not 1.
     """
     wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
     right, recalls = scores.masked_fill(wrong, -math.inf), {}
@@ -634,11 +578,10 @@ Data = namedtuple("Data", "store captions held_out_captions tokenizer")
 
 
 def load_data(folder):
-    """The Data of a folder, or of the toy world if it is None.
-
-    A folder holds features/ (a store), captions (*.tsv, *.json, or folders written by img2dataset,
-    any number), and a vocabulary, vocab.txt or bert/vocab.txt. Without either, one is built from
-    the captions: the same captions give the same words, so a run can be resumed.
+    """The Data of a folder, or of the toy world if it is None. A folder holds features/ (a store),
+    captions (*.tsv, *.json, or folders written by img2dataset, any number), and a vocabulary,
+    vocab.txt or bert/vocab.txt. Without either, one is built from the captions: the same captions
+    give the same words, so a run can be resumed.
     """
     if folder is None:
         return toy_world()
@@ -649,11 +592,9 @@ def load_data(folder):
 
 
 def split_captions(folder):
-    """(training, held-out) captions of all files in a folder.
-
-    Held out are the `val` captions of files with splits; without any, those of 1 % of the images
-    (at least 5): the ones with the smallest crc32 of their ids, independent of the files and their
-    order. At most 1,000 captions.
+    """(training, held-out) captions of all files in a folder. Held out are 1,000 `val` captions of
+    files with splits; without any, captions of the 1 % of images, at least 5, whose ids have the
+    smallest crc32: that does not depend on the order of files.
     """
     files = sorted(path for path in folder.iterdir() if path.name != "bert" and (
         path.suffix in (".tsv", ".json") or any(path.glob("**/*.txt"))))
@@ -671,19 +612,15 @@ def split_captions(folder):
 
 
 def toy_world():
-    """Data of the toy world; trains the detector and fills the feature store if they are missing.
-
-    A scene's id is its number, which is also its seed; held-out scenes have other numbers than all
-    scenes that the detector or the model is trained on.
+    """Data of the toy world; trains the detector and fills the feature store if they are missing. A
+    scene's id is its number, which is also its seed. No model is trained on held-out scenes.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
     features = Path("runs/world/features-3600")
     with first_process_first():
         if not FeatureStore.is_complete(features):
-            # Imported here: a finished store needs no torchvision.
-            from extract_features import extract_scenes, toy_detector
-
+            from extract_features import extract_scenes, toy_detector  # needs torchvision
             detector = toy_detector(features.with_name("detector.pt"), training)
             extract_scenes(detector, [*training, *held_out], features)
     # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
@@ -700,9 +637,8 @@ def toy_world():
 
 # --- 7. Processes ---------------------------------------------------------------------------------
 #
-# One process per GPU, all running the same code on their own parts of each batch. torchrun
-# starts them, for --gpus as well, and sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-# MASTER_PORT. Skip this section on a first reading.
+# One process per GPU, all running the same code on their own parts of each batch. torchrun starts
+# them, for --gpus as well, and sets RANK, LOCAL_RANK and WORLD_SIZE. Skip this on a first reading.
 
 
 def launch(args, work):
@@ -719,8 +655,8 @@ def launch(args, work):
         result = work()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-        # Gloo's threads live on; if one still runs while the interpreter shuts down, the process
-        # aborts although all is done. So it exits here, after the usual cleanup.
+        # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
+        # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
         os._exit(0)
     return result
@@ -759,10 +695,8 @@ def first_process_first():
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM and Ctrl-C only ask to stop.
-
-    Yields a function: was it asked? No step is interrupted, so that the saved state is that of an
-    undisturbed run. If the process that started this one ends (a killed launcher), that asks too.
+    """In this block SIGTERM, Ctrl-C and the end of the parent process only ask to stop: no step is
+    interrupted, so the saved state is that of an undisturbed run. Yields a function: was it asked?
     """
     asked, parent, numbers = [], os.getppid(), (signal.SIGTERM, signal.SIGINT)
     for number in numbers:
@@ -776,9 +710,9 @@ def stop_signals():
 
 # --- 8. The record --------------------------------------------------------------------------------
 #
-# metrics.jsonl has one JSON object per line, of two kinds. At most thirty per run hold the mixture
-# of the switches in training at that step: the frames of switches.gif. One per evaluation holds
-# losses, held-out scores, and what the switches chose: switches.png draws the last one.
+# metrics.jsonl has two kinds of lines. At most thirty hold the mixture of the switches in training
+# at that step: the frames of switches.gif. One per evaluation holds losses, held-out scores, and
+# what the switches chose: switches.png draws the last one.
 #
 #     {"step": 30, "temperature": 4.46, "mixture": {"modes": ..., "depths": ...}}
 #     {"step": 450, "examples": 28800, "lr": 5.6e-4, "temperature": 0.84, "per_second": 872,
@@ -789,11 +723,9 @@ CHECKPOINT_FORMAT = "switchbert-4"
 
 
 def save_checkpoint(args, task, optimizer, step, interval):
-    """All that a resumed run, finetuning or a reader needs; torch.load(weights_only=True) reads it.
-
-    optimizer, step and interval (losses since the last evaluation) are the run's state; settings
-    (the FIXED ones) define how it continues; config, vocab and store what the model fits. No state
-    of a random generator is needed: every step seeds its own.
+    """All that a resumed run, finetuning or a reader needs: the run's state (interval: the losses
+    since the last evaluation), its settings, and what the model fits. No state of a random
+    generator is needed: every step seeds its own.
     """
     if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
@@ -806,7 +738,6 @@ def save_checkpoint(args, task, optimizer, step, interval):
 
 def load_checkpoint(path, *tasks):
     """A checkpoint of one of these tasks: a dict of plain values and tensors. Raises BadInput.
-
     torch does not verify the checksums of its file, so a flipped bit would load as another number;
     zipfile does. weights_only refuses any code that a pickle could run.
     """
@@ -822,28 +753,23 @@ def load_checkpoint(path, *tasks):
 
 
 def check_fits(checkpoint, store, *more):
-    """Raise BadInput if a checkpoint was trained on other regions than this store's.
-
-    Another detector's features have another meaning, even at the same size. more: further entries
-    of store.json that must be equal.
+    """Raise BadInput if a checkpoint's store differs in these entries, or `more`, of store.json:
+    another detector's features have another meaning, even at the same size.
     """
     for key in ("feature_size", "detector", *more):
         if store.meta[key] != checkpoint["store"][key]:
             raise BadInput(f"{store.folder}: its {key} is {store.meta[key]!r}, but the checkpoint "
-                f"was trained with {checkpoint['store'][key]!r}; use the store that it was trained "
-                "on, or start over")
+                f"was trained with {checkpoint['store'][key]!r}; use that store, or start over")
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line, in the first process only.
-
-    A folder with another run's checkpoint is renamed, to the first free name. On resume, the lines
-    of metrics.jsonl after step `first` are dropped: the run writes them again.
+    """Make a run's folder and print its opening line. Another run's folder is renamed, to the first
+    free name. On resume, lines of metrics.jsonl after step `first` go: the run writes them again.
     """
     if RANK > 0:
         return
     out, kept = args.out, []
-    if first > 0:
+    if first:
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
         n = 1
@@ -881,9 +807,8 @@ def report(args, task, steps, **line):
 
 
 def read_metrics(folder):
-    """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line.
-
-    A last line without a newline was cut off by a kill: it is left out; a resumed run rewrites it.
+    """The objects of a run's metrics.jsonl. Raises BadInput near a damaged line, but leaves out a
+    last one without newline: a kill has cut it off, and a resumed run rewrites it.
     """
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run", "line") as at:
@@ -892,34 +817,31 @@ def read_metrics(folder):
 
 
 def draw_switches(folder):
-    """A picture of what every layer chose at the end of a run. Raises BadInput without data.
-
-    A finetuned run shows its start too: what did the task change?
+    """Write a run's switches.gif, in under 300 KB: how they closed as the temperature fell. Returns
+    a picture of what every layer chose at the end, and at the start of a finetuned run: what did
+    the task change? Raises BadInput without data.
     """
-    lines = [line for line in read_metrics(folder) if "switches" in line]
-    if not lines:
+    lines = read_metrics(folder)
+    chosen = [line for line in lines if "switches" in line]
+    if not chosen:
         raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-    return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
-        for line in lines if line["step"] == 0 or line is lines[-1]])
-
-
-def write_gif(folder):
-    """switches.gif: how a run's switches closed as the temperature fell, in under 300 KB."""
     # In one fixed palette, pixels that do not change between frames compress to nothing.
     frames = [switches_picture(line["mixture"],
         f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}"
-        ).convert("P", dither=0) for line in read_metrics(folder) if "mixture" in line]
+        ).convert("P", dither=0) for line in lines if "mixture" in line]
     if frames:
         write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", loop=0,
             save_all=True, append_images=frames[1:],
             duration=[150] * (len(frames) - 1) + [3000]), mode="wb")  # milliseconds
+    return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
+        for line in chosen if line["step"] == 0 or line is chosen[-1]])
 
 
 def stack(images, columns=1):
     """Some PIL images as one, `columns` per row; the largest width and height set the cells."""
     width, height = max(i.width for i in images), max(i.height for i in images)
-    rows = math.ceil(len(images) / columns)
-    whole = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
+    size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
+    whole = Image.new("RGB", size, "white")
     for k, image in enumerate(images):
         whole.paste(image, (k % columns * width, k // columns * height))
     return whole
@@ -931,8 +853,7 @@ BAR, ROW = 264, 24  # pixels: the width of a bar, the height of a row
 
 def switches_picture(switches, title):
     """What every layer chose, as a PIL image: bars for modes; squares for depths, black: always.
-
-    switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
+    switches: as SwitchShares.shares returns them.
     """
     layers = len(switches["modes"])
     image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
@@ -948,8 +869,7 @@ def switches_picture(switches, title):
             x += BAR * share
         for share in switches["depths"][layer][modality]:
             x += ROW
-            grey = f"hsl(0, 0%, {100 - 100 * share}%)"
-            draw.rectangle([x, y, x + 20, y + 20], grey, "grey")
+            draw.rectangle([x, y, x + 20, y + 20], f"hsl(0, 0%, {100 - 100 * share}%)", "grey")
     return image
 
 
@@ -957,13 +877,10 @@ def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
     p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets a switches.gif")
-    p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
-        "default: switches.png in the first folder")
+    p.add_argument("-o", "--out", type=Path, help="picture of all; None: first RUN/switches.png")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
     save_png(out, stack([draw_switches(folder) for folder in args.runs]))
-    for folder in args.runs:
-        write_gif(folder)
     print(out)
 
 

@@ -515,7 +515,7 @@ def test_the_moving_picture_of_the_largest_model_stays_under_300_kilobytes(tmp_p
         modes, *depths = (torch.softmax(x / tau, dim=-1).tolist() for x in logits)
         train.record(SimpleNamespace(out=tmp_path), step=step, temperature=tau,
             mixture={"modes": modes, "depths": depths})
-    train.write_gif(tmp_path)
+    train.draw_switches(tmp_path)
     path = tmp_path / "switches.gif"
     assert Image.open(path).n_frames == 30 and path.stat().st_size <= 300_000
 
