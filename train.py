@@ -763,8 +763,8 @@ def check_fits(checkpoint, store, *more):
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line. Another run's folder is renamed, to the first
-    free name. On resume, lines of metrics.jsonl after step `first` go: the run writes them again.
+    """Make a run's folder, rename another run's to the first free name, print the opening line. On
+    resume, lines of metrics.jsonl after step `first` are dropped: the run writes them again.
     """
     if RANK > 0:
         return
@@ -869,7 +869,8 @@ def switches_picture(switches, title):
             x += BAR * share
         for share in switches["depths"][layer][modality]:
             x += ROW
-            draw.rectangle([x, y, x + 20, y + 20], f"hsl(0, 0%, {100 - 100 * share}%)", "grey")
+            grey = f"hsl(0, 0%, {100 - 100 * share}%)"
+            draw.rectangle([x, y, x + 20, y + 20], grey, "grey")
     return image
 
 
