@@ -339,10 +339,6 @@ class Task(torch.utils.data.Dataset):
         """The score in the printed line: the task's first."""
         return f"held-out {next(iter(scores.values())):.3f}"
 
-    def about(self):
-        """What `ask` needs besides weights, vocabulary and regions."""
-        return {"labels": self.labels}
-
 
 class VQA(Task):
     """questions about pictures, answered from a vocabulary of answers [VQA v2]
@@ -538,7 +534,10 @@ class Retrieval(Task):
         images, own = images_of(items)
         own = torch.tensor(own)
         ks = (1, 5, 10)
-        self.scores = self.score_matrix(model, [item["text"] for item in items], images, tau)
+        # No store has an image "": for a blind model it stands for every image.
+        shown = [""] * len(images) if self.blind else images
+        self.scores = match_scores(model, self.store, self.tokenizer,
+            [item["text"] for item in items], shown, self.max_tokens, tau)
         recalls = recall_at(self.scores, own, ks)
         if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
             folds = []
@@ -549,18 +548,6 @@ class Retrieval(Task):
         best = self.scores.argmax(dim=1).tolist()
         predictions = [item | {"found": images[k]} for item, k in zip(items, best)]
         return recalls, predictions, self.predict(model, items, tau)[1]
-
-    def score_matrix(self, model, texts, images, tau, block=100):
-        """(texts, images) scores, computed by blocks of images that fit in a batch.
-
-        No store has an image "": for a blind model it stands for every image.
-        """
-        images = [""] * len(images) if self.blind else images
-        columns = []
-        for k in progress(range(0, len(images), block), "scoring"):
-            columns.append(match_scores(model, self.store, self.tokenizer, texts,
-                images[k : k + block], self.max_tokens, tau))
-        return torch.cat(columns, dim=1)
 
     def describe(self, item, prediction):
         """(image to show, boxes, lines, right) of an example; shows the image that was found."""
@@ -857,7 +844,7 @@ def ask(args):
 
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
     saved = load_checkpoint(path, *TASKS)
-    task, labels, store = TASKS[saved["task"]], saved["labels"], saved["store"]
+    task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
     name, weights = store["detector"], args.weights
     if name == "toy":
         weights = weights or "runs/world/detector.pt"

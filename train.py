@@ -18,8 +18,6 @@ Where this stands
           |
           +--> finetune.py, whose tasks go through the same `fit`
 
-Letters: B batch, T word pieces, R regions, F region feature, C region classes.
-
 Map of the file (* = read these first)
 
     1. Settings         flags, and what the toy run and the full run set them to
@@ -38,22 +36,21 @@ Map of the file (* = read these first)
     python train.py show runs/pretrain  draw switches.png and switches.gif again
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
-Without data it draws scenes, trains a Faster R-CNN on them, extracts regions, pretrains, and
-evaluates on held-out scenes. It prints one line per evaluation, here wrapped:
+Without data it draws scenes, trains a Faster R-CNN on them, extracts regions and pretrains. It
+prints one line per evaluation, here wrapped:
 
     step   450/900  lr 5.6e-04  tau 0.84  mlm 0.73 mrc 2.38 itm 0.41 | words 0.706  match 0.886
            | 1049 pairs/s, 29 s
 
-tau is the temperature; mlm, mrc and itm are the mean training losses since the last line. `words`
-is the share of masked word pieces that are predicted correctly, `match` the accuracy of image-text
-matching (chance: .50), both on held-out pairs with hard switches.
+tau is the temperature; mlm, mrc and itm are mean training losses since the last line. `words` is
+the share of masked word pieces predicted right, `match` the accuracy of image-text matching
+(chance: .50), both on held-out pairs with hard switches.
 
 A run is a function of its settings: the pairs of a batch, their masks, and the noise of dropout and
 switches depend on (seed, epoch, step) and on no hidden state. That is why a killed run resumes bit
 for bit, and why 1, 2 or 8 processes train on the same batches.
 
-Assumptions and deviations: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates), D2
-(the toy run's sizes, learning rate and annealing).
+Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
 
 import argparse
@@ -68,7 +65,8 @@ import sys
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
 # Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
@@ -90,9 +88,9 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
-# Two tables of defaults. FULL is the paper's [supp. 2] and, where it is silent, VOLTA's (A7). The
-# toy run is DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its
-# floor, 0.2; None means the paper's rate, 1e-6 per pair (A5).
+# FULL holds the paper's defaults [supp. 2] and, where it is silent, VOLTA's (A7). The toy run is
+# DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its floor, 0.2;
+# None means the paper's rate, 1e-6 per pair (A5).
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
@@ -104,21 +102,19 @@ def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
         "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", type=Path, default=Path("data") if Path("data").is_dir() else None,
-        help="folder with features/ and captions; None: the toy world")
-    p.add_argument("--switches", default="learned", help="learn both switches, or one of them: "
+    flag(p, "--data", Path, Path("data") if Path("data").is_dir() else None,
+        "folder with features/ and captions; None: the toy world")
+    flag(p, "--switches", str, "learned", "learn both switches, or one of them: "
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
-    p.add_argument("--bert", type=Path, help="Hugging Face BERT folder to start from; None: bert/ "
-        "in the data folder, if it exists")
+    flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: DATA/bert, if any")
     add_run_flags(p, Path("runs/pretrain"))
     return parse_settings(p, argv, lambda args: FULL if args.data else TOY, "pretraining")
 
 
 def add_run_flags(p, out):
     """Add the flags that all trainings share. parse_settings fills in those that are None."""
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     flag(p, "--out", Path, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
@@ -130,110 +126,100 @@ def add_run_flags(p, out):
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
     flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, same result")
     flag(p, "--workers", NATURAL, 0, "loading processes per process")
-    flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Use 1 on a busy "
-        "machine: one thread without a core makes every operation wait")
+    flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32",
-        help="of matrix products; softmax, losses and gates stay in fp32")
+    p.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32",
+        choices=["bf16", "fp32"], help="of matrix products; softmax, losses, gates stay in fp32")
 
 
 def parse_settings(parser, argv, defaults_of, task, subparser=None):
-    """(settings, checkpoint) of a command line; checkpoint is None without --resume.
-
-    defaults_of(args) -> dict: the defaults, which depend on --data. With --resume the run's FIXED
-    settings replace them; a flag that contradicts one raises BadInput. A first parse, without
-    --help, finds what the defaults depend on, so that --help shows those that apply.
+    """(settings, checkpoint) of a command line; checkpoint is None without --resume. With --resume
+    the run's FIXED settings replace defaults_of(args), which depend on --data; a flag that
+    contradicts one raises BadInput. The first parse finds what the defaults depend on, without
+    --help, which then shows those that apply.
     """
-    plain = [word for word in argv if word not in ("-h", "--help")]
-    owner, checkpoint, saved = subparser or parser, None, {}
-    owner.set_defaults(**defaults_of(parser.parse_args(plain)))
-    known = parser.parse_args(plain)
-    if known.resume:
-        checkpoint = load_checkpoint(known.out / "checkpoint.pt", task)
+    first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    checkpoint, saved = None, {}
+    if first.resume:
+        checkpoint = load_checkpoint(first.out / "checkpoint.pt", task)
         saved = checkpoint["settings"]
-        owner.set_defaults(**saved)
+    (subparser or parser).set_defaults(**(defaults_of(first) | saved))
     args = parser.parse_args(argv)
     for key, value in saved.items():
-        if getattr(args, key) != value:
-            name = key.replace("_", "-")
-            raise BadInput(f"--{name} {getattr(args, key)}: the run that is resumed has {value}; "
-                "leave the flag out, or start a new run with another --out")
+        given = getattr(args, key)
+        if given != value:
+            raise BadInput(f"--{key.replace('_', '-')} {given}: the run that is resumed has "
+                f"{value}; leave the flag out, or start a new run with another --out")
     return args, checkpoint
 
 
 # --- 2. Pretraining -------------------------------------------------------------------------------
 #
-# The whole run, and the task that `fit` trains in it. The model predicts masked words, the classes
-# of masked regions, and whether a caption belongs to its image. Often only the picture shows which
-# word is masked: that teaches the switches to look there.
+# The model predicts masked words, the classes of masked regions, and whether a caption belongs to
+# its image. Often only the picture shows which word is masked: so the switches learn to look there.
 
 
 def pretrain(args, checkpoint=None):
-    """A pretraining run from start to end. Returns its scores, or None if it was stopped.
-
-    args, checkpoint: as parse_args returns them. Scores: held-out losses (mlm, mrc, itm) and shares
-    from 0 to 1 (words, match, image R@1 ...).
+    """A pretraining run from start to end. Returns held-out losses (mlm, mrc, itm) and shares, 0 to
+    1 (words, match, image R@1 ...), or None if it was stopped. For args, checkpoint see parse_args.
     """
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. Regions, captions and words: made for the toy world, or read from the folder.
-    data = load_data(args.data, args.limit)
-
+    data = load_data(args.data)
     # 2. The task: its examples, model, losses and evaluation. Then training.
     task = Pretraining(args, data, checkpoint)
     scores = fit(args, task, checkpoint)
     if scores is None:
         return None
-
     # 3. What has it learned? Retrieval without training for it, on held-out images.
     if not args.blind:
         scores |= zero_shot(task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
-    say(f"{args.out}: " + ", ".join(name for name in RECORD if (args.out / name).exists()))
+    say(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
     say(f"done in {time.time() - started:.0f} s")
     return scores
 
 
 class Pretraining:
-    """Masked words, masked regions and matching, on captions: a task for `fit`. [supp. 1]
-
-    data: a Data. checkpoint: the run to resume, or None for a new model, which starts from BERT if
-    --bert or the data folder has one. Raises BadInput if data and checkpoint do not fit together.
+    """Masked words, masked regions and matching, on captions: a task for `fit` [supp. 1].
+    checkpoint: the run to resume, or None for a new model, from BERT if there is one.
     """
 
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
     clip, weight_decay, initial_temperature = 5.0, 0.01, 5.0  # A7, supp. 2
     gate_rate, evaluates_at_start = 0.1, False  # A10
-    collate = staticmethod(collate)
+    collate, labels = staticmethod(collate), None
 
     def __init__(self, args, data, checkpoint=None):
-        self.store, self.tokenizer = data.store, data.tokenizer
-        pairs = functools.partial(
-            PretrainingDataset, data.store, tokenizer=data.tokenizer, blind=args.blind)
-        self.examples = pairs(captions=data.captions, seed=args.seed)
+        store, captions, held_out, tokenizer = data
+        self.store, self.tokenizer = store, tokenizer
+        self.examples = PretrainingDataset(store, captions[: args.limit], tokenizer, seed=args.seed,
+            blind=args.blind)
         # Words and regions are evaluated on masked pairs, matching on unmasked ones.
-        held_out = functools.partial(pairs, captions=data.held_out_captions, seed=args.seed + 1,
-            name="held-out captions")
-        self.masked, self.whole = held_out(), held_out(masking=False)
+        self.masked, self.whole = (PretrainingDataset(store, held_out, tokenizer,
+            seed=args.seed + 1, blind=args.blind, masking=masking, name="held-out captions")
+            for masking in (True, False))
         for why, count in self.examples.skipped.items():
             if count:
                 say(f"left out: {count} captions {why}")
-        if not data.store.num_region_classes:
-            say(f"{data.store.folder} has no class distributions: training without MRC")
-        if checkpoint:
-            check_fits(checkpoint, data.store, data.tokenizer, ("num_region_classes",))
-            config = SwitchBertConfig(**checkpoint["config"])
-        else:
-            with reading(f"--switches {args.switches}", "a setting of the switches"):
-                config = model_config(args.model, data.store, data.tokenizer, args.switches)
+        if not store.num_region_classes:
+            say(f"{store.folder} has no class distributions: training without MRC")
+        with reading(f"--switches {args.switches}", "a setting of the switches"):
+            config = model_config(args.model, store, tokenizer, args.switches)
         torch.manual_seed(args.seed)
         self.model = SwitchBertForPretraining(config)
-        bert = args.bert or (args.data and args.data / "bert")
-        if bert and not checkpoint and (args.bert or bert.is_dir()):
+        if checkpoint:
+            check_fits(checkpoint, store, "num_region_classes")
+            if checkpoint["vocab"] != tokenizer.pieces:
+                raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the "
+                    "captions that it was trained with")
+        elif args.bert or args.data and (args.data / "bert").is_dir():
+            bert = args.bert or args.data / "bert"
             with reading(bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, bert)  # A6
             say(f"started from {bert}; new in this model: {len(missing)} parameters; not used of "
@@ -242,8 +228,7 @@ class Pretraining:
     @staticmethod
     def counts(batch):
         """(3,): predicted words, predicted regions, pairs."""
-        places = ("mlm_labels", "mrc_positions", "itm_labels")
-        return torch.tensor([float(len(batch[name])) for name in places])
+        return torch.tensor([len(batch[k]) for k in ("mlm_labels", "mrc_positions", "itm_labels")])
 
     @staticmethod
     def sums(model, batch, tau):
@@ -262,21 +247,16 @@ class Pretraining:
         """The scores of the printed line: shares of words and of pairs that are right, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
-    def about(self):
-        """What finetuning needs besides weights, vocabulary and regions: nothing."""
-        return {}
-
 
 def model_config(size, store, tokenizer, switches):
     """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
     # matching was learned only after 450 steps, with .05 after 225.
-    small = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
         intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05)
-    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches,
-        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes,
-        **(small if size == "small" else {}))
+        attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
+    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **sizes,
+        region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
@@ -284,24 +264,22 @@ def model_config(size, store, tokenizer, switches):
 # `fit` does all training in this project. A task is a plain object:
 #
 #     name, unit, loss_names             its names in what is printed and recorded
-#     examples, model, collate           a data set, a module, what makes a batch of examples;
-#                                        examples.lengths (N,): their lengths, to sort by
+#     examples, model, collate           a data set with lengths (N,), to sort by; a module; what
+#                                        makes a batch of examples
 #     counts(batch) -> (losses,)         the numbers of terms whose means the losses are
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, about()          for the checkpoint
+#     store, tokenizer, labels           for the checkpoint; labels: answers to choose from, or None
 
 
 def fit(args, task, checkpoint=None):
-    """Train a task. Returns the scores of its last evaluation, or None if it was asked to stop.
-
-    args: settings, as parse_settings returns them. checkpoint: the run to continue, or None. Raises
-    BadInput if a batch cannot be made or split (number_of_steps), or if training diverges.
+    """Train a task; for args and checkpoint see parse_settings. Returns the scores of the last
+    evaluation, or None if it was asked to stop. Raises BadInput if training diverges.
     """
     # 1. The model, AdamW, and the state of an earlier run.
     model = task.model.to(device())
-    optimizer = make_optimizer(model, args.lr, task.weight_decay, task.gate_rate)
+    optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, interval = 0, torch.zeros(len(task.loss_names) + 1)  # sums of losses, and their number
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -316,12 +294,14 @@ def fit(args, task, checkpoint=None):
         compile_layers(model)
     trained = DistributedDataParallel(
         model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
-    rate = temperature_rate(args, steps, task.initial_temperature)
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
     timed_from, timed_since = first, time.time()
+    rate = 1e-6  # at which the temperature decays per example (A5)
+    if args.anneal:  # it reaches 0.2 at this share of the run
+        rate = math.log(task.initial_temperature / 0.2) / (args.anneal * max(1, steps) * args.batch)
 
     with stop_signals() as stop_asked:
         for step in progress(range(first, steps), "training", initial=first, total=steps):
@@ -332,7 +312,7 @@ def fit(args, task, checkpoint=None):
             tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
 
             # 4. Forward and backward: this process's sums over the counts of all processes.
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             batches = [next(loader) for _ in range(args.accum)]
             losses, mixture = forward_backward(args, task, trained, batches, step, tau)
 
@@ -350,32 +330,29 @@ def fit(args, task, checkpoint=None):
                 scores, switches = task.evaluate(model)
                 means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
                 # No loss here starts above 100: a thousand means that the weights have diverged.
-                check_finite(done, {**means, **scores}, bound=1e3)
+                check_finite(done, means | scores, bound=1e3)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
-                save_checkpoint(args, task, model, optimizer, done, interval)
+                save_checkpoint(args, task, optimizer, done, interval)
                 timed_from, timed_since = done, time.time()  # evaluation is not timed
 
             # 7. Was any process asked to stop? Then all stop, and --resume continues here.
-            if done < steps and total(torch.tensor(float(stop_asked()))) > 0:
-                save_checkpoint(args, task, model, optimizer, done, interval)
+            if done < steps and total(torch.tensor(int(stop_asked()))):
+                save_checkpoint(args, task, optimizer, done, interval)
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
-    if RANK == 0:
-        write_gif(args.out)
     return scores
 
 
 # --- 4. Optimisation ------------------------------------------------------------------------------
 #
-# The pieces of a step. All random draws depend on (seed, epoch, step, part) only, so that a step is
-# the same in any number of processes and after any number of restarts.
+# All random draws depend on (seed, epoch, step, part) only, so a step is the same in any number of
+# processes and after any number of restarts.
 
 
 def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear warm-up over 10 %, then linear decay to 0.
-
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
     """
@@ -383,22 +360,9 @@ def learning_rate(step, total, peak):
     return peak * min((step + 1) / rise, (total - step) / max(1, total - rise))
 
 
-def temperature_rate(args, steps, initial, final=0.2):
-    """The temperature's decay rate r per example (A5): tau = max(0.2, initial exp(-r examples)).
-
-    With --anneal a, tau reaches `final` at share a of the run: r = log(initial / final) / (a n),
-    n = steps x batch. Without it, the paper's 1e-6: from 5 to 0.2 in 3.2 million examples.
-    """
-    if args.anneal is None:
-        return 1e-6
-    return math.log(initial / final) / (args.anneal * max(1, steps) * args.batch)
-
-
-def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
-    """AdamW with the paper's settings [supp. 2]; no decay on biases and LayerNorms (A7).
-
-    Each group has `scale`, a factor on the learning rate: .1 for gates in pretraining (A10). A gate
-    that moves fast settles on the mode that is best for a still untrained model.
+def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
+    """AdamW [supp. 2]; no decay on biases and LayerNorms (A7). Gates have a tenth of the learning
+    rate in pretraining (A10): fast ones settle on what is best for a still untrained model.
     """
     groups = {}  # (weight decay, scale) -> parameters
     for name, parameter in model.named_parameters():
@@ -406,7 +370,7 @@ def make_optimizer(model, lr, weight_decay=0.01, gate_rate=0.1):
         scale = gate_rate if "gate." in name else 1.0
         groups.setdefault((decay, scale), []).append(parameter)
     groups = [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def number_of_steps(args, num_examples):
@@ -420,34 +384,28 @@ def number_of_steps(args, num_examples):
 
 
 @functools.lru_cache(1)  # called in every step
-def epoch_batches(seed, epoch, size, examples, window=100):
-    """(batches, size) indices: the examples of an epoch, batches of similar length.
-
-    A batch is padded to its longest text. Captions have 12 word pieces on average and up to 38: in
-    random batches most of the text would be padding. So the epoch's permutation is cut into windows
-    of `window` batches, each window is sorted by length and cut into batches, and the batches are
-    shuffled. All of it depends on (seed, epoch) only, and so is the same in every process and after
-    every restart.
+def epoch_batches(seed, epoch, size, examples):
+    """(batches, size) indices: the examples of an epoch, batches of similar length. Captions have
+    12 word pieces on average and up to 38: in random batches, padded to the longest, most of the
+    text would be padding. So the epoch's permutation is cut into windows of 100 batches, each
+    window is sorted by length, and all batches are shuffled. The result depends on (seed, epoch)
+    only: it is the same in every process and after every restart.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # the rest is skipped in this epoch
-    for start in range(0, len(order), window * size):
-        part = order[start : start + window * size]
+    for part in np.split(order, range(100 * size, len(order), 100 * size)):  # views
         part[:] = part[np.argsort(examples.lengths[part], kind="stable")]
     return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
 
 
 def load_parts(args, task, first, steps):
-    """An iterator over this process's batches, `accum` per step, from step `first` on.
-
-    The batch of a step is cut into world_size x accum equal parts; process r takes parts r accum to
-    (r + 1) accum - 1, so the batch is the same for any number of processes. With --workers, other
-    processes prepare them in advance. They hold no state that a resumed run would have to restore:
-    all they need is a key, (epoch, index).
+    """An iterator over this process's batches, `accum` per step, from step `first` on. A step's
+    batch is the same for any number of processes: it is cut into world_size x accum equal parts.
+    --workers load in advance; all they need is a key, (epoch, index), so nothing is lost by a kill.
     """
     def keys():
-        """Lists of (epoch, index), one per part, in the order in which this process needs them."""
+        """Lists of (epoch, index), one per part of this process."""
         for step in range(first, steps):
             epoch, k = divmod(step, len(task.examples) // args.batch)
             batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[k]
@@ -460,17 +418,15 @@ def load_parts(args, task, first, steps):
 
 def to_device(batch):
     """The dict with its tensors on this process's device; all else is unchanged."""
-    where = device()
-    return {k: v.to(where, non_blocking=True) if torch.is_tensor(v) else v
+    return {k: v.to(device(), non_blocking=True) if torch.is_tensor(v) else v
         for k, v in batch.items()}
 
 
 def forward_backward(args, task, model, batches, step, tau):
-    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares).
-
-    A mean is over all that is predicted in the *whole* batch. Processes and parts hold different
-    numbers of masked places, so a mean of their means would weight places unequally, and depend on
-    the number of processes: their sums are divided by the common count instead.
+    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares). A
+    mean is over all that is predicted in the *whole* batch. Parts hold different numbers of masked
+    places, so a mean of their means would weight places unequally, and depend on the number of
+    processes: sums are divided by the common count instead.
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
@@ -478,12 +434,11 @@ def forward_backward(args, task, model, batches, step, tau):
         # The noise of dropout and switches depends on the part, not on its process.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
         torch.manual_seed(int(seed))
-        # Processes exchange gradients once per step, after their last part.
-        wait = WORLD_SIZE > 1 and batch is not batches[-1]
-        with (model.no_sync() if wait else contextlib.nullcontext(), torch.autocast(
-                device().type, torch.bfloat16, enabled=args.precision == "bf16")):
+        # DistributedDataParallel exchanges gradients once per step, after a process's last part.
+        model.require_backward_grad_sync = batch is batches[-1]
+        with torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16"):
             part, out = task.sums(model, to_device(batch), tau)
-            # DistributedDataParallel averages gradients over processes; we need their sum.
+            # It averages them over processes; we need their sum.
             (WORLD_SIZE * (part / counts.to(part)).sum()).backward()
         sums += part.detach()
         mixture.add(out)
@@ -491,13 +446,9 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile a model in place, layer by layer, and return it.
-
-    The code of one layer serves all twelve and compiles in a minute; the whole model takes several.
-    """
+    """Compile a model's layers, which share their code: a minute; the whole model takes several."""
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
-    return model
 
 
 def check_finite(step, numbers, bound=math.inf):
@@ -511,110 +462,103 @@ def check_finite(step, numbers, bound=math.inf):
 # --- 5. Evaluation --------------------------------------------------------------------------------
 #
 # Switches are hard unless a temperature is given: this measures the model that will be used,
-# without noise. Processes share the work in whole batches, so the padding of a batch, and with it
-# the rounding, is the same for any number of processes. Batches hold examples of similar length.
+# without noise. Processes share the work in whole batches of similar length, so the padding of a
+# batch, and with it the rounding, is the same for any number of processes.
 
 
 def share_of(lengths, batch_size=200):
     """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
-    starts = range(RANK * batch_size, len(order), WORLD_SIZE * batch_size)
-    return [order[start : start + batch_size] for start in starts]
+    return np.split(order, range(batch_size, len(order), batch_size))[RANK::WORLD_SIZE]
 
 
 class SwitchShares:
     """What the switches chose, as shares of all samples: add outputs, then call shares()."""
 
     def __init__(self, config):
-        layers = range(config.num_hidden_layers)
-        modes, depths = torch.zeros(len(layers), 2, 3), [torch.zeros(2, l + 1) for l in layers]
-        self.sums = [part.to(device()) for part in (modes, *depths)]
+        layers, where = config.num_hidden_layers, device()
+        self.sums = [torch.zeros(layers, 2, 3, device=where)]  # modes, then depths by layer
+        self.sums += [torch.zeros(2, l + 1, device=where) for l in range(layers)]
 
     def add(self, out):
         """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
         for kept, new in zip(self.sums, (out.modes, *out.depths)):
-            kept += new.detach().sum(dim=0)
+            kept += new.detach().sum(0)
 
     def shares(self):
-        """{"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, as lists. Text is first.
-
-        Every process must call it: it sums over all of them.
-        """
-        sums = [total(part) for part in self.sums]  # a switch's options sum to the samples' number
-        modes, *depths = [(part / part.sum(dim=-1, keepdim=True)).tolist() for part in sums]
+        """{"modes": (layers, 2, 3), "depths": per layer (2, l+1)}; every process must call it."""
+        # The options of a switch sum to the number of samples.
+        modes, *depths = [(part / part.sum(-1, keepdim=True)).tolist()
+            for part in map(total, self.sums)]
         return {"modes": modes, "depths": depths}
 
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size=200):
-    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts.
-
-    A loss is a mean over predicted words, predicted regions, or pairs; words and match are the
-    shares of words and of pairs predicted correctly. The model is left in training mode.
-    """
+    """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         out = model(**to_device(collate([dataset[i] for i in part])))
-        # Eight numbers: three sums of losses, two counts of hits, and the three counts of places.
+        # Eight numbers: three sums of losses, hits among words and pairs, three counts of places.
         found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
     model.train()
     sums, counts = total(found).split([5, 3])
-    # mlm and words are means over predicted words, mrc over regions, itm and match over pairs.
+    # mlm and words are means over masked words, mrc over masked regions, itm and match over pairs.
     means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
     return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
 
-def zero_shot(task, most=100):
-    """Recalls with the pretrained matching head: one caption for each of `most` held-out images."""
+def zero_shot(task):
+    """Recalls with the pretrained matching head: one caption for each of 100 held-out images."""
     # Reversed, so that a dict keeps the first caption of each image.
     first = dict(reversed(task.whole.captions))
-    ids, model = sorted(first)[:most], task.model
-    ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict()).to(device())
-    texts = [first[image_id] for image_id in ids]
-    scores = match_scores(ranker, task.store, task.tokenizer, texts, ids)
+    ids, texts = zip(*sorted(first.items())[:100])
+    ranker = SwitchBertForRetrieval.from_pretraining(task.model.config, task.model.state_dict())
+    scores = match_scores(ranker.to(device()), task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
 
 @torch.no_grad()
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
-    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
-
-    Every pair goes through the model; a batch is some texts of similar length with all images, up
-    to 200 pairs, or one text with all images. Images are padded and sent to the device once. The
-    processes share the texts. temperature: as in the model, None for hard switches.
+    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval. Every pair
+    goes through the model. A block of 100 images is padded and sent to the device once; a batch is
+    all of them with some texts of similar length, up to 200 pairs. The processes share the texts.
+    An id that the store lacks is an image without regions, as a blind model sees it.
     """
     model.eval()
-    no_words, no_regions = dict(input_ids=np.zeros(0, int)), region_inputs(store, None)
-    images = [region_inputs(store, store.row(image_id)) | no_words for image_id in image_ids]
-    words = [no_regions | dict(input_ids=np.array(tokenizer.encode(text, max_tokens)))
-        for text in texts]
-    n, regions = len(images), to_device(model_inputs(images))
-    scores = torch.zeros(len(texts), n, device=device())
-    for part in share_of([len(text["input_ids"]) for text in words], max(1, 200 // n)):
-        inputs = to_device(model_inputs([words[i] for i in part]))
-        for name in ("input_ids", "text_mask"):
-            inputs[name] = inputs[name].repeat_interleave(n, dim=0)  # (k n, T)
-        for name in ("region_features", "region_boxes", "region_mask"):
-            inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
-        found, _ = model(**inputs, temperature=temperature)
-        scores[part] = found.view(len(part), n)
+    empty = dict(region_inputs(store, None), input_ids=np.zeros(0, int))
+    words = [empty | {"input_ids": np.array(tokenizer.encode(t, max_tokens))} for t in texts]
+    lengths = [len(text["input_ids"]) for text in words]
+    scores = torch.zeros(len(texts), len(image_ids), device=device())
+    for start in progress(range(0, len(image_ids), 100), "scoring"):
+        images = [empty | region_inputs(store, store.row(image_id))
+            for image_id in image_ids[start : start + 100]]
+        n, regions = len(images), to_device(model_inputs(images))
+        for part in share_of(lengths, max(1, 200 // n)):
+            inputs = to_device(model_inputs([words[i] for i in part]))
+            for name, tensor in inputs.items():
+                if "region" in name:
+                    inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
+                else:
+                    inputs[name] = tensor.repeat_interleave(n, dim=0)  # (k n, T)
+            found, _ = model(**inputs, temperature=temperature)
+            scores[part, start : start + n] = found.view(len(part), n)
     return total(scores)
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
     """Share of queries whose right answer is among the k best: {'image R@1': .., 'text R@1': ..}.
-
-    scores (texts, images); image_of_text (texts,): the index of each text's image; an image may
-    have several texts. "image" finds the image of a text, "text" any text of an image. Ties count
-    against the model: one that scores all pairs alike has recall 0, not 1.
+    scores (texts, images); image_of_text (texts,): the index of each text's image. "image" finds
+    the image of a text, "text" any text of an image. Ties count against the model: one that scores
+    all pairs alike has recall 0, not 1.
     """
     wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
     right, recalls = scores.masked_fill(wrong, -math.inf), {}
     for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
-        best = right.amax(dim=candidates, keepdim=True)
-        rank = ((scores >= best) & wrong).sum(dim=candidates)  # 0 is best
+        best = right.amax(candidates, keepdim=True)
+        rank = ((scores >= best) & wrong).sum(candidates)  # 0 is best
         for k in ks:
             recalls[f"{name} R@{k}"] = (rank < k).float().mean().item()
     return recalls
@@ -628,44 +572,32 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
 
 
-@dataclass
-class Data:
-    """What a run trains on: regions, pairs as (image id, text), and the words."""
-
-    store: FeatureStore
-    captions: Captions
-    held_out_captions: Captions
-    tokenizer: WordPiece
+# What a run trains on: regions (a FeatureStore), training and held-out pairs (image id, text) as
+# Captions or a list, and words (a WordPiece).
+Data = namedtuple("Data", "store captions held_out_captions tokenizer")
 
 
-def load_data(folder, limit=None):
-    """The Data of a folder, or of the toy world if it is None; at most `limit` training captions.
-
-    A folder holds features/ (a store), captions (*.tsv, *.json, or folders written by img2dataset,
-    any number), and a vocabulary, vocab.txt or bert/vocab.txt. Without either, one is built from
-    the captions: the same captions give the same words, so a run can be resumed.
+def load_data(folder):
+    """The Data of a folder, or of the toy world if it is None. A folder holds features/ (a store),
+    captions (*.tsv, *.json, or folders written by img2dataset, any number), and a vocabulary,
+    vocab.txt or bert/vocab.txt. Without either, one is built from the captions: the same captions
+    give the same words, so a run can be resumed.
     """
     if folder is None:
-        with first_process_first():
-            data = toy_world()
-    else:
-        store, (training, held_out) = FeatureStore(folder / "features"), split_captions(folder)
-        files = [p for p in (folder / "vocab.txt", folder / "bert" / "vocab.txt") if p.exists()]
-        words = files[0] if files else build_vocab(text for _, text in training)
-        data = Data(store, training, held_out, WordPiece(words))
-    data.captions = data.captions[:limit]
-    return data
+        return toy_world()
+    store, (training, held_out) = FeatureStore(folder / "features"), split_captions(folder)
+    files = [*folder.glob("vocab.txt"), *folder.glob("bert/vocab.txt")]
+    words = files[0] if files else build_vocab(text for _, text in training)
+    return Data(store, training, held_out, WordPiece(words))
 
 
 def split_captions(folder):
-    """(training, held-out) captions of all files in a folder.
-
-    Held out are the `val` captions of files with splits; without any, those of 1 % of the images
-    (at least 5): the ones with the smallest crc32 of their ids, independent of the files and their
-    order. At most 1,000 captions.
+    """(training, held-out) captions of all files in a folder. Held out are 1,000 `val` captions of
+    files with splits; without any, captions of the 1 % of images, at least 5, whose ids have the
+    smallest crc32: that does not depend on the order of files.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".tsv", ".json") or (
-        p.is_dir() and p.name not in ("features", "bert") and any(p.rglob("*.txt"))))
+    files = sorted(path for path in folder.iterdir() if path.name != "bert" and (
+        path.suffix in (".tsv", ".json") or any(path.glob("**/*.txt"))))
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
@@ -679,39 +611,34 @@ def split_captions(folder):
     return training, held_out[:1000]
 
 
-def toy_world(folder=Path("runs/world"), num_scenes=3600):
-    """Data of the toy world; trains the detector and fills the feature store if they are missing.
-
-    A scene's id is its number, which is also its seed; held-out scenes have other numbers than all
-    scenes that the detector or the model is trained on.
+def toy_world():
+    """Data of the toy world; trains the detector and fills the feature store if they are missing. A
+    scene's id is its number, which is also its seed. No model is trained on held-out scenes.
     """
-    training = range(TRAIN_SCENES, TRAIN_SCENES + num_scenes)
+    training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
-    features = folder / f"features-{num_scenes}"
-    if not FeatureStore.is_complete(features):
-        from extract_features import extract_scenes, toy_detector  # a store needs no torchvision
-
-        detector = toy_detector(folder / "detector.pt", training)
-        extract_scenes(detector, [*training, *held_out], features)
+    features = Path("runs/world/features-3600")
+    with first_process_first():
+        if not FeatureStore.is_complete(features):
+            from extract_features import extract_scenes, toy_detector  # needs torchvision
+            detector = toy_detector(features.with_name("detector.pt"), training)
+            extract_scenes(detector, [*training, *held_out], features)
     # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
     texts = []
     for scene in map(Scene, training[:1000]):
         texts += scene.captions()
         texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
         texts += [expression for expression, _, _ in scene.expressions()]
-
-    def captions(numbers, count):
-        return Captions((n, text) for n in numbers for text in Scene(n).captions(count))
-
-    return Data(FeatureStore(features), captions(training, 4), captions(held_out, 2),
+    return Data(FeatureStore(features),
+        [(n, text) for n in training for text in Scene(n).captions(4)],
+        [(n, text) for n in held_out for text in Scene(n).captions(2)],
         WordPiece(build_vocab(texts)))
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
 #
-# One process per GPU, all running the same code on their own parts of each batch. torchrun
-# starts them, for --gpus as well, and sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-# MASTER_PORT. Skip this section on a first reading.
+# One process per GPU, all running the same code on their own parts of each batch. torchrun starts
+# them, for --gpus as well, and sets RANK, LOCAL_RANK and WORLD_SIZE. Skip this on a first reading.
 
 
 def launch(args, work):
@@ -728,10 +655,9 @@ def launch(args, work):
         result = work()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-        # Gloo's threads live on; if one still runs while the interpreter shuts down, the process
-        # aborts although all is done. So it exits here, after the usual cleanup.
+        # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
+        # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
         os._exit(0)
     return result
 
@@ -769,55 +695,49 @@ def first_process_first():
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM and Ctrl-C only ask to stop.
-
-    Yields a function: was it asked? No step is interrupted, so that the saved state is that of an
-    undisturbed run. If the process that started this one ends (a killed launcher), that asks too.
+    """In this block SIGTERM, Ctrl-C and the end of the parent process only ask to stop: no step is
+    interrupted, so the saved state is that of an undisturbed run. Yields a function: was it asked?
     """
-    signalled, parent = [], os.getppid()
-    before = {number: signal.signal(number, lambda *_: signalled.append(True))
-        for number in (signal.SIGTERM, signal.SIGINT)}
+    asked, parent, numbers = [], os.getppid(), (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, lambda *_: asked.append(True))
     try:
-        yield lambda: bool(signalled) or os.getppid() != parent
+        yield lambda: bool(asked) or os.getppid() != parent
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)  # as `run` has set them
 
 
 # --- 8. The record --------------------------------------------------------------------------------
 #
-# metrics.jsonl has one JSON object per line, of two kinds. At most thirty per run hold the mixture
-# of the switches in training at that step: the frames of switches.gif. One per evaluation holds
-# losses, held-out scores, and what the switches chose: switches.png draws the last one.
+# metrics.jsonl has two kinds of lines. At most thirty hold the mixture of the switches in training
+# at that step: the frames of switches.gif. One per evaluation holds losses, held-out scores, and
+# what the switches chose: switches.png draws the last one.
 #
 #     {"step": 30, "temperature": 4.46, "mixture": {"modes": ..., "depths": ...}}
 #     {"step": 450, "examples": 28800, "lr": 5.6e-4, "temperature": 0.84, "per_second": 872,
 #         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
 #         "switches": {"modes": ..., "depths": ...}, "seconds": 71}      as in SwitchShares.shares
 
-RECORD = ("checkpoint.pt", "metrics.jsonl", "config.json", "switches.png", "switches.gif")
 CHECKPOINT_FORMAT = "switchbert-4"
 
 
-def save_checkpoint(args, task, model, optimizer, step, interval):
-    """All that a resumed run, finetuning or a reader needs; torch.load(weights_only=True) reads it.
-
-    model, optimizer, step and interval (losses since the last evaluation) are the run's state,
-    settings (the FIXED ones) define how it continues, config, vocab and store what the model fits.
-    No state of a random generator is needed: every step seeds its own.
+def save_checkpoint(args, task, optimizer, step, interval):
+    """All that a resumed run, finetuning or a reader needs: the run's state (interval: the losses
+    since the last evaluation), its settings, and what the model fits. No state of a random
+    generator is needed: every step seeds its own.
     """
     if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
-            "settings": {k: v for k, v in vars(args).items() if k in FIXED},
-            "config": asdict(model.config), "vocab": task.tokenizer.pieces,
-            "store": task.store.meta, "model": model.state_dict(), "interval": interval,
-            "optimizer": optimizer.state_dict(), **task.about()}
+            "settings": {key: vars(args)[key] for key in FIXED if key in args},
+            "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
+            "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
+            "interval": interval, "optimizer": optimizer.state_dict()}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
 def load_checkpoint(path, *tasks):
     """A checkpoint of one of these tasks: a dict of plain values and tensors. Raises BadInput.
-
     torch does not verify the checksums of its file, so a flipped bit would load as another number;
     zipfile does. weights_only refuses any code that a pickle could run.
     """
@@ -826,40 +746,31 @@ def load_checkpoint(path, *tasks):
             if broken := file.testzip():
                 raise ValueError(f"{broken} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
-        if checkpoint["task"] not in tasks:
-            raise ValueError(f"it is a checkpoint of {checkpoint['task']}")
+        if checkpoint["format"] != CHECKPOINT_FORMAT or checkpoint["task"] not in tasks:
+            raise ValueError(f"it is a checkpoint of {checkpoint['task']} in format "
+                f"{checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
     return checkpoint
 
 
-def check_fits(checkpoint, store, tokenizer=None, more=()):
-    """Raise BadInput if a checkpoint was trained on other regions or words than these.
-
-    Another detector's features have another meaning, even at the same size. more: further entries
-    of store.json that must be equal.
+def check_fits(checkpoint, store, *more):
+    """Raise BadInput if a checkpoint's store differs in these entries, or `more`, of store.json:
+    another detector's features have another meaning, even at the same size.
     """
     for key in ("feature_size", "detector", *more):
-        ours, theirs = store.meta[key], checkpoint["store"][key]
-        if ours != theirs:
-            raise BadInput(f"{store.folder}: its {key} is {ours!r}, but the checkpoint was trained "
-                f"with {theirs!r}; use the store that it was trained on, or start over")
-    if tokenizer and tokenizer.pieces != checkpoint["vocab"]:
-        raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the captions "
-            "that it was trained with")
+        if store.meta[key] != checkpoint["store"][key]:
+            raise BadInput(f"{store.folder}: its {key} is {store.meta[key]!r}, but the checkpoint "
+                f"was trained with {checkpoint['store'][key]!r}; use that store, or start over")
 
 
 def begin_record(args, task, first, steps):
-    """Make a run's folder and print its opening line, in the first process only.
-
-    A folder with another run's checkpoint is renamed, to the first free name. On resume, the lines
-    of metrics.jsonl after step `first` are dropped: the run writes them again.
+    """Make a run's folder, rename another run's to the first free name, print the opening line. On
+    resume, lines of metrics.jsonl after step `first` are dropped: the run writes them again.
     """
     if RANK > 0:
         return
     out, kept = args.out, []
-    if first > 0:
-        kept = [line for line in read_metrics(out) if line["step"] <= first]
+    if first:
+        kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
         n = 1
         while Path(f"{out}-{n}").exists():
@@ -867,78 +778,63 @@ def begin_record(args, task, first, steps):
         out.rename(f"{out}-{n}")
         say(f"the run that was in {out} is now in {out}-{n}")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "metrics.jsonl",
-        lambda file: file.writelines(json.dumps(line) + "\n" for line in kept))
+    write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
         "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
-    parameters = sum(p.numel() for p in task.model.parameters())
     say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
-        f"{parameters:,} parameters, {steps} steps of {args.batch}, {args.precision}, on "
-        f"{device().type}; processes: {WORLD_SIZE}, threads: {torch.get_num_threads()}"
-        + f"; resuming after step {first}" * (first > 0))
+        f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {steps} steps of "
+        f"{args.batch}, {args.precision}, on {device().type}; processes: {WORLD_SIZE}, threads: "
+        f"{torch.get_num_threads()}"
+        f"{f'; resuming after step {first}' * (first > 0)}")
 
 
 def record(args, **line):
     """Add an object to metrics.jsonl."""
     if RANK == 0:
-        with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def report(args, task, steps, **line):
     """Print an evaluation (without losses of 0, such as MRC in a blind run), record and draw it."""
     record(args, examples=line["step"] * args.batch, **line)
-    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line.pop("losses").items() if loss)
-    say("step {step:5d}/{steps}  lr {lr:.1e}  tau {temperature:.2f}  {losses} | {headline} | "
-        "{per_second:.0f} {unit}/s, {seconds:.0f} s".format(**line, steps=steps, losses=losses,
-            headline=task.headline(line["scores"]), unit=task.unit))
+    losses = " ".join(f"{name} {loss:.2f}" for name, loss in line["losses"].items() if loss)
+    say(f"step {line['step']:5d}/{steps}  lr {line['lr']:.1e}  tau {line['temperature']:.2f}  "
+        f"{losses} | {task.headline(line['scores'])} | {line['per_second']:.0f} {task.unit}/s, "
+        f"{line['seconds']:.0f} s")
     if RANK == 0:
-        save_png(args.out / "switches.png", draw_switches([args.out]))
+        save_png(args.out / "switches.png", draw_switches(args.out))
 
 
 def read_metrics(folder):
-    """The objects of a run's metrics.jsonl, in its order. Raises BadInput near a damaged line.
-
-    A last line without a newline was cut off by a kill: it is left out; a resumed run rewrites it.
+    """The objects of a run's metrics.jsonl. Raises BadInput near a damaged line, but leaves out a
+    last one without newline: a kill has cut it off, and a resumed run rewrites it.
     """
     path = folder / "metrics.jsonl"
     with reading(path, "the metrics.jsonl of a run", "line") as at:
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for at.entry, line in enumerate(whole.splitlines(), 1)]
+        lines = path.read_text().split("\n")[:-1]
+        return [json.loads(line) for at.entry, line in enumerate(lines, 1)]
 
 
-def draw_switches(folders):
-    """A picture of what every layer chose at the end of these runs, one below the other.
-
-    A finetuned run shows its start too: what did the task change? Raises BadInput without data.
+def draw_switches(folder):
+    """Write a run's switches.gif, in under 300 KB: how they closed as the temperature fell. Returns
+    a picture of what every layer chose at the end, and at the start of a finetuned run: what did
+    the task change? Raises BadInput without data.
     """
-    pictures = []
-    for folder in folders:
-        lines = [line for line in read_metrics(folder) if "switches" in line]
-        if not lines:
-            raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-        for line in lines:
-            if line["step"] == 0 or line is lines[-1]:
-                title = f"{folder}: what every layer chose after {line['step']} steps"
-                pictures.append(switches_picture(line["switches"], title))
-    return stack(pictures)
-
-
-def write_gif(folder):
-    """switches.gif: how a run's switches closed as the temperature fell, in under 300 KB."""
-    frames = []
-    for line in read_metrics(folder):
-        if "mixture" in line:
-            title = f"{folder}: step {line['step']}, temperature {line['temperature']:.2f}"
-            frames.append(switches_picture(line["mixture"], title))
-            frames[-1].thumbnail((800, 800))
+    lines = read_metrics(folder)
+    chosen = [line for line in lines if "switches" in line]
+    if not chosen:
+        raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
+    # In one fixed palette, pixels that do not change between frames compress to nothing.
+    frames = [switches_picture(line["mixture"],
+        f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}"
+        ).convert("P", dither=0) for line in lines if "mixture" in line]
     if frames:
-        # One palette, no dithering: pixels that do not change between frames compress to nothing.
-        palette = frames[-1].quantize(16)
-        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        durations = [150] * (len(frames) - 1) + [3000]  # milliseconds
-        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", save_all=True,
-            append_images=frames[1:], duration=durations, loop=0), mode="wb")
+        write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", loop=0,
+            save_all=True, append_images=frames[1:],
+            duration=[150] * (len(frames) - 1) + [3000]), mode="wb")  # milliseconds
+    return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
+        for line in chosen if line["step"] == 0 or line is chosen[-1]])
 
 
 def stack(images, columns=1):
@@ -951,67 +847,46 @@ def stack(images, columns=1):
     return whole
 
 
-LEGEND = {"intra: attends to its own modality": (66, 114, 196),
-    "inter: to the other one": (237, 125, 49), "joint: to both": (112, 173, 71),
-    "squares: how often this depth is read (0: embeddings)": (0, 0, 0)}
-CELL, ROW, BAR, LEFT, TOP = 34, 40, 260, 90, 110  # pixels
+COLOURS = ("#3366cc", "#ff6600", "#339933")  # of modes: blue, orange and green of mode P's palette
+BAR, ROW = 264, 24  # pixels: the width of a bar, the height of a row
 
 
 def switches_picture(switches, title):
-    """What every layer chose, as a PIL image: bars for modes, squares for depths.
-
-    switches: {"modes": (layers, 2, 3), "depths": for each layer (2, l+1)}, shares of the samples.
+    """What every layer chose, as a PIL image: bars for modes; squares for depths, black: always.
+    switches: as SwitchShares.shares returns them.
     """
     layers = len(switches["modes"])
-    panel = LEFT + BAR + 90 + CELL * layers  # width of one modality's panel
-    image = Image.new("RGB", (2 * panel, TOP + layers * ROW + 20), "white")
+    image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
     draw = ImageDraw.Draw(image)
     draw.font = ImageFont.load_default(13)
-    draw.text((20, 12), title, "black")
-    for k, (text, colour) in enumerate(LEGEND.items()):
-        draw.text((20 + 235 * k, 42), text, colour)
-    for modality, name in enumerate(MODALITIES):
-        left = modality * panel + LEFT
-        squares = left + BAR + 40
-        draw.text((left, TOP - 25), f"{name}: attention", "black")
-        draw.text((squares, TOP - 25), "reads depth", "black")
-        for layer in range(layers):
-            x, y = left, TOP + layer * ROW
-            draw.text((x - 70, y + 9), f"layer {layer + 1}", "black")
-            for share, colour in zip(switches["modes"][layer][modality], LEGEND.values()):
-                draw_share(draw, x, y, share * BAR, share, colour)
-                x += share * BAR
-            for depth, share in enumerate(switches["depths"][layer][modality]):
-                shade = int(255 * (1 - share))  # black: all samples read this depth
-                draw_share(draw, squares + depth * CELL, y, CELL - 3, share, (shade,) * 3)
+    draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
+        "(green)     reads depth 0, 1, ...", "black", spacing=8)
+    for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
+        x, y = 120, 56 + ROW * row + 10 * modality
+        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
+        for share, colour in zip(switches["modes"][layer][modality], COLOURS):
+            draw.rectangle([x, y, x + BAR * share, y + 20], colour)
+            x += BAR * share
+        for share in switches["depths"][layer][modality]:
+            x += ROW
+            grey = f"hsl(0, 0%, {100 - 100 * share}%)"
+            draw.rectangle([x, y, x + 20, y + 20], grey, "grey")
     return image
-
-
-def draw_share(draw, x, y, width, share, colour):
-    """A box `width` pixels wide, with its share in percent if that is above 5."""
-    draw.rectangle([x, y, x + width, y + CELL - 2], colour, "grey")
-    if share > 0.05:
-        ink = "white" if sum(colour) < 450 else "black"
-        draw.text((x + width / 2, y + CELL / 2), f"{100 * share:.0f}", ink, anchor="mm")
 
 
 def show(argv):
     """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
     p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets a switches.gif")
-    p.add_argument("-o", "--out", type=Path, help="picture of all runs, one below the other; "
-        "default: switches.png in the first folder")
+    p.add_argument("-o", "--out", type=Path, help="picture of all; None: first RUN/switches.png")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
-    save_png(out, draw_switches(args.runs))
-    for folder in args.runs:
-        write_gif(folder)
+    save_png(out, stack([draw_switches(folder) for folder in args.runs]))
     print(out)
 
 
-def main(argv=None):
+def main(argv):
     """Pretrain, or show; argv: the command line without the script's name."""
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"]:
         return show(argv[1:])
     args, checkpoint = parse_args(argv)
@@ -1019,4 +894,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(sys.argv[1:]))

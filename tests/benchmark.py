@@ -513,7 +513,8 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
 
     # 1. A step in fp32, bf16, and compiled, against a large matrix product in bf16.
     models = {name: build(make(switches=name)) for name in ("learned", "single")}
-    compiled = train.compile_layers(build(make()))
+    compiled = build(make())
+    train.compile_layers(compiled)
     half, rate = torch.bfloat16, matmul_rate(torch.bfloat16)
     steps_of = {"fp32": stepper(models["learned"], batch),
         "bf16": stepper(models["learned"], batch, dtype=half),
@@ -548,7 +549,9 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
     ends = {}
     for name, dtype in (("fp32", None), ("bf16", half)):
         model = build(make())
-        optimizer = train.make_optimizer(model, 1e-4)
+        optimizer = train.make_optimizer(model)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
         for step in range(steps):
             torch.manual_seed(step)
             stepper(model, batch, dtype=dtype)(step)

@@ -151,8 +151,8 @@ def test_recall_is_over_all_texts_and_images_in_blocks(make, pretrained):
     assert found == train.recall_at(scores, own, (1, 5, 10))
     assert [p["image_id"] for p in predictions] == [images[k] for k in own]
     assert [p["found"] for p in predictions] == [images[k] for k in scores.argmax(dim=1)]
-    torch.testing.assert_close(task.score_matrix(model, texts, images, None, block=3), scores)
-    assert not task.score_matrix(model, texts, images, 1.0).equal(scores)  # soft switches
+    task.evaluate_items(model, items, 1.0)
+    assert not task.scores.equal(scores)  # soft switches
 
 
 def test_a_blind_task_sees_no_picture(make, pretrained):
@@ -164,7 +164,7 @@ def test_a_blind_task_sees_no_picture(make, pretrained):
 
 def test_five_folds_are_five_recalls_among_a_thousand(make, monkeypatch):
     scores = torch.randn(5000, 5000) + 3 * torch.eye(5000)
-    monkeypatch.setattr(Retrieval, "score_matrix", lambda *_: scores)
+    monkeypatch.setattr(finetune, "match_scores", lambda *_: scores)
     monkeypatch.setattr(Retrieval, "predict", lambda *_: (None, None))
     items = [dict(image_id=i, text="a") for i in range(5000)]
     found = make(Retrieval).evaluate_items(None, items)[0]
@@ -420,7 +420,7 @@ def test_a_run_leaves_its_record_and_resumed_gives_the_same(
     assert run(task, "--resume") == results and not (tmp_path / f"{task}-1").exists()
     labels = train.load_checkpoint(out / "checkpoint.pt", task)["labels"]
     assert labels == (["star", "2", "blue"] if task == "vqa" else None)
-    assert all((out / name).exists() for name in train.RECORD)
+    assert all((out / name).exists() for name in ("config.json", "switches.png", "switches.gif"))
 
 
 def test_a_test_set_without_answers_gets_a_complete_submission(make, run, tmp_path, capsys):

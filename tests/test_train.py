@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from test_switchbert import bert_weights, write_bert
 
 import train
@@ -30,7 +30,7 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start = 0.1, False
-    headline, about = str, dict
+    headline, labels = str, None
     score, stop_at, not_a_number = 0.5, None, None
 
     def __init__(self, store, tokenizer):
@@ -202,7 +202,7 @@ def test_compiled_layers_compute_what_plain_ones_do_and_are_compiled_once(model,
 
 def test_gates_learn_at_a_tenth_and_biases_and_norms_do_not_decay(config):
     model = SwitchBertForPretraining(config)
-    optimizer = train.make_optimizer(model, 1e-3)
+    optimizer = train.make_optimizer(model)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     assert len(group_of) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -245,9 +245,12 @@ def pretrain(monkeypatch, data, tmp_path):
     return start
 
 
+RECORD = ["checkpoint.pt", "config.json", "metrics.jsonl", "switches.gif", "switches.png"]
+
+
 def test_pretraining_leaves_its_record(pretrain, data, tmp_path):
     scores, out = pretrain("run"), tmp_path / "run"
-    assert sorted(p.name for p in out.iterdir()) == sorted(train.RECORD)
+    assert sorted(p.name for p in out.iterdir()) == RECORD
     evaluations, mixtures = metrics(out, "losses"), metrics(out, "mixture")
     assert [e["examples"] for e in evaluations] == [28, 56]
     for found in (*(e["switches"] for e in evaluations), *(m["mixture"] for m in mixtures)):
@@ -314,7 +317,8 @@ def test_words_are_scored_on_masked_pairs_and_matching_on_whole_ones(data, monke
 
 
 def test_zero_shot_retrieval_asks_for_the_first_caption_of_each_image(data, monkeypatch):
-    data.held_out_captions = pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
+    pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
+    data = data._replace(held_out_captions=pairs)
     task = train.Pretraining(train.parse_args([])[0], data)
     monkeypatch.setattr(train, "match_scores", lambda model, store, tokenizer, texts, ids:
         torch.tensor([[float((i, text) in pairs[:3]) for i in ids] for text in texts]))
@@ -483,19 +487,23 @@ def test_flags_that_cannot_hold_are_refused(plain, flags, message):
     (dict(feature_size=2048), "feature_size is 12, .* trained with 2048"),
     (dict(detector="vg"), "detector is 'made up', .* trained with 'vg'"),
     (dict(num_region_classes=8), "classes is 7, .* with 8"), ({}, "vocabulary is not the")])
-def test_a_checkpoint_of_other_regions_or_words_is_refused(store, tokenizer, change, message):
-    checkpoint = {"store": FACTS | change, "vocab": tokenizer.pieces if change else ["x"]}
+def test_a_checkpoint_of_other_regions_or_words_is_refused(data, change, message):
+    checkpoint = {"store": FACTS | change, "vocab": data.tokenizer.pieces if change else ["x"]}
     with pytest.raises(BadInput, match=message):
-        train.check_fits(checkpoint, store, tokenizer, ["num_region_classes"])
+        train.Pretraining(train.parse_args([])[0], data, checkpoint)
 
 
-def test_the_picture_shows_each_share_as_a_length():
-    """A line of pixels through layer 1: text 25 % own and 75 % both, vision all the other."""
-    switches = {"modes": [[[0.25, 0, 0.75], [0, 1.0, 0]]], "depths": [[[1.0], [1.0]]]}
+def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
+    """Text chooses 25 % own and 75 % both, vision always the other; text reads depth 0 in 20 %."""
+    switches = {"modes": [[[1, 0, 0], [1, 0, 0]], [[0.25, 0, 0.75], [0, 1.0, 0]]],
+        "depths": [[[1.0], [1.0]], [[0.2, 0.8], [1.0, 0.0]]]}
     pixels = np.asarray(train.switches_picture(switches, "title"))
-    counts = np.stack([(pixels == c).all(axis=2).sum(axis=1) for c in [*train.LEGEND.values()][:3]])
-    own, other, both = max((row for row in counts.T.tolist() if row[1] > 100), key=sum)
-    assert (own / other, both / other) == pytest.approx((0.25, 0.75), abs=0.02)
+    colours = [ImageColor.getrgb(colour) for colour in train.COLOURS]
+    bars = np.stack([(pixels == colour).all(axis=2).sum(axis=1) for colour in colours], axis=1)
+    starts = np.flatnonzero(np.diff(bars.sum(axis=1)) > 200) + 5  # of the four rows
+    expected = np.array([[1, 0, 0], [0.25, 0, 0.75], [1, 0, 0], [0, 1, 0]])
+    assert bars[starts] == pytest.approx(expected * train.BAR, abs=2)
+    assert {(204, 204, 204), (51, 51, 51)} <= {*map(tuple, pixels.reshape(-1, 3).tolist())}
 
 
 @pytest.mark.slow
@@ -507,7 +515,7 @@ def test_the_moving_picture_of_the_largest_model_stays_under_300_kilobytes(tmp_p
         modes, *depths = (torch.softmax(x / tau, dim=-1).tolist() for x in logits)
         train.record(SimpleNamespace(out=tmp_path), step=step, temperature=tau,
             mixture={"modes": modes, "depths": depths})
-    train.write_gif(tmp_path)
+    train.draw_switches(tmp_path)
     path = tmp_path / "switches.gif"
     assert Image.open(path).n_frames == 30 and path.stat().st_size <= 300_000
 
