@@ -208,6 +208,7 @@ class Pretraining:
     name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
     clip, weight_decay, initial_temperature = 5.0, 0.01, 5.0  # A7, supp. 2
     gate_rate, evaluates_at_start = 0.1, False  # A10
+    labels = None
     collate = staticmethod(collate)
 
     def __init__(self, args, data, checkpoint=None):
@@ -262,10 +263,6 @@ class Pretraining:
         """The scores of the printed line: shares of words and of pairs that are right, 0 to 1."""
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
-    def about(self):
-        """What finetuning needs besides weights, vocabulary and regions: nothing."""
-        return {}
-
 
 def model_config(size, store, tokenizer, switches):
     """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
@@ -290,7 +287,7 @@ def model_config(size, store, tokenizer, switches):
 #     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
 #     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
 #     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, about()          for the checkpoint
+#     store, tokenizer, labels           for the checkpoint
 
 
 def fit(args, task, checkpoint=None):
@@ -581,26 +578,30 @@ def zero_shot(task, most=100):
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
     """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
 
-    Every pair goes through the model; a batch is some texts of similar length with all images, up
-    to 200 pairs, or one text with all images. Images are padded and sent to the device once. The
-    processes share the texts. temperature: as in the model, None for hard switches.
+    Every pair goes through the model, by blocks of 100 images; a batch is some texts of similar
+    length with all images of a block, up to 200 pairs. Images are padded and sent to the device
+    once. The processes share the texts. temperature: as in the model, None for hard switches.
     """
     model.eval()
     no_words, no_regions = dict(input_ids=np.zeros(0, int)), region_inputs(store, None)
-    images = [region_inputs(store, store.row(image_id)) | no_words for image_id in image_ids]
     words = [no_regions | dict(input_ids=np.array(tokenizer.encode(text, max_tokens)))
         for text in texts]
-    n, regions = len(images), to_device(model_inputs(images))
-    scores = torch.zeros(len(texts), n, device=device())
-    for part in share_of([len(text["input_ids"]) for text in words], max(1, 200 // n)):
-        inputs = to_device(model_inputs([words[i] for i in part]))
-        for name in ("input_ids", "text_mask"):
-            inputs[name] = inputs[name].repeat_interleave(n, dim=0)  # (k n, T)
-        for name in ("region_features", "region_boxes", "region_mask"):
-            inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
-        found, _ = model(**inputs, temperature=temperature)
-        scores[part] = found.view(len(part), n)
-    return total(scores)
+    columns = []
+    for start in progress(range(0, len(image_ids), 100), "scoring"):
+        images = [region_inputs(store, store.row(image_id)) | no_words
+            for image_id in image_ids[start : start + 100]]
+        n, regions = len(images), to_device(model_inputs(images))
+        scores = torch.zeros(len(texts), n, device=device())
+        for part in share_of([len(text["input_ids"]) for text in words], max(1, 200 // n)):
+            inputs = to_device(model_inputs([words[i] for i in part]))
+            for name in ("input_ids", "text_mask"):
+                inputs[name] = inputs[name].repeat_interleave(n, dim=0)  # (k n, T)
+            for name in ("region_features", "region_boxes", "region_mask"):
+                inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
+            found, _ = model(**inputs, temperature=temperature)
+            scores[part] = found.view(len(part), n)
+        columns.append(total(scores))
+    return torch.cat(columns, dim=1)
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -811,7 +812,7 @@ def save_checkpoint(args, task, model, optimizer, step, interval):
             "settings": {k: v for k, v in vars(args).items() if k in FIXED},
             "config": asdict(model.config), "vocab": task.tokenizer.pieces,
             "store": task.store.meta, "model": model.state_dict(), "interval": interval,
-            "optimizer": optimizer.state_dict(), **task.about()}
+            "optimizer": optimizer.state_dict(), "labels": task.labels}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
