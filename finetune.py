@@ -390,9 +390,7 @@ class VQA(Task):
         return np.array([table[answer] for answer in self.labels], float)
 
     def score_item(self, item, choice):
-        """(prediction, scores): official accuracy, overall and by type of answer and question; and
-        the ceiling, the accuracy of the best answer in the vocabulary.
-        """
+        """(prediction, scores): accuracy, also by type of answer and question; the best possible."""
         answer = self.labels[choice]
         prediction = {"question_id": item["question_id"], "answer": answer}
         if not item["answers"]:
@@ -564,9 +562,7 @@ class Refer(Task):
         return {"train": [*items(training, 8)], "val": [*items(held_out, 6)]}
 
     def build_model(self, config, weights):
-        """As every task's, the pooler frozen: this head reads region states, so no gradient reaches
-        the pooler, and DistributedDataParallel would wait for one.
-        """
+        """As every task's. No loss reaches the pooler: frozen, or several processes would wait."""
         model = super().build_model(config, weights)
         model.bert.pooler.requires_grad_(False)
         return model
@@ -576,7 +572,6 @@ class Refer(Task):
         without features has one region, of zeros: it overlaps nothing.
         """
         from torchvision.ops import box_iou  # the other tasks need no torchvision
-
         row = self.store.row(item["image_id"])
         boxes = np.zeros((1, 4), np.float32) if row is None else self.store[row]["boxes"]
         iou = box_iou(torch.tensor(boxes), torch.tensor([item["box"]]).float())  # (n, 1)
@@ -747,7 +742,6 @@ def draw_examples(args, task, predictions):
 def ask(args):
     """Print and draw what a finetuned model says of a text and each picture, best score first."""
     from extract_features import build_detector, picture_regions  # training needs no torchvision
-
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
     saved = load_checkpoint(path, *TASKS)
     task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
@@ -770,7 +764,7 @@ def ask(args):
         best = (labels or boxes.tolist())[logits.argmax()]  # retrieval has nothing to choose
         prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
         lines, found, _ = task.show({"image_id": picture}, prediction)
-        lines = [f"{picture}: {args.text}", *lines, f"sure: {logits.max().sigmoid():.3f}"]
+        lines = [f"{picture}: {args.text}", *lines, f"sure: {logits.max().sigmoid():.3g}"]
         replies.append((logits.max(), lines, panel(image, found, lines)))
     replies.sort(key=lambda reply: reply[0], reverse=True)
     for _, lines, _ in replies:
