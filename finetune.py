@@ -346,10 +346,9 @@ class VQA(Task):
 
     @staticmethod
     def from_folder(folder):
-        """The splits of a folder with any of VQA v2's JSON files, recognised by their content.
-
-        The subset train2014 becomes the split train. Questions without annotations keep their
-        subset's name: each has its own submission. "" + x raises BadInput unless x is text.
+        """The splits of a folder with any of VQA v2's JSON files, recognised by their content:
+        train2014 becomes train; a subset without annotations keeps its name, for a submission. "" +
+        x raises BadInput unless x is text.
         """
         asked, truths, splits = [], {}, defaultdict(list)
         for path in sorted(folder.glob("*.json")):
@@ -390,7 +389,7 @@ class VQA(Task):
         return np.array([table[answer] for answer in self.labels], float)
 
     def score_item(self, item, choice):
-        """(prediction, scores): accuracy, also by type of answer and question; the best possible."""
+        """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""
         answer = self.labels[choice]
         prediction = {"question_id": item["question_id"], "answer": answer}
         if not item["answers"]:
@@ -622,8 +621,7 @@ class PlainUnpickler(pickle.Unpickler):
 # --- 4. The run -----------------------------------------------------------------------------------
 #
 # Everything is evaluated twice. Hard switches take the best mode and depth in each layer; soft ones
-# mix all of them at temperature .2, the floor of training. If the two scores agree, closing the
-# switches costs nothing: unused depths and modes can be dropped.
+# mix all of them at temperature .2, training's floor. If both agree, closing them costs nothing.
 
 
 def finetune(args, checkpoint):
@@ -734,13 +732,15 @@ def draw_examples(args, task, predictions):
 # --- 6. Your own pictures -------------------------------------------------------------------------
 #
 # A model knows the regions of one detector. Another's features can have the same size but another
-# meaning: every answer would be wrong, without an error. So a checkpoint records its detector, and
-# that one finds the regions of your pictures.
+# meaning: every answer would be wrong, without an error. So a checkpoint records its detector.
 
 
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a finetuned model says of a text and each picture, best score first."""
+    """Print and draw what a finetuned model says of a text and each picture, the surest first.
+
+    sure: the accuracy or IoU that it expects. Retrieval compares pictures: only the order counts.
+    """
     from extract_features import build_detector, picture_regions  # training needs no torchvision
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
     saved = load_checkpoint(path, *TASKS)
