@@ -187,18 +187,24 @@ def test_referring_counts_boxes_that_overlap_by_half(make):
     assert task.overlaps({"image_id": 99, "box": (0, 0, 5, 5)})[1].tolist() == [0]
 
 
-def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path):
+def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path, monkeypatch):
     """Image 3, whose first expression is found, and image 4, whose only one is not."""
-    task, images = make(Refer), tmp_path / "images"
-    images.mkdir()
-    for name in "34":
-        Image.new("RGB", (300, 200), "blue").save(images / f"coco_val_00{name}.png")
-    predictions = scored(task, [2, 2, 2, 1])[1]
-    finetune.draw_examples(SimpleNamespace(out=tmp_path, data=tmp_path), task, predictions)
+    task, args = make(Refer), SimpleNamespace(out=tmp_path, data=tmp_path)
+    (tmp_path / "images").mkdir()
+    for name, colour in (("3", "blue"), ("4", "yellow")):
+        Image.new("RGB", (230, 230), colour).save(tmp_path / "images" / f"coco_val_00{name}.png")
+    finetune.draw_examples(args, task, scored(task, [2, 2, 2, 1])[1])
     picture = Image.open(tmp_path / "examples.png")
-    frames = [picture.getpixel((x, 7)) for x in range(7, picture.width, 250)]
-    assert frames == [(0, 128, 0), (255, 0, 0)] and picture.getpixel((125, 200)) == (0, 0, 255)
-    assert (255, 0, 255) in {colour for _, colour in picture.getcolors(10**6)}  # a box
+    assert picture.getpixel((7, 7)) == (0, 128, 0) and picture.getpixel((257, 7)) == (255, 0, 0)
+    right, wrong = ({colour for _, colour in picture.crop((x, 10, x + 230, 240)).getcolors()}
+        for x in (10, 260))  # of the boxes, which are one, magenta is on top
+    assert right == {(0, 0, 255), (255, 0, 255)}
+    assert wrong == {(255, 255, 0), (255, 255, 255), (255, 0, 255)}
+    shown = []
+    monkeypatch.setattr(
+        finetune, "picture_of", lambda i, _: shown.append(i) or Image.new("RGB", (9, 9)))
+    finetune.draw_examples(args, make(Retrieval), [{"found": "4"}] * 2)
+    assert shown == ["4"]
 
 
 @EACH_TASK
@@ -315,6 +321,7 @@ def test_training_starts_pretrained_and_its_loss_is_cross_entropy(make, kind, pr
         assert task.loss(logits, targets.masked_fill(~real, 9)).equal(loss[0])
         assert task.loss(logits * torch.nan, targets).isnan()  # so that fit sees it diverge
     torch.testing.assert_close(loss, expected[None])
+    assert task.counts(batch).tolist() == [10]
     loss.sum().backward()
     for name, parameter in model.named_parameters():  # several processes wait for each of them
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -472,12 +479,14 @@ def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkey
         Image.open(path).convert("RGB"), boxes, np.full((2, 12), Image.open(path).getpixel((0, 0)),
             np.float32), None))
 
-    def ask(task, *words, detector="made up", scale=1):
-        """The printed lines; scale: a factor on the task's head."""
+    def ask(task, *words, detector="made up", scale=1, answer=None):
+        """The printed lines; scale: a factor on the task's head; answer: one that it prefers."""
         path = tmp_path / task / "checkpoint.pt"
         saved = torch.load(path, weights_only=True)
         saved["store"]["detector"], saved["config"]["hidden_dropout_prob"] = detector, 0.5
         saved["model"]["classifier.1.weight"] *= scale
+        if answer:
+            saved["model"]["classifier.4.bias"][saved["labels"].index(answer)] += 4
         torch.save(saved, path)
         capsys.readouterr()
         finetune.main(["ask", str(tmp_path / task), *words, "--out", str(drawn)])
@@ -486,9 +495,9 @@ def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkey
 
     for task in ("vqa", "retrieval", "refer"):
         run(task, "--epochs", 1)
-    lines = ask("vqa", "a red ring", *pictures)
+    lines = ask("vqa", "a red ring", *pictures, answer="2")
     assert {lines[0], lines[3]} == {f"{picture}: a red ring" for picture in pictures}
-    assert all(re.fullmatch("  answer: (2|blue|star)", line) for line in (lines[1], lines[4]))
+    assert lines[1] == lines[4] == "  answer: 2"
     assert all(re.fullmatch(r"  sure: 0\.\d+", line) for line in (lines[2], lines[5]))
     ranked = ask("retrieval", "a red ring", *pictures, scale=1e4)  # whatever their order
     assert ranked == ask("retrieval", "a red ring", *pictures[::-1]) and ranked[4] == str(drawn)
