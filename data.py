@@ -574,10 +574,10 @@ class StoreWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._allocate(store_layout(meta), fixed | {"counts": -1})
         found, self.arrays = open_store(folder, mode="r+")
-        # A newer torch may finish what an older one began; nothing else may differ.
+        # Weights may be renamed, and older versions recorded less; nothing else may differ.
         differs = [key for key, value in (meta | fixed).items()
-            if key not in ("complete", "versions", "weights")
-            and not np.array_equal((self.arrays | found).get(key), value)]
+            if key not in ("complete", "weights")
+            and not np.array_equal((self.arrays | found).get(key, value), value)]
         if differs:
             raise BadInput(f"{folder}: holds a feature store of other images or settings (it "
                 f"differs in {', '.join(differs)}); choose another folder, or remove this one")

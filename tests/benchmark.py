@@ -438,21 +438,19 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
     proposals, pooling and head alone on the prepared pictures.
     """
     model = random_vg()
-    weights = folder / "vg.pt"  # the flags want a name; the model is given below
     (folder / "images").mkdir(exist_ok=True)
     for i in range(pictures):
         noise = np.random.default_rng(i).integers(0, 256, (38, 63, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((1000, 600)).save(folder / "images" / f"{i}.jpg")
     files = extract_features.find_pictures(folder / "images")
     images = [extract_features.pil_to_tensor(extract_features.open_picture(p)) / 255
-        for _, p in files]
+        for p in files]
     where = next(model.parameters()).device
     prepared = [model.transform([image.to(where)])[0] for image in images]
 
     @torch.no_grad()
     def network(turn):
-        with torch.autocast(where.type, extract_features.PRECISIONS[precision],
-                enabled=precision != "fp32"):
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
             for image in prepared:
                 maps = {"0": model.backbone(image.tensors)}
                 boxes, _ = model.rpn(image, maps)
@@ -460,12 +458,9 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
                 model.roi_heads.box_predictor.cls_score(model.roi_heads.box_head(pooled))
 
     def extraction(turn):
-        args = extract_features.parse_args([str(folder / "images"), "-o", str(folder / f"s{turn}"),
-            "--weights", str(weights), "--workers", "4" if where.type == "cuda" else "0",
-            "--precision", precision])
-        writer = FeatureStore.create(folder / f"{precision}{turn}", [i for i, _ in files], 36,
-            **model.about)
-        extract_features.extract_part(args, model, writer, files, None)
+        writer = FeatureStore.create(folder / f"{precision}{turn}", files, 36, **model.about)
+        extract_features.fill(writer, model, files, extract_features.load_picture, 1,
+            precision=precision, workers=4 if where.type == "cuda" else 0)
 
     seconds = take_turns({"network": network, "extraction": extraction}, rounds)
     show(f"extract, {precision}", f"600 x 1000 on {where.type}", {
@@ -563,7 +558,7 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
     # 4. Loading, extraction, and the runs themselves.
     benchmark_loading(folder, models["learned"], form)
     if pictures:
-        for precision in extract_features.PRECISIONS:
+        for precision in ("fp32", "bf16"):
             benchmark_extract(folder, pictures, 1, precision)
     for command in runs:
         start = time.perf_counter()

@@ -241,7 +241,6 @@ def make_kinds(home):
     picture = home / "pictures" / "1.png"
     picture.parent.mkdir()
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(picture)
-    listed = write("list.txt", "pictures/1.png\t1\npictures/2.png\t2\n")
 
     config = SwitchBertConfig.tiny(vocab_size=len(WORDS))
     model = SwitchBertForPretraining(config)
@@ -270,7 +269,6 @@ def make_kinds(home):
         "VQA": ([asked, answered], lambda: finetune.VQA.from_folder(home / "vqa")),
         "RefCOCO": ([refs, instances], lambda: finetune.Refer.from_folder(home / "refer")),
         "boxes": ([boxes], lambda: extract_features.read_boxes(boxes)),
-        "lists": ([listed], lambda: extract_features.find_pictures(listed)),
         "pictures": ([picture], lambda: extract_features.open_picture(picture)),
         "checkpoints": ([checkpoint], read_checkpoint), "BERT": (sorted(bert.iterdir()), read_bert)}
 

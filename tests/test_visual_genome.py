@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torchvision.models.detection.image_list import ImageList
 
 from data import BadInput
-from extract_features import (Res5Head, VGAnchors, VGTransform, build_detector, convert_vg_weights,
-    load_weights, regions)
+from extract_features import (Res5Head, VGAnchors, VGTransform, build_detector, load_weights,
+    regions)
 
 BLOCKS = {"backbone.res2": 3, "backbone.res3": 4, "backbone.res4": 23, "roi_heads.res5": 3}
 
@@ -94,7 +94,7 @@ def detector(published, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture():
-    return torch.rand(3, 61, 83, generator=torch.Generator().manual_seed(1))
+    return torch.rand(1, 3, 61, 83, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("size, prepared", [
@@ -160,7 +160,7 @@ def reference_map(x, weights):
 
 @pytest.fixture(scope="module")
 def prepared(detector, picture):
-    return detector.transform([picture])[0]
+    return detector.transform(list(picture))[0]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_features_and_classes_are_those_of_the_published_network(detector, seen,
 
 @torch.no_grad()
 def test_chunks_of_regions_give_what_all_of_them_give_together():
-    head = Res5Head(torch.nn.Conv2d(4, 6, 3, padding=1))
+    head = Res5Head(dict(layer4=torch.nn.Conv2d(4, 6, 3, padding=1)))
     pooled = torch.randn(70, 4, 14, 14)
     whole, seen = head.layer4(pooled).mean(dim=(2, 3)), []
     head.layer4.register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
@@ -230,7 +230,7 @@ def test_chunks_of_regions_give_what_all_of_them_give_together():
 
 def test_anchors_are_the_checkpoints_around_points_16_pixels_apart():
     anchors = VGAnchors()
-    anchors.cells.copy_(published_anchors())
+    anchors.cells = published_anchors()
     found = anchors(ImageList(torch.zeros(1, 3, 60, 50), [(60, 50)]), [torch.zeros(1, 9, 3, 2)])
     expected = [[16 * x + a, 16 * y + b, 16 * x + c, 16 * y + d]
         for y in range(3) for x in range(2) for a, b, c, d in published_anchors().tolist()]
@@ -281,7 +281,7 @@ def test_proposals_are_the_best_anchors_moved_clipped_and_thinned_out(
 
 @pytest.fixture(scope="module")
 def found(detector, picture):
-    return regions(detector, [picture], 36)[0]
+    return regions(detector, picture, 36)[0]
 
 
 def test_as_many_regions_are_kept_as_were_asked_for(detector, picture, found, monkeypatch):
@@ -290,25 +290,22 @@ def test_as_many_regions_are_kept_as_were_asked_for(detector, picture, found, mo
     boxes = found[0]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 83.01 and boxes[:, 3].max() <= 61.01
     monkeypatch.setitem(detector.rpn._post_nms_top_n, "testing", 3)
-    assert len(regions(detector, [picture], 36)[0][0]) == 3
+    assert len(regions(detector, picture, 36)[0][0]) == 3
 
 
 def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector, picture, found):
     boxes, features, _ = found
-    same, again, _ = regions(detector, [picture], 36, boxes=[boxes[[7, 0, 20]]])[0]
+    same, again, _ = regions(detector, picture, 36, boxes=boxes[[7, 0, 20]])[0]
     assert np.array_equal(same, boxes[[7, 0, 20]])
     np.testing.assert_allclose(again, features[[7, 0, 20]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision, tolerance", [
-    ("bf16", 0.01), pytest.param("fp16", 0.002, marks=pytest.mark.slow)])
-def test_lower_precision_changes_features_by_less_than_is_said(
-        detector, picture, precision, tolerance):
+def test_lower_precision_changes_features_by_less_than_is_said(detector, picture):
     """For given boxes, against the largest feature."""
-    boxes = [torch.tensor([[0.0, 0, 83, 61], [10, 10, 40, 50], [50, 5, 80, 25]])]
-    whole = regions(detector, [picture], 36, boxes)[0][1]
-    half = regions(detector, [picture], 36, boxes, precision)[0][1]
-    assert 0 < np.abs(half - whole).max() < tolerance * np.abs(whole).max()
+    boxes = np.float32([[0, 0, 83, 61], [10, 10, 40, 50], [50, 5, 80, 25]])
+    whole = regions(detector, picture, 36, boxes)[0][1]
+    half = regions(detector, picture, 36, boxes, "bf16")[0][1]
+    assert 0 < np.abs(half - whole).max() < 0.01 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("change, problem", [
@@ -324,4 +321,4 @@ def test_weights_that_are_not_the_detectors_are_named(published, detector, chang
     change(weights)
     monkeypatch.setattr(torch, "load", lambda *_, **__: weights)
     with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector; .*{problem}"):
-        load_weights(detector, "w.bin", "vg", convert_vg_weights)
+        load_weights(detector, "vg", "w.bin")
