@@ -240,6 +240,7 @@ class Task:
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
         self.labels = labels or self.vocabulary(splits["train"])
+        self.index = {label: i for i, label in enumerate(self.labels or [])}
 
     @staticmethod
     def vocabulary(items):
@@ -385,8 +386,10 @@ class VQA(Task):
         normalisation included. (hengyuan-hu's published targets, which most papers use, look up raw
         answers; the two differ where annotators disagree in articles or contractions.)
         """
-        table, _ = accuracy_table(item["answers"])
-        return np.array([table[answer] for answer in self.labels], float)
+        targets, (table, _) = np.zeros(len(self.labels)), accuracy_table(item["answers"])
+        for answer in table.keys() & self.index.keys():
+            targets[self.index[answer]] = table[answer]
+        return targets
 
     def score_item(self, item, choice):
         """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""
@@ -693,11 +696,13 @@ def evaluate_splits(args, task):
 #
 # A score says how often a model is right; its answers show where it is wrong.
 
+ZOOM = 4  # scenes are drawn larger for people: a circle of 14 pixels would look like a square
+
 
 def picture_of(image_id, folder):
     """A picture of the data folder's images/, or grey without one; folder None: a drawn scene."""
     if folder is None:
-        return Scene(int(image_id)).draw()
+        return Scene(int(image_id)).draw(ZOOM)
     for path in (folder / "images").rglob("*.*"):
         if canonical_id(path.name) == canonical_id(image_id):
             return Image.open(path).convert("RGB")
@@ -706,8 +711,10 @@ def picture_of(image_id, folder):
 
 def panel(image, boxes, lines, frame="white"):
     """A picture in a frame, with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
+    edge = 1 + max(image.size) // 150
     for colour, box in boxes.items():
-        ImageDraw.Draw(image).rectangle(box, outline=colour, width=1 + max(image.size) // 150)
+        outside = np.add(box, (-edge, -edge, edge, edge)).tolist()
+        ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
     image = ImageOps.expand(ImageOps.pad(image, (230, 230)), 5, frame)
     text = "\n".join(textwrap.fill(line, 40) for line in lines)
     image = ImageOps.expand(image, (5, 5, 5, 30 + 18 * text.count("\n")), "white")
@@ -720,6 +727,8 @@ def draw_examples(args, task, predictions):
     panels, shown = {"green": [], "red": []}, set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
+        if args.data is None:
+            boxes = {colour: np.multiply(box, ZOOM) for colour, box in boxes.items()}
         frame = "green" if right >= 0.5 else "red"
         image_id = prediction.get("found", item["image_id"])
         if len(panels[frame]) < 4 and image_id not in shown:

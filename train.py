@@ -168,10 +168,9 @@ def pretrain(args, checkpoint=None):
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
-    # 1. Regions, captions and words: made for the toy world, or read from the folder.
-    data = load_data(args.data)
-    # 2. The task: its examples, model, losses and evaluation. Then training.
-    task = Pretraining(args, data, checkpoint)
+    # 1. The task: its regions, captions and words, its model, losses and evaluation.
+    task = Pretraining(args, load_data(args.data), checkpoint)
+    # 2. Training.
     scores = fit(args, task, checkpoint)
     if scores is None:
         return None
@@ -596,8 +595,8 @@ def split_captions(folder):
     files with splits; without any, captions of the 1 % of images, at least 5, whose ids have the
     smallest crc32: that does not depend on the order of files.
     """
-    files = sorted(path for path in folder.iterdir() if path.name != "bert" and (
-        path.suffix in (".tsv", ".json") or any(path.glob("**/*.txt"))))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".tsv", ".json")
+        or path.name not in ("features", "bert") and any(path.glob("**/*.txt")))
     if not files:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
@@ -618,11 +617,14 @@ def toy_world():
     training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
     features = Path("runs/world/features-3600")
-    with first_process_first():
-        if not FeatureStore.is_complete(features):
-            from extract_features import extract_scenes, toy_detector  # needs torchvision
-            detector = toy_detector(features.with_name("detector.pt"), training)
-            extract_scenes(detector, [*training, *held_out], features)
+    if RANK > 0:
+        dist.barrier()  # until the first process has made them
+    if not FeatureStore.is_complete(features):
+        from extract_features import extract_scenes, toy_detector  # needs torchvision
+        detector = toy_detector(features.with_name("detector.pt"), training)
+        extract_scenes(detector, [*training, *held_out], features)
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
     texts = []
     for scene in map(Scene, training[:1000]):
@@ -681,16 +683,6 @@ def say(text):
     """Print from the first process only, and flush."""
     if RANK == 0:
         print(text, flush=True)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The first process runs the block, and writes its files; the others run it afterwards."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
 
 
 @contextlib.contextmanager
