@@ -457,7 +457,7 @@ class FeatureStore:
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are views of the mapped file, read-only: copy them before you change them
-    store.class_probs(row), store.best_classes(row) -> None if the store has no classes
+    store.class_probs(row) -> (n, C) distributions, or None if the store has no classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
     class_names, detector, meta (all of store.json), ids, counts.
@@ -527,12 +527,6 @@ class FeatureStore:
         # Softmax. Subtracting the largest logit changes nothing but keeps exp from overflowing.
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exp / exp.sum(axis=1, keepdims=True)
-
-    def best_classes(self, row):
-        """(classes (n,), probabilities (n,)) without the background; None if there are none."""
-        probs = self.class_probs(row)
-        if probs is not None:
-            return 1 + probs[:, 1:].argmax(axis=1), probs[:, 1:].max(axis=1)
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -1226,21 +1220,20 @@ def _draw_shape(draw, thing, scale):
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     left, top, right, bottom = (scale * value for value in thing.box)
     colour, third, box = COLOURS[thing.colour], h / 3, [left, top, right - 1, bottom - 1]
-    match thing.shape:
-        case "circle":
-            draw.ellipse(box, colour)
-        case "ring":
-            draw.ellipse(box, None, colour, max(3 * scale, h // 3))
-        case "square":
-            draw.rectangle(box, colour)
-        case "triangle":
-            draw.polygon([(x, top), (right, bottom), (left, bottom)], colour)
-        case "cross":
-            draw.rectangle([x - third, top, x + third, bottom - 1], colour)
-            draw.rectangle([left, y - third, right - 1, y + third], colour)
-        case "star":  # ten points, alternately far and near, clockwise from the top
-            polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
-            draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
+    if thing.shape == "circle":
+        draw.ellipse(box, colour)
+    elif thing.shape == "ring":
+        draw.ellipse(box, None, colour, max(3 * scale, h // 3))
+    elif thing.shape == "square":
+        draw.rectangle(box, colour)
+    elif thing.shape == "triangle":
+        draw.polygon([(x, top), (right, bottom), (left, bottom)], colour)
+    elif thing.shape == "cross":
+        draw.rectangle([x - third, top, x + third, bottom - 1], colour)
+        draw.rectangle([left, y - third, right - 1, y + third], colour)
+    else:  # star: ten points, alternately far and near, clockwise from the top
+        polar = [(h * (1, 0.42)[k % 2], k * math.pi / 5) for k in range(10)]
+        draw.polygon([(x + r * math.sin(a), y - r * math.cos(a)) for r, a in polar], colour)
 
 
 # --- 8. Command line ------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visu
 
 Map of the file (* = read these first)
 
-    1. Detectors             build_detector: "vg", "coco", "toy", and their weights
+    1. Detectors             build_detector: "vg", "toy", and their weights
     2. Visual Genome         the paper's, with published weights, built from torchvision's parts
     3. Toy detector          a small one, trained from scratch on drawn scenes
     4. Regions             * which boxes of a picture are kept, and their features
@@ -72,25 +72,29 @@ from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput, Fea
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 #
-# Three networks, of torchvision's parts. The table DETECTORS is at the end of section 3.
+# Two networks, of torchvision's parts. The table DETECTORS is at the end of section 3.
 
 
 def build_detector(name, weights=None, classes=None):
     """A detector for `regions`, in evaluation mode.
 
-    name: "vg" (Visual Genome, ResNet-101 C4, C = 1601, F = 2048), "coco" (torchvision's ResNet-50
-    FPN, C = 91, F = 1024) or "toy" (C = 49, F = 128). weights: for "vg" pytorch_model.bin of
-    Hugging Face's unc-nlp/frcnn-vg-finetuned, for the others a state dict. Without a file "coco"
-    downloads its own; the others stay random. classes: a file of names, one per line, without
-    background. `model.about` goes into a store: the last layer too, with which a region's class
-    probabilities follow from its feature.
+    name: "vg" (Visual Genome, ResNet-101 C4, C = 1601, F = 2048) or "toy" (C = 49, F = 128).
+    weights: for "vg" pytorch_model.bin of Hugging Face's unc-nlp/frcnn-vg-finetuned, for "toy" a
+    state dict; None: random. classes: a file of names, one per line, without background.
+    `model.about` goes into a store: the last layer too, with which a region's class probabilities
+    follow from its feature.
     """
     if name not in DETECTORS:
         raise BadInput(f"detector {name!r}: expected {', '.join(DETECTORS)}")
     build, names = DETECTORS[name]
     model = build().eval()
-    if weights or name == "coco":
-        load_weights(model, name, weights)
+    if weights:
+        with reading(weights, f"the weights of the {name} detector"):
+            found = torch.load(weights, map_location="cpu", weights_only=True)
+            try:
+                model.load_state_dict(convert_vg_weights(found) if name == "vg" else found)
+            except RuntimeError as error:  # it lists the keys, one per line
+                raise ValueError(str(error).replace("\n", " ")) from error
     head = model.roi_heads.box_predictor.cls_score
     if classes:
         with reading(classes, f"{head.out_features - 1} class names, one per line"):
@@ -102,28 +106,6 @@ def build_detector(name, weights=None, classes=None):
         weights=Path(weights or "").name,
         class_head=[parameter.detach().numpy() for parameter in head.parameters()])
     return model
-
-
-def load_weights(model, name, path):
-    """Load a file, or COCO's download; BadInput unless keys and shapes are the model's."""
-    with reading(path or COCO_WEIGHTS.url,
-            f"the weights of the {name} detector; --weights takes a file of them"):
-        weights = (torch.load(path, map_location="cpu", weights_only=True) if path
-            else COCO_WEIGHTS.get_state_dict(check_hash=True))
-        if name == "vg":
-            weights = convert_vg_weights(weights)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:  # it lists the keys, one per line
-            raise ValueError(str(error).replace("\n", " ")) from error
-
-
-COCO_WEIGHTS = detection.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
-
-
-def coco_detector():
-    """torchvision's detector with random weights; 300 proposals, as in vg_detector."""
-    return detection.fasterrcnn_resnet50_fpn_v2(weights_backbone=None, rpn_post_nms_top_n_test=300)
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------------
@@ -312,8 +294,7 @@ def toy_detector(weights, numbers):
 
 
 # name: (function that builds it, class names if known)
-DETECTORS = {"vg": (vg_detector, ()), "coco": (coco_detector, COCO_WEIGHTS.meta["categories"]),
-    "toy": (toy_network, TOY_CLASSES)}
+DETECTORS = {"vg": (vg_detector, ()), "toy": (toy_network, TOY_CLASSES)}
 
 # --- 4. Regions -----------------------------------------------------------------------------------
 #
@@ -334,11 +315,9 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     lower = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
     with lower:
-        maps = model.backbone(prepared.tensors)
-    if torch.is_tensor(maps):
-        maps = {"0": maps}  # a feature pyramid has several
+        features = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
     # Boxes are computed in fp32: bf16 would round to 4 pixels, perhaps to outside of the picture.
-    maps = {name: each.float() for name, each in maps.items()}  # (B, c, H/s, W/s)
+    maps = {"0": features.float()}
     h, w = prepared.image_sizes[0]
     height, width = images.shape[2:]
     scale = images.new_tensor([w / width, h / height] * 2)
@@ -546,8 +525,10 @@ def show(folder, which):
     elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     names = dict(enumerate(store.class_names))
-    best = store.best_classes(row)
-    labels = best and [f"{names.get(c, f'class {c}')} {p:.2f}" for c, p in zip(*best)][::-1]
+    labels = None
+    if store.num_region_classes:
+        sure = store.class_probs(row)[::-1, 1:]  # without the background
+        labels = [f"{names.get(1 + p.argmax(), 'class ?')} {p.max():.2f}" for p in sure]
     boxes = record["boxes"][::-1] * 500 / max(record["size"])  # the best comes last, on top
     # 137 degrees around the colour wheel each time: neighbours never look alike.
     colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))][::-1]
@@ -570,18 +551,15 @@ def parse_args(argv=None):
         return p.parse_args(argv)
     add("images", type=Path, help="a picture, or a folder")
     add("-o", "--out", type=Path, required=True, help="the store to write")
-    add("--detector", choices=DETECTORS, default="vg", help="coco saw RefCOCO+'s test pictures")
-    add("--weights", help="file with the detector's weights; coco can download its own")
+    add("--detector", choices=DETECTORS, default="vg")
+    add("--weights", required=True, help="file with the detector's weights")
     add("--classes", help="vg: file with class names, one per line, without background")
     add("--boxes", type=Path, help="JSON file with the boxes whose features are wanted")
     flag(p, "--regions", COUNT, None, "maximum per picture (default: 36; with --boxes all)")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
     flag(p, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
-    args = p.parse_args(argv)
-    if args.weights is None and args.detector != "coco":
-        p.error(f"--detector {args.detector} needs --weights FILE")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):

@@ -521,8 +521,7 @@ class Refer(Task):
     """Phrases that mean one thing in a picture, and which box it is [RefCOCO+].
 
     An item also has: box, the one that is meant, corners x1, y1, x2, y2 in pixels; ref_id, sent_id;
-    in the toy world kind, attribute or relation. Beware: torchvision's detector ("coco") was
-    trained on RefCOCO+'s test pictures.
+    in the toy world kind, attribute or relation.
     """
 
     name, unit = "refer", "expressions"
@@ -756,7 +755,7 @@ def ask(args):
     task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
     name = store["detector"]
     weights = args.weights or {"toy": "runs/world/detector.pt"}.get(name)
-    if name == "vg" and not weights:
+    if not weights:
         raise BadInput(f"{path}: trained with the vg detector; give its weights with --weights")
     detector = build_detector(name, weights)
     model = task.new_model(SwitchBertConfig(**saved["config"]), labels).eval()
