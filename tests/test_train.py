@@ -30,7 +30,7 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start = 0.1, False
-    headline, about = str, dict
+    headline, labels = str, None
     score, stop_at, not_a_number = 0.5, None, None
 
     def __init__(self, store, tokenizer):
