@@ -386,7 +386,7 @@ class VQA(Task):
         answers; the two differ where annotators disagree in articles or contractions.)
         """
         table, _ = accuracy_table(item["answers"])
-        return np.array([table[answer] for answer in self.labels], float)
+        return np.array([table.get(answer, 0) for answer in self.labels], float)
 
     def score_item(self, item, choice):
         """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""
