@@ -249,7 +249,7 @@ def test_a_half_written_store_is_refused_and_can_be_finished(tmp_path):
     with pytest.raises(BadInput, match="s: 1 images are not written"):
         writer.finish()
     store = fill(writer, [1]).finish()
-    assert store[1]["features"].tolist() == [[1, 1, 1]] * 2 and store.best_classes(1) is None
+    assert store[1]["features"].tolist() == [[1, 1, 1]] * 2 and store.class_probs(1) is None
     assert FeatureStore.is_complete(folder) and create(folder).pending() == []
 
 
@@ -266,9 +266,6 @@ def test_distributions_are_stored_or_follow_from_the_class_head(tmp_path, stored
     assert store.num_region_classes == 7 and ("class_probs" in store.arrays) == stored
     assert store.class_probs(0) == pytest.approx(expected, abs=1e-3)
     assert store.class_probs(0, some) == pytest.approx(expected[some], abs=1e-3)
-    best, sure = store.best_classes(0)
-    assert best.tolist() == [1 + p[1:].argmax() for p in expected]  # never the background
-    assert sure == pytest.approx(expected[:, 1:].max(1), abs=1e-3)
 
 
 def test_what_lies_outside_a_picture_is_cut_off():
@@ -492,7 +489,7 @@ def test_published_features_are_read_as_they_are(tmp_path, columns, python3):
         if columns == 13:
             assert store.class_probs(row) == pytest.approx(probs, rel=1e-3, abs=1e-6)
         else:
-            assert store.best_classes(row) is None
+            assert store.class_probs(row) is None
 
 
 def test_an_import_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
