@@ -353,7 +353,7 @@ class VQA(Task):
         """
         asked, truths, splits = [], {}, defaultdict(list)
         for path in sorted(folder.glob("*.json")):
-            content = read_json(path, dict)
+            content = read_json(path)
             with reading(path, "questions or annotations of VQA v2") as at:
                 for at.entry, x in enumerate(content.get("questions", [])):
                     asked.append(("" + content["data_subtype"], dict(image_id=x["image_id"],
@@ -755,7 +755,7 @@ def ask(args):
     task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
     name = store["detector"]
     weights = args.weights or {"toy": "runs/world/detector.pt"}.get(name)
-    if not weights:
+    if name == "vg" and not weights:
         raise BadInput(f"{path}: trained with the vg detector; give its weights with --weights")
     detector = build_detector(name, weights)
     model = task.new_model(SwitchBertConfig(**saved["config"]), labels).eval()

@@ -72,7 +72,6 @@ INTRA, INTER, JOINT = 0, 1, 2
 MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
 
 # --- 1. Configuration -----------------------------------------------------------------------------
-#
 # Field names are those of Hugging Face's config.json for BERT.
 
 # The modes of a frozen model form a path: two letters per layer, text first, each I (own modality,
@@ -147,7 +146,6 @@ class SwitchBertConfig:
 
 
 # --- 2. Switches ----------------------------------------------------------------------------------
-#
 # A switch turns a gate's logits into weights that sum to 1. In training they are soft and noisy, so
 # that every option gets a gradient; as the temperature falls, they close: approach one-hot.
 
@@ -239,7 +237,6 @@ class Gate(nn.Module):
 
 
 # --- 3. Switch-Attention --------------------------------------------------------------------------
-#
 # Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among three
 # modes, separately for text and vision queries:
 #
@@ -317,7 +314,6 @@ class SwitchAttention(nn.Module):
 
 
 # --- 4. Layers ------------------------------------------------------------------------------------
-#
 # A layer first decides which depths to read (Switch-Input), then how to attend (Switch-Attention).
 # The gate for depths reads the newest states; the gate for modes reads Switch-Input's mixture.
 
@@ -398,7 +394,6 @@ class SwitchBertLayer(nn.Module):
 
 
 # --- 5. Embeddings --------------------------------------------------------------------------------
-#
 # Depth 0. A word is embedded by its id and position, a region by its feature and box.
 
 
@@ -469,7 +464,6 @@ class Pooler(nn.Module):
 
 
 # --- 6. The encoder -------------------------------------------------------------------------------
-#
 # Text and vision become one sequence [text | global region | regions]. Every layer appends its
 # states to the list of depths that the layers above may read.
 
@@ -543,7 +537,6 @@ def init_weights(module, std):
 
 
 # --- 7. Heads and losses --------------------------------------------------------------------------
-#
 # Pretraining adds three means [supp. 1], each with weight 1 (ASSUMPTION A7, as is the rest):
 #
 #     MLM   mean over masked words w            -log p(w)                     p from text_states
@@ -640,10 +633,6 @@ class SwitchBertForPretraining(nn.Module):
         embeddings = self.bert.text_embeddings.word_embeddings.weight  # (V, D)
         return F.linear(self.mlm_transform(states), embeddings, self.mlm_bias)
 
-    def itm_logits(self, pooled):
-        """(B, P) -> (B, 2): scores of MISMATCH and MATCH."""
-        return self.itm_classifier(self.itm_dropout(pooled)).float()
-
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
             temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
@@ -655,7 +644,7 @@ class SwitchBertForPretraining(nn.Module):
         if mrc_targets is not None:
             states = self.mrc_transform(out.region_states.flatten(0, 1)[mrc_positions])  # (K', D)
             mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
-        itm = self.itm_logits(out.pooled)  # (B, 2)
+        itm = self.itm_classifier(self.itm_dropout(out.pooled))  # (B, 2)
         right = [(scores.argmax(dim=-1) == labels).sum()
             for scores, labels in ((words, mlm_labels), (itm, itm_labels))]
         return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)]),
@@ -741,7 +730,6 @@ class SwitchBertForReferring(TaskModel):
 
 
 # --- 8. BERT weights ------------------------------------------------------------------------------
-#
 # Name in Hugging Face's BERT -> name here. Old files call the weight and bias of a LayerNorm gamma
 # and beta.
 

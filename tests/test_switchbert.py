@@ -410,7 +410,7 @@ def test_retrieval_starts_with_the_log_odds_of_a_match(config, inputs):
     pretrained = SwitchBertForPretraining(config).eval()
     model = SwitchBertForRetrieval.from_pretraining(config, pretrained.state_dict()).eval()
     scores, out = model(**inputs)
-    odds = pretrained.itm_logits(out.pooled).softmax(-1)
+    odds = pretrained.itm_classifier(out.pooled).softmax(-1)
     close(scores, (odds[:, MATCH] / odds[:, MISMATCH]).log(), rtol=1e-4, atol=1e-6)
     assert out.pooled.equal(pretrained.bert(**inputs).pooled) and scores.shape == (3,)
 

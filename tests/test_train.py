@@ -339,7 +339,7 @@ def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenize
     for t, i in np.ndindex(3, 4):
         pairs = [(ids[i], texts[t]), ("1", "a")]
         pair = PretrainingDataset(store, pairs, tokenizer, mismatch=0, masking=False)[0]
-        odds = model.itm_logits(model(**collate([pair])).encoder.pooled)[0]
+        odds = model.itm_classifier(model(**collate([pair])).encoder.pooled)[0]
         assert scores[t, i].item() == pytest.approx((odds[1] - odds[0]).item(), abs=1e-4)
 
 
