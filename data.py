@@ -80,7 +80,6 @@ from switchbert import MATCH, MISMATCH
 #
 # What all scripts but switchbert.py share. Skip this section on a first reading.
 
-
 # Of several processes, torchrun numbers each one: data.start_processes, train.launch.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -146,9 +145,7 @@ def canonical_id(name):
     """An image id as a string, spelled the same whichever file it came from.
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the caption
-    JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps its stem, so
-    that 'dog_1.jpg' and 'cat_1.jpg' stay two images.
-
+    JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps its stem.
     >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
     ['391895', '391895', 'dog_1']
     """
@@ -198,9 +195,8 @@ def save_png(path, image):
     write_whole(path, lambda file: image.save(file, "PNG"), mode="wb")
 
 
-def open_text(path):
-    """Open a UTF-8 text file, with or without a byte order mark. Only LF ends a line."""
-    return open(path, encoding="utf-8-sig", newline="\n")
+# Opens a UTF-8 text file, with or without a byte order mark. Only LF ends a line.
+open_text = functools.partial(open, encoding="utf-8-sig", newline="\n")
 
 
 def number(kind, least, most):
@@ -278,8 +274,7 @@ def start_processes(count):
 #
 #     "Unaffable!"  ->  unaffable !  ->  un ##aff ##able !  ->  [CLS] un ##aff ##able ! [SEP]
 #
-# Thirty thousand pieces thus spell any word. Both steps follow BERT's tokenization.py exactly: any
-# other piece would select an embedding that was trained for something else.
+# Thirty thousand pieces thus spell any word. Both steps follow BERT's tokenization.py exactly.
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The CJK ideographs of Unicode, without Kana and Hangul: BERT splits those only into pieces.
@@ -312,7 +307,6 @@ def split_words(text):
     """BERT's basic tokenization, uncased. [Devlin et al. 2019, tokenization.py]
 
     NFD splits an accented letter into letter and accent, so that _split can drop the accent.
-
     >>> split_words("Café (42)!")
     ['cafe', '(', '42', ')', '!']
     """
@@ -396,8 +390,8 @@ def build_vocab(texts, size=30522):
 # A detector's class logits are linear in the stored feature. So that layer, 13 MB for Visual
 # Genome's 1,601 classes, replaces 115 KB per image, 380 GB for 3.3 million images. Rows beyond an
 # image's count are zeros. float16 halves the disk (36 x 2048 x 2 = 147 KB per image); its rounding,
-# 0.05 %, is far below a detector's noise. The arrays are ordinary .npy files opened as memory maps:
-# nothing is loaded, and all loading processes share the system's page cache.
+# 0.05 %, is far below a detector's noise. All are opened as memory maps: nothing is loaded, and all
+# loading processes share the system's page cache.
 
 STORE_VERSION = 1
 # ASSUMPTION A9: region classes include the background, as class 0. UNITER, VOLTA and torchvision do
@@ -477,12 +471,6 @@ class FeatureStore:
 
     def __reduce__(self):
         return FeatureStore, (self.folder,)  # a loading process opens the maps anew
-
-    @staticmethod
-    def is_complete(folder):
-        """True for a finished store; False for a half-written one, or none."""
-        path = Path(folder) / "store.json"
-        return path.exists() and read_json(path).get("complete", False)
 
     def __len__(self):
         return len(self.ids)
@@ -639,7 +627,6 @@ def normalise_boxes(boxes, size):
     """(n, 4) pixels -> (n, 5): x1/W, y1/H, x2/W, y2/H, area/(W H), all in [0, 1]. ASSUMPTION A7.
 
     y points down, as in all files here. Boxes are clipped to the picture.
-
     >>> normalise_boxes(np.float32([[20, 10, 120, 60]]), (200, 100)).round(2).tolist()[0][4]
     0.25
     """
@@ -680,7 +667,6 @@ class PretrainingDataset(torch.utils.data.Dataset):
     fewer than two images are left. mismatch: share of pairs whose image is replaced by another.
     masking=False masks nothing, to measure matching on whole pairs. blind=True shows no regions and
     mismatches nothing: such a model learns what words alone give away.
-
     name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the kept pairs,
     their store rows, and their number of spaces, to sort by length.
     """
@@ -924,8 +910,7 @@ def _tsv_captions(path):
 #     13   VOLTA             the ten, then cls_prob, attrs, classes
 #
 # Boxes are float32 (n, 4), x1 y1 x2 y2 in pixels; features float32 (n, 2048); cls_prob float32
-# (n, 1601), background first. Only the last form has distributions; from the others, training
-# omits masked region classification.
+# (n, 1601), background first. Only VOLTA's form allows masked region classification.
 
 TSV_COLUMNS = {6: "id w h n boxes features", 10: "id h w _ _ _ _ n boxes features",
     13: "id h w _ _ _ _ n boxes features class_probs _ _"}

@@ -20,8 +20,6 @@ A detector proposes boxes and computes a feature for each; the best ones are kep
 Letters: H, W height and width of a picture, s stride and c channels of the map, P proposals, R
 regions kept, F region feature, C region classes (background is class 0), B pictures of a batch.
 
-The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visual Genome [supp. 2].
-
 Map of the file (* = read these first)
 
     1. Detectors             build_detector: "vg", "toy", and their weights
@@ -39,12 +37,13 @@ Map of the file (* = read these first)
     $ python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
-The first argument is a folder or a picture. The same command continues an interrupted extraction.
+The same command continues an interrupted extraction.
 ASSUMPTION A13 (which regions are the best 36) is in section 4. DEVIATION D1: the toy world's
 detector is small and trained here. It keeps 1 to 8 regions, not 36: a scene has at most 6 things.
 """
 
 import argparse
+import contextlib
 import glob
 import math
 import os
@@ -71,7 +70,6 @@ from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput, Fea
     start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
-#
 # Two networks, of torchvision's parts. The table DETECTORS is at the end of section 3.
 
 
@@ -109,13 +107,11 @@ def build_detector(name, weights=None, classes=None):
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------------
-#
 # The detector of Anderson et al. [2018, the paper's reference 1], trained in Caffe on the 1,600
-# object classes of Visual Genome. It is a Faster R-CNN from before feature pyramids, "C4": the
-# first four blocks of a ResNet-101 map the picture once, (3, 600, 1000) -> (1024, 38, 63). The
-# fifth processes each of 300 proposals, (1024, 14, 14) -> (2048, 14, 14); the mean over the bins is
-# the feature. torchvision has the parts, but with later defaults. Each difference below changes
-# every feature; RoIAlign instead of RoIPool alone, by 40 %.
+# object classes of Visual Genome. The first four blocks of a ResNet-101 map the picture once,
+# (3, 600, 1000) -> (1024, 38, 63). The fifth processes each of 300 proposals, (1024, 14, 14) ->
+# (2048, 14, 14); the mean over the bins is the feature. torchvision has the parts, but with later
+# defaults. Each difference below changes every feature; RoIAlign instead of RoIPool, by 40 %.
 
 
 class VGTransform(nn.Module):
@@ -220,7 +216,6 @@ def convert_vg_weights(published):
 
 
 # --- 3. Toy detector ------------------------------------------------------------------------------
-#
 # A Faster R-CNN of 300,000 weights for pictures of 128 x 128, so that the toy world needs no
 # download. Trained in half a minute, it finds 99 % of the things in held-out scenes at IoU .5.
 
@@ -297,7 +292,6 @@ def toy_detector(weights, numbers):
 DETECTORS = {"vg": (vg_detector, ()), "toy": (toy_network, TOY_CLASSES)}
 
 # --- 4. Regions -----------------------------------------------------------------------------------
-#
 # The detector's parts, called one by one: as a whole it returns no features, and moves the boxes.
 
 
@@ -370,7 +364,6 @@ def picture_regions(model, path, num_regions):
 
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
-#
 # A picture's name is its id, which links it to its captions. An unusable picture fails alone.
 
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split()
@@ -420,7 +413,6 @@ def read_boxes(path):
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
-#
 # A store is filled in blocks of rows, so an interrupted extraction continues with the pending ones.
 # The result is bit for bit that of an undisturbed one. Pitfall: a batch of another size rounds
 # differently. So a block, 16 scenes of one size or one picture, is always computed whole, even if
@@ -504,15 +496,14 @@ def extract(args):
 
 
 # --- 7. Command line ------------------------------------------------------------------------------
-#
 # `show` draws a store's regions of one image: do boxes, names and picture fit together?
 
 
 def show(folder, which):
     """A dimmed PIL image, its longer side 1000 pixels, with an image's boxes and classes.
 
-    which: a picture file whose name gives the id, or an id: then a scene is drawn again, and other
-    boxes are shown on grey. Letters are ten pixels high, so all is drawn small, then enlarged.
+    which: a picture file whose name gives the id, or an id: a scene is drawn, others are grey.
+    Letters are ten pixels high, so all is drawn small, then enlarged.
     """
     store = FeatureStore(folder)
     row = store.row(which)
@@ -568,11 +559,10 @@ def main(argv=None):
     if "which" in args:
         save_png(args.out, show(args.store, args.which))
         print(args.out)
-    elif WORLD_SIZE > 1:  # one of the processes that `extract` started
+        return
+    # The processes that `extract` starts find the store locked by the first.
+    with only_run_in(args.out) if WORLD_SIZE == 1 else contextlib.nullcontext():
         extract(args)
-    else:
-        with only_run_in(args.out):
-            extract(args)
 
 
 if __name__ == "__main__":

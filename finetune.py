@@ -49,7 +49,7 @@ import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
-# Before torch: train.py sets what torch reads on import.
+# Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
     load_checkpoint, load_data, match_scores, parse_settings, recall_at, say, share_of, stack,
     to_device, total)
@@ -613,7 +613,9 @@ def images_of(items):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers; a pickle could call any class or function."""
+    """Reads lists, dicts, strings and numbers. A pickle can call any class or function that it
+    names while it is read; this one admits none.
+    """
 
     def find_class(self, module, name):
         """Refuse any class or function."""
@@ -623,7 +625,8 @@ class PlainUnpickler(pickle.Unpickler):
 # --- 4. The run -----------------------------------------------------------------------------------
 #
 # Everything is evaluated twice. Hard switches take the best mode and depth in each layer; soft ones
-# mix all of them at temperature .2, training's floor. If both agree, closing them costs nothing.
+# mix all of them at temperature .2, the floor of training. If the two scores agree, closing the
+# switches costs nothing.
 
 
 def finetune(args, checkpoint):
@@ -684,9 +687,6 @@ def evaluate_splits(args, task):
             vars(args) | {"without_features": task.missing, "results": results})
         if "val" in predictions:
             draw_examples(args, task, predictions["val"])
-        if args.data is None:
-            for number in range(HELD_OUT_SCENES, HELD_OUT_SCENES + 3):
-                save_png(args.out / f"scene-{number}.png", Scene(number).draw())
     say(f"the results are in {args.out}")
     return results
 

@@ -72,10 +72,10 @@ INTRA, INTER, JOINT = 0, 1, 2
 MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
 
 # --- 1. Configuration -----------------------------------------------------------------------------
-# Field names are those of Hugging Face's config.json for BERT.
+# Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model form a
+# path: two letters per layer, text first, each I (own modality, INTRA), X (across, INTER) or J
+# (both, JOINT). A path shorter than the model repeats.
 
-# The modes of a frozen model form a path: two letters per layer, text first, each I (own modality,
-# INTRA), X (across, INTER) or J (both, JOINT). A path shorter than the model repeats.
 FROZEN = {
     "intra": "II",  # two encoders that never meet
     "single": "JJ",  # UNITER, VisualBERT: one stream
@@ -173,9 +173,8 @@ def switch(logits, temperature, training, start=0.0):
         P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
     so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
     temperature has. Evaluation: no noise. temperature None: the best option, one-hot; a number:
-    the mixture softmax(logits / temperature + start). (F.gumbel_softmax(hard=True) would add noise
-    here too.) start (M,): log odds that the temperature does not scale; for None they are added at
-    the final temperature. Logits (2, 1, 0) without noise:
+    the mixture softmax(logits / temperature + start). start (M,): log odds that the temperature
+    does not scale; for None they are added at the final one. Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -199,7 +198,6 @@ def modality_of(length, num_text, device):
     """(L,) the modality of each token of the sequence [text | vision]: 0 = TEXT, 1 = VISION.
 
     As an index it gives every token the decision of its modality: weights[:, kind].
-
     >>> modality_of(7, 3, "cpu")
     tensor([0, 0, 0, 1, 1, 1, 1])
     """
@@ -216,7 +214,6 @@ class Gate(nn.Module):
     """A linear layer on the mean states of both modalities, and the switch that it feeds.
 
     ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
-
     forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
     options, in rows TEXT and VISION. start: the head start of the last option, in log odds.
     """
@@ -275,9 +272,8 @@ def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
 
     query, key, value: (B, H, L, d); the first num_text tokens are text, the others vision.
     mask: (B, L), 1 = real. modes: (B, 2, 3), rows TEXT and VISION, columns INTRA, INTER, JOINT.
-    dropout: a module for the attention weights, or None.
-
-    A query that is open to no real key attends to nothing: its output is zero.
+    dropout: a module for the attention weights, or None. A query that is open to no real
+    key attends to nothing: its output is zero.
     """
     kind = modality_of(query.shape[2], num_text, mask.device)  # (L,)
     opened = open_to(modes)[:, kind][:, :, kind] * mask[:, None, :]  # (B, L, L), 0 for padding
@@ -320,7 +316,6 @@ class SwitchAttention(nn.Module):
 
 class SwitchInput(nn.Module):
     """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1]
-
     ASSUMPTION A4: the input is a mixture of the outputs of all depths, weighted by its own gate.
     """
 
@@ -346,9 +341,8 @@ class SwitchInput(nn.Module):
 
 
 class SwitchBertLayer(nn.Module):
-    """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
-
-    A switch that is not learned is constant: the newest depth, the modes of frozen_modes.
+    """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it. A switch
+    that is not learned is constant: the newest depth, the modes of frozen_modes.
     """
 
     def __init__(self, config, layer):
@@ -420,7 +414,6 @@ class RegionEmbeddings(nn.Module):
     ASSUMPTION A12: both parts are normalised before they are added, as in UNITER, and boxes enter
     as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a fifteenth as long
     as the feature layer's and mostly alike: on the toy world the model learned nothing about boxes.
-
     Inputs as SwitchBert's; returns (B, 1+R, D).
     """
 
@@ -432,8 +425,8 @@ class RegionEmbeddings(nn.Module):
         self.box_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # The box of the global region: the whole picture, with area 1. A buffer moves with the
-        # model; a tensor made from a list in `forward` would make the GPU wait in every step.
+        # The box of the global region, the whole picture. A buffer moves with the model; a tensor
+        # made from a list in `forward` would make the GPU wait in every step.
         self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
@@ -442,8 +435,7 @@ class RegionEmbeddings(nn.Module):
         if region_hidden is not None:
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
-        # The global region [A7: VOLTA's] is the mean of the visible regions, so that it does not
-        # leak a masked one.
+        # The global region [A7: VOLTA's] is a mean that does not leak a masked region.
         mean = masked_mean(features, visible)[:, None]  # (B, 1, F)
         whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
         content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
@@ -489,7 +481,6 @@ class SwitchBert(nn.Module):
 
     forward(input_ids (B, T), text_mask (B, T), region_features (B, R, F), region_boxes (B, R, 5),
     region_mask (B, R), temperature=None, region_hidden=None) -> SwitchBertOutput
-
     Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. region_hidden (B, R)
     bool: True = masked, its feature is not seen. temperature: see switch; in training None is 1.0,
     where finetuning starts.
@@ -543,9 +534,8 @@ def init_weights(module, std):
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
 #     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
 #
-# c is the detector's distribution over C classes, p the model's. MRC is KL(c || p), summed over
-# classes as in VOLTA. Of a mismatched pair no word or region is predicted: data.py gives it no
-# labels.
+# c is the detector's distribution over C classes, p the model's: MRC is KL(c || p), summed over
+# classes as in VOLTA. Of a mismatched pair no word or region is predicted.
 
 
 class Transform(nn.Sequential):
@@ -560,7 +550,6 @@ def word_loss(logits, labels):
     """Sum of -log p(label) over K places: logits (K, V), labels (K,). MLM, and ITM with V = 2.
 
     A pair that matches, with logits (0, 2) for (MISMATCH, MATCH): -log(e^2 / (1 + e^2)) = 0.127.
-
     >>> round(word_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([MATCH])).item(), 3)
     0.127
     """
@@ -571,7 +560,6 @@ def region_loss(logits, targets):
     """Sum of KL(target || prediction) over K regions: logits (K, C), targets (K, C).
 
     Target (.7 .2 .1), prediction (.5 .3 .2): .7 ln 1.4 + .2 ln .67 + .1 ln .5 = 0.085.
-
     >>> p, target = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.7, 0.2, 0.1]])
     >>> round(region_loss(p.log(), target).item(), 3)
     0.085
@@ -583,8 +571,8 @@ def region_loss(logits, targets):
 class PretrainingOutput:
     """The three losses of a batch as sums and counts, so that parts of a batch add up exactly.
 
-    sums (3,) float32, counts three integers: for MLM (predicted pieces), MRC (predicted regions)
-    and ITM (pairs). correct (2,): the number of pieces and of pairs predicted correctly.
+    sums (3,) float32, counts three integers: of MLM (pieces), MRC (regions) and ITM (pairs).
+    correct (2,): the number of pieces and of pairs predicted right.
     """
 
     sums: torch.Tensor
@@ -606,8 +594,7 @@ class PretrainingOutput:
 class SwitchBertForPretraining(nn.Module):
     """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
-    forward(**batch, temperature=None) -> PretrainingOutput. A batch, from data.collate, holds the
-    encoder's inputs, the places to predict and their labels.
+    forward(**batch of data.collate, temperature=None) -> PretrainingOutput
     """
 
     def __init__(self, config):
@@ -652,9 +639,8 @@ class SwitchBertForPretraining(nn.Module):
 
 
 class TaskModel(nn.Module):
-    """The encoder with one head on top: what the three tasks share. ASSUMPTION A8: the heads.
-
-    forward(**the encoder's inputs) -> the head's output, SwitchBertOutput.
+    """The encoder with a head: inputs as SwitchBert's -> the head's output, SwitchBertOutput.
+    ASSUMPTION A8: the heads of the three tasks.
     """
 
     def __init__(self, config, *head):
@@ -670,25 +656,21 @@ class TaskModel(nn.Module):
 
 
 class SwitchBertForVQA(TaskModel):
-    """Visual question answering as classification: pooled -> (B, num_answers) logits.
-
-    Train with binary cross entropy against soft targets.
+    """Visual question answering as classification: pooled -> (B, num_answers) logits, for binary
+    cross entropy against soft targets.
     """
 
     def __init__(self, config, num_answers):
         wide = 2 * config.hidden_size
         super().__init__(config, nn.Linear(config.pooler_size, wide), nn.GELU(),
             nn.LayerNorm(wide, eps=config.layer_norm_eps), nn.Linear(wide, num_answers))
-        # Every answer starts at probability 1/A, not 1/2: sigmoid(-log(A - 1)) = 1/A. From 1/2 the
-        # first hundreds of steps only push answers down [focal loss, Lin et al. 2017, 4.1].
+        # Every answer starts at probability 1/A: sigmoid(-log(A - 1)) = 1/A. From 1/2, hundreds of
+        # steps would only push answers down [focal loss, Lin et al. 2017, 4.1].
         nn.init.constant_(self.classifier[-1].bias, -math.log(max(1, num_answers - 1)))
 
 
 class SwitchBertForRetrieval(TaskModel):
-    """Image-text retrieval: pooled -> (B,) scores of pairs, higher = better match.
-
-    Train with cross entropy over candidates.
-    """
+    """Image-text retrieval: pooled -> (B,) scores of pairs, for cross entropy over candidates."""
 
     def __init__(self, config):
         super().__init__(config, nn.Linear(config.pooler_size, 1))
@@ -716,8 +698,7 @@ class SwitchBertForRetrieval(TaskModel):
 class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding gets the lowest float, so arg max never picks it. Train with binary cross entropy
-    against IoU, on real regions.
+    Padding gets the lowest float, so arg max never picks it. For binary cross entropy against IoU.
     """
 
     def __init__(self, config):
@@ -730,8 +711,7 @@ class SwitchBertForReferring(TaskModel):
 
 
 # --- 8. BERT weights ------------------------------------------------------------------------------
-# Name in Hugging Face's BERT -> name here. Old files call the weight and bias of a LayerNorm gamma
-# and beta.
+# Name in Hugging Face's BERT -> name here. In old files a LayerNorm has gamma and beta.
 
 BERT_NAMES = {
     r"^bert\.": "",
@@ -761,8 +741,8 @@ def load_bert(model, folder):
 
     model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is one.
     folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
-    missing: what the model has and the file does not (regions, gates, poolers, other heads).
-    unexpected: what the file has and the model does not use (its pooler, next-sentence head).
+    missing: what only the model has (regions, gates, poolers, other heads). unexpected: what only
+    the file has (its pooler, next-sentence head).
     Raises ValueError if a size does not fit; for a damaged file, any error of its reader.
     """
     folder = Path(folder)
@@ -773,7 +753,11 @@ def load_bert(model, folder):
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
     own, found, unexpected = model.state_dict(), {}, []
     prefix = "bert." if isinstance(model, SwitchBert) else ""
-    for name, tensor in read_bert_weights(folder).items():
+    if (folder / "model.safetensors").exists():
+        weights = read_safetensors(folder / "model.safetensors")
+    else:
+        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    for name, tensor in weights.items():
         here = name
         for pattern, replacement in BERT_NAMES.items():
             here = re.sub(pattern, replacement, here)
@@ -790,28 +774,16 @@ def load_bert(model, folder):
     return missing, unexpected
 
 
-def read_bert_weights(folder):
-    """{name: tensor} of a Hugging Face folder."""
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-
-
-SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I64": torch.int64}
-
-
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes with the header's length (little-endian), a
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
     """
-    data = bytearray(path.read_bytes())
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    data, tensors = bytearray(path.read_bytes()), {}
     start = 8 + int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:start]), memoryview(data)[start:]
-    tensors = {}
-    for name, entry in header.items():
+    for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            kind = SAFETENSORS_TYPES[entry["dtype"]]
-            tensors[name] = torch.frombuffer(body[begin:end], dtype=kind).view(entry["shape"])
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            values = torch.frombuffer(memoryview(data)[begin:end], dtype=types[entry["dtype"]])
+            tensors[name] = values.view(entry["shape"])
     return tensors

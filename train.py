@@ -90,7 +90,7 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 #
 # FULL holds the paper's defaults [supp. 2] and, where it is silent, VOLTA's (A7). The toy run is
 # DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its floor, 0.2;
-# None means the paper's rate, 1e-6 per pair (A5).
+# None means the paper's rate, 1e-6 per pair (A5): 3.2 million pairs.
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
 FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
@@ -250,7 +250,8 @@ class Pretraining:
 def model_config(size, store, tokenizer, switches):
     """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
-    # matching was learned only after 450 steps, with .05 after 225.
+    # matching was learned only after 450 steps, with .05 after 225. No dropout: a run
+    # sees each pair only four times.
     sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
         intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
@@ -352,6 +353,7 @@ def fit(args, task, checkpoint=None):
 
 def learning_rate(step, total, peak):
     """Learning rate of a step, counted from 0: linear warm-up over 10 %, then linear decay to 0.
+
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
     """
@@ -569,8 +571,6 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
 # a training pair too, the model could recognise its picture.
 
 NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of them for retrieval
-
-
 # What a run trains on: regions (a FeatureStore), training and held-out pairs (image id, text) as
 # Captions or a list, and words (a WordPiece).
 Data = namedtuple("Data", "store captions held_out_captions tokenizer")
@@ -619,10 +619,12 @@ def toy_world():
     features = Path("runs/world/features-3600")
     if RANK > 0:
         dist.barrier()  # until the first process has made them
-    if not FeatureStore.is_complete(features):
+    try:
+        store = FeatureStore(features)
+    except BadInput:  # none, or a half-written one
         from extract_features import extract_scenes, toy_detector  # needs torchvision
         detector = toy_detector(features.with_name("detector.pt"), training)
-        extract_scenes(detector, [*training, *held_out], features)
+        store = extract_scenes(detector, [*training, *held_out], features)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
     # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
@@ -631,8 +633,7 @@ def toy_world():
         texts += scene.captions()
         texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
         texts += [expression for expression, _, _ in scene.expressions()]
-    return Data(FeatureStore(features),
-        [(n, text) for n in training for text in Scene(n).captions(4)],
+    return Data(store, [(n, text) for n in training for text in Scene(n).captions(4)],
         [(n, text) for n in held_out for text in Scene(n).captions(2)],
         WordPiece(build_vocab(texts)))
 

@@ -170,11 +170,9 @@ def make_runs(args):
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     world = work / "runs" / "world"
-    if not FeatureStore.is_complete(world / "features-3600"):
-        call(work, ROOT / "train.py", "--epochs", 0)
-    if not FeatureStore.is_complete(work / "third"):
-        detector = extract_features.build_detector("toy", world / "detector.pt")
-        extract_features.extract_scenes(detector, range(THIRD, THIRD + SCENES), work / "third")
+    call(work, ROOT / "train.py", "--epochs", 0)  # makes the world, if it is not there
+    detector = extract_features.build_detector("toy", world / "detector.pt")
+    extract_features.extract_scenes(detector, range(THIRD, THIRD + SCENES), work / "third")
     lock, jobs = threading.Lock(), [(s, seed) for seed in range(args.seeds) for s in args.settings]
     jobs.sort(key=lambda job: job[0] == "chosen")  # it needs the learned ones
     with ThreadPoolExecutor(2) as pool:
