@@ -22,8 +22,6 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  any modes 12.6. Toy size: 1.6, 1.9 and 2.2 ms
     Switch-Input by addcmul      a layer of 12, forward and backward: 5.4 ms; multiplied and added
                                  5.8; stacked for one product 7.7. A layer of 48: 15.9, 18.4 and 90
-    hard Switch-Input            reads one depth where all samples agree: hard inference takes .96
-                                 of frozen `single`, which has no switch at all
     batches of like length       captions of 12 pieces: 1.93 x the pairs per second of padding to
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
