@@ -1,6 +1,5 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
-import contextlib
 import json
 import math
 import os
@@ -259,25 +258,22 @@ def test_pretraining_leaves_its_record(pretrain, data, tmp_path, capsys):
     assert evaluations[-1]["scores"].items() <= scores.items() and scores["images"] == 10
 
 
-def test_show_draws_the_ends_of_several_runs_and_the_start_of_a_finetuned_one(
-        pretrain, tmp_path):
+def test_show_draws_the_ends_of_runs_and_the_start_of_a_finetuned_one(pretrain, tmp_path):
     pretrain("blind", "--blind")
-    run, blind, tuned = (tmp_path / name for name in ("run", "blind", "tuned"))
+    blind, tuned, whole = tmp_path / "blind", tmp_path / "tuned", tmp_path / "all.png"
     tuned.mkdir()
-    lines = [dict(line, step=k) for k, line in enumerate(metrics(blind, "switches"))]
-    (tuned / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tuned / "metrics.jsonl").touch()
+    with pytest.raises(BadInput, match="tuned: nothing to draw yet"):
+        train.main(["show", str(tuned)])
+    lines = [json.dumps(line | {"step": k}) for k, line in enumerate(metrics(blind, "switches"))]
+    (tuned / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert Image.open(blind / "switches.gif").n_frames == 4
     (blind / "switches.gif").unlink()
-    train.main(["show", str(blind), str(tuned), "-o", str(tmp_path / "all.png")])
-    assert (blind / "switches.gif").exists() and not (tuned / "switches.gif").exists()
-    height = Image.open(blind / "switches.png").height
+    train.main(["show", str(tuned), str(blind), "-o", str(whole)])
     train.main(["show", str(tuned)])
-    assert Image.open(tuned / "switches.png").height == 2 * height
-    assert Image.open(tmp_path / "all.png").height == 4 * height  # two cells, each the larger's
-    run.mkdir()
-    (run / "metrics.jsonl").touch()
-    with pytest.raises(BadInput, match="run: nothing to draw yet"):
-        train.main(["show", str(run)])
+    one, two, four = (Image.open(path).height for path in (
+        blind / "switches.png", tuned / "switches.png", whole))  # cells are as high as the highest
+    assert (two, four) == (2 * one, 4 * one) and (blind / "switches.gif").exists()
 
 
 @pytest.mark.parametrize("flags, classes", [([], 7), ([], 0), (["--blind"], 7), (["--blind"], 0)])
@@ -314,17 +310,14 @@ def test_an_evaluation_is_the_mean_over_examples_one_by_one(model, store, tokeni
     assert train.evaluate(model, pairs, batch_size=30)[1] == switches
 
 
-def test_words_are_scored_on_masked_pairs_and_matching_on_whole_ones(data, monkeypatch):
+def test_words_are_scored_on_masked_pairs_matching_on_whole_ones_and_ranks_by_first_captions(
+        data, monkeypatch):
+    pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
+    data = data._replace(held_out_captions=pairs)
     task = train.Pretraining(train.parse_args([])[0], data)
     monkeypatch.setattr(train, "evaluate", lambda model, pairs: (
         dict.fromkeys(("words", "match"), pairs[0]["region_hidden"].any()), "switches"))
     assert task.evaluate(None) == ({"words": True, "match": False}, "switches")
-
-
-def test_zero_shot_retrieval_asks_for_the_first_caption_of_each_image(data, monkeypatch):
-    pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
-    data = data._replace(held_out_captions=pairs)
-    task = train.Pretraining(train.parse_args([])[0], data)
     monkeypatch.setattr(train, "match_scores", lambda model, store, tokenizer, texts, ids:
         torch.tensor([[float((i, text) in pairs[:3]) for i in ids] for text in texts]))
     found = train.zero_shot(task)
@@ -446,60 +439,54 @@ def test_defaults_depend_on_the_data_and_help_shows_those_that_hold(
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args(flags)
     assert (args.model, args.epochs, args.batch, args.lr, args.anneal) == settings
-    config = train.model_config(args.model, data.store, data.tokenizer, "dual")
-    assert (config.hidden_size, config.region_feature_size, config.switches) == (width, 12, "dual")
+    config = train.model_config(args.model, data.store, data.tokenizer, "II,XX")
+    assert (config.hidden_size, config.region_feature_size, config.switches) == (width, 12, "II,XX")
     with pytest.raises(SystemExit):
         train.parse_args([*flags, "-h"])
     assert f"rate (default: {args.lr})" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name, change, message", [
-    *(("checkpoint.pt", lambda whole, size=size: whole[:size], "not a whole checkpoint")
+RESUME = ["--resume"]
+
+
+@pytest.mark.parametrize("flags, change, message", [
+    *((RESUME, lambda whole, size=size: whole[:size], "checkpoint.pt: not a whole checkpoint")
         for size in (3000, -100, 0)),
-    ("checkpoint.pt", lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
-    ("checkpoint.pt", {"vocab": Path()}, "not a whole checkpoint"),  # no class is ever unpickled
-    ("checkpoint.pt", {"task": "vqa"}, "it is a checkpoint of vqa"),
-    ("checkpoint.pt", {"format": "switchbert-3"}, "switchbert-3, expected switchbert-4"),
-    ("metrics.jsonl", lambda whole: whole[:-5] + b"\n", r"not the metrics.jsonl .*\(near .*20: ")])
-def test_a_damaged_run_is_not_resumed(plain, tmp_path, name, change, message):
+    (RESUME, lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
+    (RESUME, {"vocab": Path()}, "checkpoint.pt: not a whole checkpoint"),  # no class is unpickled
+    (RESUME, {"task": "vqa"}, "it is a checkpoint of vqa"),
+    (RESUME, {"format": "switchbert-3"}, "format switchbert-3, expected switchbert-4"),
+    (["--resume", "--lr", 0.5], {}, "--lr 0.5: the run that is resumed has 1e-12"),
+    (["--resume", "--blind"], {}, "--blind True: the run that is resumed has False"),
+    (["--batch", 64], {}, "--batch 64: there are only 50 training examples"),
+    (["--accum", 5], {}, "--batch 12 cannot be cut into 1 processes x --accum 5 equal parts"),
+    (RESUME, None, r"metrics.jsonl: not the metrics.jsonl .*\(near line 20: ")])
+def test_a_damaged_run_or_flags_that_cannot_hold_are_refused(
+        plain, tmp_path, flags, change, message):
     plain("run", "--lr", 1e-12)  # so that the weight is still 1, and its bytes known
-    path = tmp_path / "run" / name
-    if callable(change):
+    path = tmp_path / "run/checkpoint.pt"
+    if change is None:
+        path = path.with_name("metrics.jsonl")
+        path.write_bytes(path.read_bytes()[:-5] + b"\n")
+    elif callable(change):
         path.write_bytes(change(path.read_bytes()))
     else:
         torch.save({**torch.load(path, weights_only=True), **change}, path)
-    with pytest.raises(BadInput, match=f"{name}: .*{message}"):
-        plain("run", "--resume")
-
-
-@pytest.mark.parametrize("switches, known", [("dual", True), ("II,XX,JJ,IJ", True),
-    ("II,XX", True), ("II,XX,II,XX,JJ", False), ("both", False)])
-def test_switches_are_learned_or_follow_a_name_or_a_path(data, switches, known):
-    args, _ = train.parse_args(["--switches", switches])
-    refused = pytest.raises(BadInput, match=f"--switches {switches}: not a setting .*4 layers")
-    with contextlib.nullcontext() if known else refused:
-        assert train.Pretraining(args, data).model.config.switches == switches
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--resume", "--lr", 0.5], "--lr 0.5: the run that is resumed has 0.001"),
-    (["--resume", "--blind"], "--blind True: the run that is resumed has False"),
-    (["--batch", 64], "--batch 64: there are only 50 training examples"),
-    (["--accum", 5], "--batch 12 cannot be cut into 1 processes x --accum 5 equal parts")])
-def test_flags_that_cannot_hold_are_refused(plain, flags, message):
-    plain("run")
     with pytest.raises(BadInput, match=message):
         plain("run", *flags)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(feature_size=2048), "feature_size is 12, .* trained with 2048"),
-    (dict(detector="vg"), "detector is 'made up', .* trained with 'vg'"),
-    (dict(num_region_classes=8), "classes is 7, .* with 8"), ({}, "vocabulary is not the")])
-def test_a_checkpoint_of_other_regions_or_words_is_refused(data, change, message):
-    checkpoint = {"store": FACTS | change, "vocab": data.tokenizer.pieces if change else ["x"]}
+@pytest.mark.parametrize("flags, change, message", [
+    *((["--switches", path], None, f"--switches {path}: not a setting .*4 layers")
+        for path in ("both", "II,XX,II,XX,JJ")),
+    ([], dict(feature_size=2048), "feature_size is 12, .* trained with 2048"),
+    ([], dict(detector="vg"), "detector is 'made up', .* trained with 'vg'"),
+    ([], dict(num_region_classes=8), "classes is 7, .* with 8"), ([], {}, "vocabulary is not the")])
+def test_unknown_switches_and_a_checkpoint_of_other_regions_or_words_are_refused(
+        data, flags, change, message):
+    checkpoint = {"store": FACTS | (change or {}), "vocab": data.tokenizer.pieces if change else []}
     with pytest.raises(BadInput, match=message):
-        train.Pretraining(train.parse_args([])[0], data, checkpoint)
+        train.Pretraining(train.parse_args(flags)[0], data, checkpoint)
 
 
 def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
