@@ -258,8 +258,12 @@ def test_pretraining_leaves_its_record(pretrain, data, tmp_path, capsys):
     assert evaluations[-1]["scores"].items() <= scores.items() and scores["images"] == 10
 
 
-def test_show_draws_the_ends_of_runs_and_the_start_of_a_finetuned_one(pretrain, tmp_path):
-    pretrain("blind", "--blind")
+def test_a_blind_run_sees_no_picture_and_show_draws_ends_and_the_start_of_a_finetuned_run(
+        pretrain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FeatureStore, "__getitem__", lambda *_: pytest.fail("a picture was read"))
+    scores = pretrain("blind", "--blind")
+    assert scores["mrc"] == 0 and "R@" not in " ".join(scores)
+    assert "pretraining without pictures: 30 pairs" in capsys.readouterr().out
     blind, tuned, whole = tmp_path / "blind", tmp_path / "tuned", tmp_path / "all.png"
     tuned.mkdir()
     (tuned / "metrics.jsonl").touch()
@@ -287,13 +291,6 @@ def test_losses_belong_to_counts_and_reach_every_parameter(data, flags, classes,
         assert not p.requires_grad or (p.grad is not None and p.grad.isfinite().all()), name
     sums, whole = task.sums(task.model.eval(), batch, 9.0)[0], task.model(**batch, temperature=9.0)
     assert sums.equal(whole.sums) and task.counts(batch).tolist() == [*whole.counts]
-
-
-def test_a_blind_run_never_looks_at_a_picture(pretrain, monkeypatch, capsys):
-    monkeypatch.setattr(FeatureStore, "__getitem__", lambda *_: pytest.fail("a picture was read"))
-    scores = pretrain("run", "--blind")
-    assert scores["mrc"] == 0 and "R@" not in " ".join(scores)
-    assert "pretraining without pictures: 30 pairs" in capsys.readouterr().out
 
 
 def test_an_evaluation_is_the_mean_over_examples_one_by_one(model, store, tokenizer):
