@@ -18,6 +18,8 @@ Where this stands
           |
           +--> finetune.py, whose tasks go through the same `fit`
 
+Letters: B batch, T word pieces, R regions, C region classes.
+
 Map of the file (* = read these first)
 
     1. Settings         flags, and what the toy run and the full run set them to

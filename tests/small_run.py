@@ -35,7 +35,18 @@ def load_task(kind, args):
     return store, {"train": items, "val": items}
 
 
+def make_optimizer(*args):
+    """AdamW with a large eps: else its steps would not depend on the gradient's size."""
+    optimizer = MAKE_OPTIMIZER(*args)
+    for group in optimizer.param_groups:
+        group["eps"] = 1.0
+    return optimizer
+
+
+MAKE_OPTIMIZER = train.make_optimizer
+
 if __name__ == "__main__":
     train.load_data, finetune.load_task = load_data, load_task
+    train.make_optimizer = make_optimizer
     script = {"train": train, "finetune": finetune}[sys.argv[3]]
     run(lambda: script.main(sys.argv[4:]))

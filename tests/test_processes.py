@@ -25,7 +25,7 @@ def start(store, tokenizer, tmp_path_factory):
     vocab.write_text("".join(p + "\n" for p in tokenizer.pieces), encoding="utf-8")
 
     def begin(out, *flags, program=PLAIN, task="train"):
-        size = ["--batch", 6, "--epochs", 3, "--eval-every", 4, "--threads", 1, "--lr", 1e-3]
+        size = ["--batch", 6, "--epochs", 3, "--eval-every", 4, "--threads", 1, "--lr", 1]
         command = [*program, store.folder, vocab, *task.split(), "--out", out, *size, *flags]
         return subprocess.Popen([str(c) for c in command], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE)
@@ -43,9 +43,9 @@ def weights(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
 
 
-def evaluations(out):
+def metrics(out, kind="losses"):
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "losses" in line]
+    return [line for line in lines if kind in line]
 
 
 def wait_for(path, text):
@@ -60,27 +60,28 @@ def assert_alike(out, expected):
     found, whole = weights(out), weights(expected)
     for name in whole:
         torch.testing.assert_close(found[name], whole[name], rtol=1e-3, atol=2e-4)
-    one, two = evaluations(out), evaluations(expected)
+    one, two = metrics(out), metrics(expected)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
         assert a["scores"]["itm"] == pytest.approx(b["scores"]["itm"], rel=1e-3)
+    for a, b in zip(metrics(out, "mixture"), metrics(expected, "mixture")):
+        for found, whole in zip(a["mixture"]["modes"], b["mixture"]["modes"]):
+            assert found == [pytest.approx(shares, abs=1e-3) for shares in whole]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(out, "--accum", 2))
+    finish(start(out, "--accum", 6))
     return out
 
 
-SIGNALS = [signal.SIGKILL, *(pytest.param(s, marks=SLOW) for s in (signal.SIGTERM, signal.SIGINT))]
-
-
-@pytest.mark.parametrize("sign", SIGNALS)
+@pytest.mark.parametrize("sign", [signal.SIGKILL,
+    *(pytest.param(sign, marks=SLOW) for sign in (signal.SIGTERM, signal.SIGINT))])
 def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, tmp_path, sign):
     """Bit for bit. Killed where it stands; the other signals save first and exit with 0."""
-    process = start(tmp_path / "run", "--accum", 2)
+    process = start(tmp_path / "run", "--accum", 6)
     wait_for(tmp_path / "run" / "metrics.jsonl", '{"step": 6')
     process.send_signal(sign)
     out, _ = process.communicate(timeout=60)
@@ -88,36 +89,33 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, 
         assert process.returncode == -9
     else:
         assert process.returncode == 0 and ("stopped after step" in out or "done" in out)
-    said = finish(start(tmp_path / "run", "--accum", 2, "--resume"))
+    said = finish(start(tmp_path / "run", "--accum", 6, "--resume"))
     assert ("resuming after step 4" in said) or sign != signal.SIGKILL
     expected, found = weights(undisturbed), weights(tmp_path / "run")
     assert all(found[k].equal(expected[k]) for k in expected)
-    one, two = evaluations(tmp_path / "run"), evaluations(undisturbed)
+    one, two = metrics(tmp_path / "run"), metrics(undisturbed)
     for key in ("step", "losses", "scores", "switches"):
         assert [line[key] for line in one] == [line[key] for line in two]
 
 
-PROGRAMS = [(PLAIN, ["--gpus", 2]), pytest.param(TORCHRUN, [], marks=SLOW)]
-
-
-@pytest.mark.parametrize("program, flags", PROGRAMS)
+@pytest.mark.parametrize("program, flags", [
+    (PLAIN, ["--gpus", 2]), pytest.param(TORCHRUN, [], marks=SLOW)])
 def test_two_processes_train_like_one(start, undisturbed, tmp_path, program, flags):
-    """Each takes one of the two parts of a batch; noise belongs to the part, not to the process.
-
+    """Each takes three of the six parts of a batch; noise belongs to the part, not to the process.
     A gradient that were a mean of means would differ: parts have other numbers of masked places.
     """
-    finish(start(tmp_path, *flags, program=program))
+    finish(start(tmp_path, "--accum", 3, *flags, program=program))
     assert_alike(tmp_path, undisturbed)
 
 
 @SLOW
 def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(start, undisturbed, tmp_path):
     """--gpus 2 passes SIGTERM on, and both processes stop after the same step."""
-    process = start(tmp_path, "--gpus", 2)
+    process = start(tmp_path, "--gpus", 2, "--accum", 3)
     wait_for(tmp_path / "metrics.jsonl", '{"step": 6')
     process.send_signal(signal.SIGTERM)
     assert "stopped after step" in finish(process)
-    finish(start(tmp_path, "--accum", 2, "--resume"))
+    finish(start(tmp_path, "--accum", 6, "--resume"))
     assert_alike(tmp_path, undisturbed)
 
 
