@@ -16,17 +16,8 @@ from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate
 
 B, H, T, V, SIZE = 2, 3, 4, 5, 6  # V vision tokens
 MIXED = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
+CLOSED = ([1.0, 0, 0], [0, 1.0, 0])  # text attends to text, vision to text
 close = torch.testing.assert_close
-
-
-def tensors(dtype=torch.float64, padded=slice(0)):
-    generator = torch.Generator().manual_seed(3)
-    qkv = [torch.randn(B, H, T + V, SIZE, generator=generator, dtype=torch.float64).to(dtype)
-        .requires_grad_() for _ in range(3)]
-    mask = torch.ones(B, T + V).long()
-    mask[0, 2:4] = mask[1, 7:] = mask[1, padded] = 0
-    modes = torch.tensor(MIXED, dtype=torch.float64).repeat(B, 1, 1)
-    return qkv, mask, modes.to(dtype).requires_grad_()
 
 
 def definition(q, k, v, mask, modes):
@@ -39,37 +30,23 @@ def definition(q, k, v, mask, modes):
     return e @ v / e.sum(-1, keepdim=True).clamp(min=1e-300)  # zero for a query that sees no key
 
 
+@pytest.mark.parametrize("modes", [MIXED, CLOSED, [[0, 0, 1.0]] * 2, [[1 / 3] * 3] * 2],
+    ids=["mixed", "closed", "joint", "even"])
 @pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None), slice(None)],
     ids=["none", "text", "vision", "all"])
-def test_a_key_counts_as_much_as_its_query_is_open_to_it(padded):
-    """Output and gradients, those of the switch too."""
-    (q, k, v), mask, modes = tensors(padded=padded)
-    wanted = torch.randn(B, H, T + V, SIZE, dtype=torch.float64)
+def test_a_key_counts_as_much_as_its_query_is_open_to_it(modes, padded):
+    """Output and gradients, those of a switch too unless it is closed: log(0) has none."""
+    q, k, v, wanted = torch.randn(4, B, H, T + V, SIZE, dtype=torch.float64).requires_grad_()
+    mask = torch.ones(B, T + V).long()
+    mask[0, 2:4] = mask[1, 7:] = mask[1, padded] = 0
+    modes = torch.tensor(modes, dtype=torch.float64).repeat(B, 1, 1).requires_grad_()
     found, expected = switch_attention(q, k, v, mask, T, modes), definition(q, k, v, mask, modes)
     # The scores are computed in float32, whatever comes in.
     close(found, expected, rtol=1e-5, atol=1e-6)
-    for x, y in zip(torch.autograd.grad((found * wanted).sum(), [q, k, v, modes]),
-            torch.autograd.grad((expected * wanted).sum(), [q, k, v, modes])):
+    inputs = [q, k, v] + [modes] * (0 not in modes)
+    for x, y in zip(torch.autograd.grad((found * wanted).sum(), inputs),
+            torch.autograd.grad((expected * wanted).sum(), inputs)):
         close(x, y, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None)])
-@pytest.mark.parametrize("mode", [INTRA, INTER, JOINT])
-def test_a_closed_switch_is_plain_attention_over_the_keys_of_its_mode_and_an_even_one_joint(
-        mode, padded):
-    (q, k, v), mask, _ = tensors(padded=padded)
-    kind, wanted = torch.arange(T + V).ge(T), torch.randn(B, H, T + V, SIZE, dtype=torch.float64)
-    own = kind[:, None] == kind
-    seen = {INTRA: own, INTER: ~own, JOINT: own | True}[mode] & mask[:, None, None].bool()
-    expected = F.scaled_dot_product_attention(q, k, v, seen).nan_to_num()  # no key: zero
-    expected = expected * seen.any(-1, keepdim=True)
-    for modes in (F.one_hot(torch.full((B, 2), mode), 3), torch.full((B, 2, 3), 1 / 3)):
-        if mode == JOINT or modes.max() == 1:
-            found = switch_attention(q, k, v, mask, T, modes)
-            close(found, expected, rtol=1e-5, atol=1e-6)
-            for x, y in zip(torch.autograd.grad((found * wanted).sum(), [q, k, v]),
-                    torch.autograd.grad((expected * wanted).sum(), [q, k, v], retain_graph=True)):
-                close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("apart", [0, 30, 50, 80, 1e4])
@@ -85,14 +62,6 @@ def test_a_closed_switch_finds_its_keys_however_far_their_scores_lie_below_the_o
         close(out, torch.ones(1, 1, 2, 1))
         for gradient in torch.autograd.grad(out.sum(), [q, k, v, inter]):
             assert gradient.isfinite().all() and gradient.abs().max() < 1e3
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)])
-def test_attention_in_half_precision_stays_within_its_rounding(dtype, tolerance):
-    (q, k, v), mask, modes = tensors(dtype, padded=slice(T, None))
-    found = switch_attention(q, k, v, mask, T, modes)
-    expected = definition(q.double(), k.double(), v.double(), mask, modes.double())
-    close(found, expected.to(dtype), rtol=tolerance, atol=2 * tolerance)
 
 
 def test_dropout_reaches_attention_weights_and_both_residual_branches():
@@ -172,15 +141,6 @@ def test_frozen_single_is_a_bert_over_text_and_vision_in_one_sequence(tmp_path, 
     close(found[mask], expected[mask], rtol=1e-4, atol=1e-5)
     pooled = F.relu(model.pooler.text(expected[:, 0])) * F.relu(model.pooler.vision(expected[:, 5]))
     close(out.pooled, pooled, rtol=1e-4, atol=1e-5)
-
-
-def test_frozen_intra_has_exactly_no_gradient_across_modalities(inputs):
-    model = setting("intra")
-    features = inputs["region_features"].requires_grad_()
-    out, words = model(**inputs), model.text_embeddings.word_embeddings.weight
-    across = (torch.autograd.grad(out.text_states.sum(), features, retain_graph=True)[0],
-        torch.autograd.grad(out.region_states.sum(), words)[0])
-    assert [gradient.count_nonzero().item() for gradient in across] == [0, 0]
 
 
 @pytest.mark.parametrize("switches, layers, expected", [
@@ -263,19 +223,15 @@ def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(con
         close(x, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_switches_are_hard_in_evaluation_and_soft_at_a_temperature(config, inputs):
+def test_switches_are_hard_in_evaluation_soft_at_a_temperature_and_drawn_in_training(
+        config, inputs):
     model = SwitchBert(config).eval()
     out = model(**inputs)
-    assert out.pooled.equal(model(**inputs).pooled)
     for weights in (out.modes, *out.depths):
         assert weights.eq(0).logical_or(weights.eq(1)).all() and weights.sum(-1).eq(1).all()
     soft = model(**inputs, temperature=2.0).modes
     assert ((soft > 0) & (soft < 1)).all()
-    close(soft.sum(-1), torch.ones(3, 2, 2))
-
-
-def test_training_draws_each_switch_anew_at_temperature_1_unless_another_is_given(config, inputs):
-    model = SwitchBert(config).train()
+    model.train()
     one, two = model(**inputs), model(**inputs)
     assert not one.modes.equal(two.modes) and not one.depths[1].equal(two.depths[1])
     assert [w.shape for w in (one.modes, *one.depths)] == [(3, 2, 2, 3), (3, 2, 1), (3, 2, 2)]
@@ -548,17 +504,12 @@ REFUSED = {  # what is wrong: (the call, words of the message)
         "switches='II,XX,JJ': .* two letters of I, X, J for each of at most 2 layers"),
     "heads": (lambda *_: SwitchBertConfig(hidden_size=10, num_attention_heads=4),
         "hidden_size=10 is not a multiple of num_attention_heads=4"),
-    "width": (loading(hidden_size=768), "hidden_size is 768, but this model has 16"),
     "depth": (loading(num_hidden_layers=12), "num_hidden_layers is 12, but this model has 2"),
-    "vocabulary": (loading(vocab_size=30522), "vocab_size is 30522, but this model has 60"),
     "activation": (loading(hidden_act="relu"), "hidden_act is 'relu', but this model has 'gelu'"),
     "shape": (loading(bert_weights() | {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}),
         "size mismatch for bert.layers.1.output.bias"),
     "names": (loading({"gpt2.weight": torch.zeros(3)}), "no weight has a name of BERT's"),
     "no folder": (load_bert, "config.json"),
-    "no weights": (loading({}, kind="other.bin"), "pytorch_model.bin"),
-    "empty": (loading(edit=lambda whole: b""), None),
-    "cut in its header": (loading(edit=lambda whole: whole[:40]), None),
     "cut in a tensor": (loading(edit=lambda whole: whole[:-4]), None),
     "number type": (loading(edit=lambda whole: whole.replace(b'"F32"', b'"F99"', 1)), "F99"),
     "too few bytes": (loading(edit=lambda whole: whole.replace(b"[60, 16]", b"[61, 16]")), "61"),
