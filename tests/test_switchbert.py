@@ -266,6 +266,7 @@ def test_what_a_layer_reads_is_the_weighted_sum_of_all_depths(tau):
     nn.init.normal_(block.gate.linear.weight, std=9.0)
     depths, mask = [torch.randn(8, 7, 16) for _ in range(4)], torch.ones(8, 7).long()
     mixed, weights = block(depths, mask, 3, tau)
+    close(weights, block.gate(depths[-1], mask, 3, tau))  # decided by the newest states
     per_token = torch.cat([weights[:, :1].expand(8, 3, 4), weights[:, 1:].expand(8, 4, 4)], 1)
     close(mixed, torch.einsum("bli,ibld->bld", per_token, torch.stack(depths)))
     assert weights.amax(dim=(0, 1)).count_nonzero() > 1
