@@ -20,8 +20,6 @@ A detector proposes boxes and computes a feature for each; the best ones are kep
 Letters: H, W height and width of a picture, s stride and c channels of the map, P proposals, R
 regions kept, F region feature, C region classes (background is class 0), B pictures of a batch.
 
-The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visual Genome [supp. 2].
-
 Map of the file (* = read these first)
 
     1. Detectors             build_detector: "vg", "coco", "toy", and their weights
@@ -40,8 +38,10 @@ Map of the file (* = read these first)
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
 The first argument is a folder or a picture. The same command continues an interrupted extraction.
-ASSUMPTION A13 (which regions are the best 36) is in section 4. DEVIATION D1: the toy world's
-detector is small and trained here. It keeps 1 to 8 regions, not 36: a scene has at most 6 things.
+
+The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visual Genome [supp. 2].
+ASSUMPTION A13 (which 36) is in section 4. DEVIATION D1: the toy world's detector is small and
+trained here. It keeps 1 to 8 regions: a scene has at most 6 things.
 """
 
 import argparse
@@ -137,9 +137,7 @@ def coco_detector():
 
 
 class VGTransform(nn.Module):
-    """Pictures, RGB in [0, 1] -> the network's input: BGR in 0..255 minus the mean, the short side
-    600 pixels, or less if the long one would exceed 1000.
-    """
+    """RGB in [0, 1] -> BGR in 0..255 minus its mean, short side 600 pixels, long one up to 1000."""
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
     min_size, max_size = 600, 1000
@@ -370,8 +368,8 @@ def select_regions(boxes, probs, most, confidence):
     So of ten boxes around one red star only one ranks high, while a shirt and the man in it, two
     classes, both stay. confidence: lowest score to keep; the best region always stays.
 
-    All classes are suppressed in one pass: step k takes the k-th best box of every class at once
-    and, if it is still alive, strikes its rivals. batched_nms would take five times as long.
+    One pass for all classes, five times as fast as batched_nms: step k takes the k-th best box of
+    every class and, if it is still alive, strikes its rivals.
     """
     scores = probs[:, 1:]  # (P, C - 1), without the background
     rivals = (box_iou(boxes, boxes) > 0.3).fill_diagonal_(False)  # (P, P)
@@ -410,10 +408,7 @@ def open_picture(path):
 
 
 def find_pictures(source):
-    """[path] of the pictures in a folder and all folders below it, or of one picture.
-
-    Hidden files, such as macOS's '._1.jpg', are left out; links to folders are followed.
-    """
+    """[path] of a picture, or of those below a folder; links count, hidden files do not."""
     paths = [source]
     if source.is_dir():
         paths = sorted(source / name for name in glob.glob("**", root_dir=source, recursive=True))
@@ -442,18 +437,16 @@ def read_boxes(path):
 
 # --- 6. Extraction --------------------------------------------------------------------------------
 #
-# A store is filled in blocks of rows, so an interrupted extraction continues with the pending ones.
-# The result is bit for bit that of an undisturbed one. Pitfall: a batch of another size rounds
-# differently. So a block, 16 scenes of one size or one picture, is always computed whole, even if
-# some of its rows are already written.
+# A store is filled in blocks of rows: 16 scenes of one size, or one picture. What was interrupted
+# goes on with the pending ones, to the same bits. Pitfall: a batch of another size rounds
+# differently. So a block is always computed whole, even if some of its rows are already written.
 
 
 def fill(writer, model, sources, load, batch, boxes=None, precision="fp32", workers=0, gpus=1):
     """Extract this process's share of the pending rows, one of `gpus`.
 
     load(sources of a block): its pictures, uint8 (B, 3, H, W), or BadInput. boxes: None, or {id:
-    given boxes}. The share depends on a block's number, not on its place among pending ones: a
-    process that starts late sees fewer of those.
+    given boxes}. A process that starts late sees fewer pending blocks: so their numbers decide.
     """
     numbers = sorted({row // batch for row in writer.pending()})
     blocks = [range(len(sources))[batch * n : batch * (n + 1)] for n in numbers if n % gpus == RANK]

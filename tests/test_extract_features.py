@@ -305,9 +305,14 @@ def test_a_store_of_scenes_that_was_interrupted_goes_on_to_the_same_bytes(
     assert drawn == [numbers[:16], numbers[16:]]  # whole batches, whatever is missing
     assert same_store(tmp_path / "whole", tmp_path / "parts")
     assert store.num_region_classes == 49 and store.class_names[0] == "background"
+    assert set(store.counts) == {1}  # with random weights no class reaches 20 %
     for row in (0, 19):
         alone = regions(detector, draw_scenes([numbers[row]]) / 255, 8)[0]
         np.testing.assert_allclose(store[row]["boxes"], alone[0], rtol=1e-3, atol=1e-3)
+    nan = np.full((1, 128), np.nan)
+    monkeypatch.setattr(extract_features, "regions", lambda *_: [(alone[0], nan, None)])
+    with pytest.raises(BadInput, match="image 7: .* NaN"):  # no scene is unusable: the detector is
+        extract_scenes(detector, [7], tmp_path / "bad")
 
 
 def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
@@ -319,6 +324,7 @@ def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
     assert not FeatureStore.is_complete(tmp_path / "runs")
     main(argv)
     argv = flags(pictures, tmp_path / "processes", weights, "--gpus", 2)
+    pending = []
 
     def children(count):
         for rank in range(count):
@@ -327,10 +333,11 @@ def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
                 patch.setattr(extract_features, "WORLD_SIZE", count)
                 main(argv)
             assert not FeatureStore.is_complete(tmp_path / "processes")  # the parent finishes it
+            pending.append((np.load(tmp_path / "processes" / "counts.npy") < 0).sum())
 
     monkeypatch.setattr(extract_features, "start_processes", children)
     main(argv)
-    assert same_store(undisturbed, tmp_path / "runs")
+    assert pending == [3, 0] and same_store(undisturbed, tmp_path / "runs")
     assert same_store(undisturbed, tmp_path / "processes")
 
 
@@ -448,7 +455,7 @@ def test_show_draws_a_picture_or_a_scene_or_grey_with_the_best_classes(
     extract_scenes(detector, [7], tmp_path / "scenes")
     show(tmp_path / "scenes", "7")
     assert np.array_equal(drawn[-1][0], pil_to_tensor(Scene(7).draw(4).resize((500, 500))) // 2)
-    for names, label in (((), "class 2 0.75"), (("bg", "cat", "dog"), "dog 0.75")):
-        folder = tmp_path / label
-        show(store_of([[1, 1, 5, 5]], (9, 9), folder, [[0.125, 0.125, 0.75]], names), "a")
-        assert drawn[-1][2] == [label]
+    for names, cat, dog in (((), "class 1", "class 2"), (("bg", "cat", "dog"), "cat", "dog")):
+        probs = [[0.125, 0.125, 0.75], [0.25, 0.5, 0.25]]
+        show(store_of([[1, 1, 5, 5], [2, 2, 9, 9]], (9, 9), tmp_path / cat, probs, names), "a")
+        assert drawn[-1][2] == [f"{cat} 0.50", f"{dog} 0.75"]
