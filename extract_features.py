@@ -37,9 +37,9 @@ Map of the file (* = read these first)
     $ python extract_features.py images/ -o data/refer/features-gt --boxes instances.json ...
     $ python extract_features.py show data/features images/391895.jpg -o regions.png
 
-The same command continues an interrupted extraction.
-ASSUMPTION A13 (which regions are the best 36) is in section 4. DEVIATION D1: the toy world's
-detector is small and trained here. It keeps 1 to 8 regions, not 36: a scene has at most 6 things.
+The paper uses 36 regions from a Faster R-CNN with a ResNet-101, trained on Visual Genome [supp. 2].
+ASSUMPTION A13 (which 36) is in section 4. DEVIATION D1: the toy world's detector is small and
+trained here. It keeps 1 to 8 regions: a scene has at most 6 things.
 """
 
 import argparse
@@ -87,12 +87,7 @@ def build_detector(name, weights=None, classes=None):
     build, names = DETECTORS[name]
     model = build().eval()
     if weights:
-        with reading(weights, f"the weights of the {name} detector"):
-            found = torch.load(weights, map_location="cpu", weights_only=True)
-            try:
-                model.load_state_dict(convert_vg_weights(found) if name == "vg" else found)
-            except RuntimeError as error:  # it lists the keys, one per line
-                raise ValueError(str(error).replace("\n", " ")) from error
+        load_weights(model, name, weights)
     head = model.roi_heads.box_predictor.cls_score
     if classes:
         with reading(classes, f"{head.out_features - 1} class names, one per line"):
@@ -106,6 +101,18 @@ def build_detector(name, weights=None, classes=None):
     return model
 
 
+def load_weights(model, name, path):
+    """Load a file into a detector. BadInput unless its keys and shapes are the model's: a missing
+    layer would stay random, and every feature would be wrong.
+    """
+    with reading(path, f"the weights of the {name} detector"):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            model.load_state_dict(convert_vg_weights(weights) if name == "vg" else weights)
+        except RuntimeError as error:  # it lists the keys, one per line
+            raise ValueError(str(error).replace("\n", " ")) from error
+
+
 # --- 2. Visual Genome -----------------------------------------------------------------------------
 # The detector of Anderson et al. [2018, the paper's reference 1], trained in Caffe on the 1,600
 # object classes of Visual Genome. The first four blocks of a ResNet-101 map the picture once,
@@ -115,9 +122,7 @@ def build_detector(name, weights=None, classes=None):
 
 
 class VGTransform(nn.Module):
-    """Pictures, RGB in [0, 1] -> the network's input: BGR in 0..255 minus the mean, the short side
-    600 pixels, or less if the long one would exceed 1000.
-    """
+    """RGB in [0, 1] -> BGR in 0..255 minus its mean, short side 600 pixels, long one up to 1000."""
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
     min_size, max_size = 600, 1000
@@ -343,8 +348,8 @@ def select_regions(boxes, probs, most, confidence):
     So of ten boxes around one red star only one ranks high, while a shirt and the man in it, two
     classes, both stay. confidence: lowest score to keep; the best region always stays.
 
-    All classes are suppressed in one pass: step k takes the k-th best box of every class at once
-    and, if it is still alive, strikes its rivals. batched_nms would take five times as long.
+    One pass for all classes, five times as fast as batched_nms: step k takes the k-th best box of
+    every class and, if it is still alive, strikes its rivals.
     """
     scores = probs[:, 1:]  # (P, C - 1), without the background
     rivals = (box_iou(boxes, boxes) > 0.3).fill_diagonal_(False)  # (P, P)
@@ -382,10 +387,7 @@ def open_picture(path):
 
 
 def find_pictures(source):
-    """[path] of the pictures in a folder and all folders below it, or of one picture.
-
-    Hidden files, such as macOS's '._1.jpg', are left out; links to folders are followed.
-    """
+    """[path] of a picture, or of those below a folder; links count, hidden files do not."""
     paths = [source]
     if source.is_dir():
         paths = sorted(source / name for name in glob.glob("**", root_dir=source, recursive=True))
@@ -413,18 +415,16 @@ def read_boxes(path):
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
-# A store is filled in blocks of rows, so an interrupted extraction continues with the pending ones.
-# The result is bit for bit that of an undisturbed one. Pitfall: a batch of another size rounds
-# differently. So a block, 16 scenes of one size or one picture, is always computed whole, even if
-# some of its rows are already written.
+# A store is filled in blocks of rows: 16 scenes of one size, or one picture. What was interrupted
+# goes on with the pending ones, to the same bits. Pitfall: a batch of another size rounds
+# differently. So a block is always computed whole, even if some of its rows are already written.
 
 
 def fill(writer, model, sources, load, batch, boxes=None, precision="fp32", workers=0, gpus=1):
     """Extract this process's share of the pending rows, one of `gpus`.
 
     load(sources of a block): its pictures, uint8 (B, 3, H, W), or BadInput. boxes: None, or {id:
-    given boxes}. The share depends on a block's number, not on its place among pending ones: a
-    process that starts late sees fewer of those.
+    given boxes}. A process that starts late sees fewer pending blocks: so their numbers decide.
     """
     numbers = sorted({row // batch for row in writer.pending()})
     blocks = [range(len(sources))[batch * n : batch * (n + 1)] for n in numbers if n % gpus == RANK]
@@ -515,13 +515,14 @@ def show(folder, which):
         image = open_picture(which)
     elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
-    names = dict(enumerate(store.class_names))
+    names = store.class_names or [f"class {c}" for c in range(store.num_region_classes)]
     labels = None
     if store.num_region_classes:
         sure = store.class_probs(row)[::-1, 1:]  # without the background
-        labels = [f"{names.get(1 + p.argmax(), 'class ?')} {p.max():.2f}" for p in sure]
+        labels = [f"{names[1 + p.argmax()]} {p.max():.2f}" for p in sure]
     boxes = record["boxes"][::-1] * 500 / max(record["size"])  # the best comes last, on top
-    # 137 degrees around the colour wheel each time: neighbours never look alike.
+    # 137 degrees around the colour wheel each time, the golden angle: neighbours never look alike,
+    # however many boxes there are.
     colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))][::-1]
     image = pil_to_tensor(ImageOps.contain(image, (500, 500))) // 2
     drawn = draw_bounding_boxes(image, torch.from_numpy(boxes), labels, colours)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import nms
 
 from data import BadInput
-from extract_features import (Res5Head, VGAnchors, VGTransform, build_detector, load_weights,
-    regions)
+from extract_features import Res5Head, VGTransform, build_detector, load_weights, regions
 
 BLOCKS = {"backbone.res2": 3, "backbone.res3": 4, "backbone.res4": 23, "roi_heads.res5": 3}
 
@@ -107,30 +106,19 @@ def test_the_short_side_becomes_600_and_the_long_one_at_most_1000(size, prepared
     assert tuple(found.image_sizes[0]) == prepared == found.tensors.shape[2:]
 
 
-def bilinear(values, n):
-    """One line of samples at n places, by hand: centres at (i + 1/2) m / n - 1/2, ends repeated."""
-    m = len(values)
-    at = np.clip((np.arange(n) + 0.5) * m / n - 0.5, 0, m - 1)
-    low = np.floor(at).astype(int)
-    high = np.minimum(low + 1, m - 1)
-    return values[low] + (at - low)[:, None] * (values[high] - values[low])
-
-
 def test_a_picture_becomes_blue_green_red_minus_its_mean():
     image = torch.rand(3, 4, 6)
     transform = VGTransform()
     transform.min_size, transform.max_size = 10, 100
+    mean = torch.tensor([102.9801, 115.9465, 122.7717])
+    expected = F.interpolate(255 * image[None, [2, 1, 0]], (10, 15), mode="bilinear")[0]
     found = transform([image])[0].tensors[0]
-    for channel, mean in enumerate((102.9801, 115.9465, 122.7717)):
-        plane = 255 * image[2 - channel].double().numpy()
-        expected = bilinear(bilinear(plane, 10).T, 15).T - mean
-        np.testing.assert_allclose(found[channel], expected, atol=2e-4)
+    torch.testing.assert_close(found, expected - mean[:, None, None], rtol=0, atol=2e-4)
 
 
 def reference_norm(x, weights, name):
-    w, b, mean, var = (weights[f"{name}.norm.{k}"][:, None, None]
-        for k in ("weight", "bias", "running_mean", "running_var"))
-    return (x - mean) / (var + 1e-5).sqrt() * w + b
+    return F.batch_norm(x, *(weights[f"{name}.norm.{k}"]
+        for k in ("running_mean", "running_var", "weight", "bias")))
 
 
 def reference_stage(x, weights, stage, stride, dilation=1):
@@ -228,22 +216,6 @@ def test_chunks_of_regions_give_what_all_of_them_give_together():
     assert seen == [32, 32, 6]
 
 
-def test_anchors_are_the_checkpoints_around_points_16_pixels_apart():
-    anchors = VGAnchors()
-    anchors.cells = published_anchors()
-    found = anchors(ImageList(torch.zeros(1, 3, 60, 50), [(60, 50)]), [torch.zeros(1, 9, 3, 2)])
-    expected = [[16 * x + a, 16 * y + b, 16 * x + c, 16 * y + d]
-        for y in range(3) for x in range(2) for a, b, c, d in published_anchors().tolist()]
-    assert len(found) == 1
-    torch.testing.assert_close(found[0], torch.tensor(expected))
-
-
-def iou(a, b):
-    w, h = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
-    area = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    return w * h / (area - w * h) if w * h else 0.0
-
-
 def reference_proposals(seen, weights, size):
     """All anchors decoded and clipped, best first; what overlaps a better one by more than .7 goes.
     """
@@ -251,23 +223,17 @@ def reference_proposals(seen, weights, size):
     conv, score, delta = ([weights[f"{name}.{k}.{p}"] for p in ("weight", "bias")]
         for k in ("conv", "objectness_logits", "anchor_deltas"))
     hidden = F.conv2d(seen, *conv, padding=1).relu()
-    scores = F.conv2d(hidden, *score)[0].permute(1, 2, 0).flatten().tolist()
-    deltas = F.conv2d(hidden, *delta)[0].permute(1, 2, 0).reshape(-1, 4).tolist()
-    boxes = []
-    for i, (dx, dy, dw, dh) in enumerate(deltas):
-        cell, k = divmod(i, 12)
-        y, x = divmod(cell, seen.shape[3])
-        x1, y1, x2, y2 = published_anchors()[k].tolist()
-        w, h = (x2 - x1) * np.exp(dw), (y2 - y1) * np.exp(dh)
-        cx, cy = 16 * x + dx * (x2 - x1), 16 * y + dy * (y2 - y1)
-        boxes.append([min(max(cx - w / 2, 0), size[1]), min(max(cy - h / 2, 0), size[0]),
-            min(max(cx + w / 2, 0), size[1]), min(max(cy + h / 2, 0), size[0])])
-    kept = []
-    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        x1, y1, x2, y2 = boxes[i]
-        if x1 < x2 and y1 < y2 and all(iou(boxes[i], b) <= 0.7 for b in kept):
-            kept.append(boxes[i])
-    return kept[:40]
+    scores = F.conv2d(hidden, *score)[0].permute(1, 2, 0).flatten()  # (h w 12,)
+    deltas = F.conv2d(hidden, *delta)[0].unflatten(0, (12, 4)).permute(2, 3, 0, 1)  # (h, w, 12, 4)
+    y, x = (16 * torch.arange(n) for n in seen.shape[2:])
+    cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (h, w, 1, 2)
+    sides = published_anchors()[:, 2:] - published_anchors()[:, :2]  # around their centres
+    centre, half = cells + sides * deltas[..., :2], sides * deltas[..., 2:].exp() / 2
+    boxes = torch.cat([centre - half, centre + half], dim=-1).reshape(-1, 4)
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[1])
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[0])
+    sound = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
+    return boxes[sound][nms(boxes[sound], scores[sound], 0.7)][:40]
 
 
 @torch.no_grad()
@@ -304,21 +270,26 @@ def test_lower_precision_changes_features_by_less_than_is_said(detector, picture
     """For given boxes, against the largest feature."""
     boxes = np.float32([[0, 0, 83, 61], [10, 10, 40, 50], [50, 5, 80, 25]])
     whole = regions(detector, picture, 36, boxes)[0][1]
+    seen = []
+    for layer in (detector.backbone.conv1, detector.roi_heads.box_head.layer4[0].conv1):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
     half = regions(detector, picture, 36, boxes, "bf16")[0][1]
+    assert set(seen) == {torch.bfloat16} and len(seen) == 2
     assert 0 < np.abs(half - whole).max() < 0.01 * np.abs(whole).max()
 
 
+MISSING = "proposal_generator.anchor_generator.cell_anchors.0"
+SCORES = "roi_heads.box_predictor.cls_score.bias"
+
+
 @pytest.mark.parametrize("change, problem", [
-    (lambda w: w.pop("backbone.res4.22.conv2.weight"), "Missing.*backbone.layer3.22.conv2.weight"),
-    (lambda w: w.pop("proposal_generator.anchor_generator.cell_anchors.0"),
-        "Missing.*rpn.anchor_generator.cells"),
+    (lambda w: w.pop(MISSING), "Missing.*rpn.anchor_generator.cells"),
     (lambda w: w.update({"backbone.fpn.weight": torch.zeros(1)}), "Unexpected.*fpn.weight"),
-    (lambda w: w.update({"roi_heads.box_predictor.cls_score.bias": torch.zeros(91)}),
-        "size mismatch for roi_heads.box_predictor.cls_score.bias")])
-def test_weights_that_are_not_the_detectors_are_named(published, detector, change, problem,
-        monkeypatch):
+    (lambda w: w.update({SCORES: torch.zeros(91)}), f"size mismatch for {SCORES}")])
+def test_weights_that_are_not_the_detectors_are_named(
+        published, detector, change, problem, monkeypatch):
     weights = copy.copy(published)
     change(weights)
     monkeypatch.setattr(torch, "load", lambda *_, **__: weights)
-    with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector; .*{problem}"):
+    with pytest.raises(BadInput, match=f"w.bin: not the weights of the vg detector .*{problem}"):
         load_weights(detector, "vg", "w.bin")
