@@ -332,8 +332,7 @@ class SwitchInput(nn.Module):
         weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
         kind = modality_of(mask.shape[1], num_text, mask.device)
         shares = weights[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
-        # One fused pass per depth. Stacking all depths for a single product would copy them first:
-        # two to five times slower (tests/benchmark.py).
+        # One fused pass per depth; stacked for a single product, they would be copied first.
         mixed = shares[0] * depths[0]
         for share, states in zip(shares[1:], depths[1:]):
             mixed = torch.addcmul(mixed, share, states)
@@ -462,18 +461,13 @@ class Pooler(nn.Module):
 
 @dataclass
 class SwitchBertOutput:
-    """What the encoder returns.
+    """What the encoder returns."""
 
-    text_states (B, T, D); region_states (B, R, D), without the global region; pooled (B, P);
-    modes (B, layers, 2, 3): each sample's weights of INTRA, INTER, JOINT, for TEXT and VISION;
-    depths: for each layer (B, 2, l+1), the weights of depths 0..l in its input.
-    """
-
-    text_states: torch.Tensor
-    region_states: torch.Tensor
-    pooled: torch.Tensor
-    modes: torch.Tensor
-    depths: list
+    text_states: torch.Tensor  # (B, T, D)
+    region_states: torch.Tensor  # (B, R, D), without the global region
+    pooled: torch.Tensor  # (B, P)
+    modes: torch.Tensor  # (B, layers, 2, 3): weights of INTRA, INTER, JOINT, for TEXT and VISION
+    depths: list  # for each layer (B, 2, l+1): the weights of depths 0..l in its input
 
 
 class SwitchBert(nn.Module):
