@@ -2,12 +2,9 @@
 kind, given boxes, stores that survive interruptions, and a look at a store.
 """
 
-import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +17,8 @@ from torchvision.transforms.functional import pil_to_tensor
 import extract_features
 from data import HELD_OUT_SCENES, TOY_CLASSES, BadInput, FeatureStore, Scene, StoreWriter, run
 from extract_features import (TOY_REGIONS, build_detector, draw_scenes,
-    extract_scenes, find_pictures, main, open_picture, parse_args, regions, select_regions, show,
-    toy_detector, toy_targets, train_toy_detector)
-
-SCRIPT = Path(extract_features.__file__)
+    extract_scenes, main, open_picture, regions, select_regions, show, toy_detector, toy_targets,
+    train_toy_detector)
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +116,18 @@ def test_the_toy_detector_finds_and_names_the_things_of_held_out_scenes(tmp_path
     assert found / things > 0.99 and named / things > 0.97
 
 
-def test_a_detector_that_cannot_be_built_is_refused(capsys):
-    with pytest.raises(BadInput, match="'yolo': expected vg, toy"):
-        build_detector("yolo")
-    with pytest.raises(SystemExit):
-        parse_args(["images", "-o", "store"])
-    assert "the following arguments are required: --weights" in capsys.readouterr().err
-
-
 GREY = np.arange(60, dtype=np.uint8).reshape(6, 10)
 RGB = Image.fromarray(np.dstack([GREY] * 3))
-KINDS = {"grey.png": (GREY, GREY), "bits16.png": (GREY.astype(np.uint16) * 256 + 99, GREY),
-    "bit.png": (GREY > 30, 255 * (GREY > 30)), "rgba.png": (np.dstack([GREY] * 4), GREY),
-    "palette.gif": (RGB.quantize(60), GREY), "ink.tif": (RGB.convert("CMYK"), GREY)}
+KINDS = [("grey.png", GREY, GREY), ("bits16.png", GREY.astype(np.uint16) * 256 + 99, GREY),
+    ("bit.png", GREY > 30, 255 * (GREY > 30)), ("rgba.png", np.dstack([GREY] * 4), GREY),
+    ("palette.gif", RGB.quantize(60), GREY), ("ink.tif", RGB.convert("CMYK"), GREY)]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_pictures_of_every_kind_are_opened_upright_and_in_colour(tmp_path, name):
+@pytest.mark.parametrize("name, stored, seen", KINDS)
+def test_pictures_of_every_kind_are_opened_upright_and_in_colour(tmp_path, name, stored, seen):
     """Also after EXIF orientation 6: the camera's top row is the right-hand side of the scene."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    stored, seen = KINDS[name]
     image = stored if isinstance(stored, Image.Image) else Image.fromarray(stored)
     image.save(tmp_path / name)
     if name.endswith("png"):
@@ -152,73 +138,51 @@ def test_pictures_of_every_kind_are_opened_upright_and_in_colour(tmp_path, name)
 
 
 def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, capsys):
-    folder, out = tmp_path / "images", tmp_path / "store"
-    (folder / "deep" / "er").mkdir(parents=True)
-    noise(0).save(folder / "a.png")
-    noise(1, (400, 300)).save(folder / "deep" / "er" / "b.JPG", "JPEG")
-    (folder / "cut.jpg").write_bytes((folder / "deep" / "er" / "b.JPG").read_bytes()[:30_000])
-    (folder / "empty.jpg").touch()
+    """Of a folder, of those below it, and of those that it links to."""
+    folder, other, out = tmp_path / "[images]", tmp_path / "other" / "deep", tmp_path / "store"
+    folder.mkdir()
+    other.mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "other", target_is_directory=True)
+    noise(1, (400, 300)).save(other / "b.JPG", "JPEG")
+    (folder / "cut.jpg").write_bytes((other / "b.JPG").read_bytes()[:30_000])
     noise(2, (1, 500)).save(folder / "thin.png")
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")  # 200 million pixels
-    (folder / "notes.txt").write_text("no picture")
-    os.rename(folder / "a.png", os.fsencode(folder) + b"/caf\xe9.png")  # a name that is not UTF-8
+    noise(0).save(os.fsencode(folder) + b"/caf\xe9.png")  # a name that is not UTF-8
     noise(4).save(folder / "._a.png")  # hidden, as macOS leaves them on foreign disks
     main(flags(folder, out, weights))
     said = capsys.readouterr().out
-    assert said.startswith(f"{out}: 6 of 6 pictures to extract\n")
-    assert f"2 of 6 pictures extracted; {out}/failed.txt lists the others; to try again" in said
+    assert f"2 of 5 pictures extracted; {out}/failed.txt lists the others" in said
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
-    assert list(failed) == ["cut", "empty", "huge", "thin"]
-    for name in ("cut", "empty", "huge"):
+    assert list(failed) == ["cut", "huge", "thin"]
+    for name in ("cut", "huge"):
         assert f"{name}." in failed[name] and "not a picture that can be read" in failed[name]
     assert "a strip of (1, 500) pixels" in failed["thin"]
     store = FeatureStore(out)
     assert store.row("cut") is None and store[store.row("b")]["size"] == (400, 300)
 
 
-def test_pictures_are_those_of_a_folder_and_of_folders_that_it_links_to(tmp_path, pictures):
-    """Or one picture alone."""
-    assert find_pictures(pictures / "zz_cut.png") == [pictures / "zz_cut.png"]
-    (tmp_path / "[link]").symlink_to(pictures, target_is_directory=True)
-    for folder in (tmp_path, tmp_path / "[link]"):
-        found = find_pictures(folder)
-        assert found[0] == tmp_path / "[link]/COCO_train2014_000000000000.png" and len(found) == 6
-
-
-NOT_BOXES = ('[{"image_id": 3}]', '{"annotations": [{"bbox": [1, 2]}]}', '{"3": 5}', "5",
-    '[{"image_id": 3, "box": [NaN, 5, 5, 20], "score": 1}]', "{", "[" * 100_000,
-    '[{"image_id": 3, "box": [1e39, 5, 5, 20], "score": 1}]',
-    '{"annotations": [{"image_id": 3, "bbox": [[1], [2], [3], [4]]}]}')
-TOY = "w.pt: not the weights of the toy detector"
+NOT_BOXES = ("{", "5", '[{"image_id": 3}]', '[{"image_id": 3, "box": [NaN, 5, 5, 20]}]',
+    '[{"image_id": 3, "box": [1e39, 5, 5, 20]}]', "[" * 100_000)
 
 
 @pytest.mark.parametrize("argv, name, content, problem", [
     *(("images --boxes b.json", "b.json", content, "b.json: not ") for content in NOT_BOXES),
-    ("images --boxes b.json", "b.json", "[1]", r"not detections \(image_id, box, score\) or annot"),
-    ("images --boxes b.json", "b.json", '[{"image_id": "dog", "box": [1, 1, 2, 2], "score": 1}]',
-        "images: found no pictures, or none with an id of b.json"),
-    ("images --boxes b.json", "b.json", "[]", "none with an id of b.json"),
-    ("images", "images/b/000001.png", "", "'1' is the id of two images"),
-    ("l.txt", "l.txt", "a.jpg\n", "l.txt: found no pictures"),
-    ("gone.jpg", None, "", "0 of 1 .* extracted; store/failed.txt lists the oth"),
+    ("images --boxes b.json", "b.json", "[]", "images: found no pictures, or none with an id of b"),
+    ("images", None, "", "0 of 1 .* extracted; store/failed.txt lists the oth"),
     ("gone", None, "", "gone: found no pictures"),
-    ("images --weights w.pt", "w.pt", {"x": torch.zeros(1)}, f"{TOY}.*Missing"),
-    ("images --weights w.pt", "w.pt", "", TOY),
-    ("images --weights w.pt", "w.pt", "version https://git-lfs.github.com/spec/v1", TOY),
+    ("images --weights w.pt", "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
+    ("images --weights w.pt", "w.pt", "version https://git-lfs.github.com", "w.pt: not the weig"),
     ("images --classes n.txt", "n.txt", "one\ntwo\n", "n.txt: not 48 class names.*found 2"),
-    ("images --regions 0", None, "", "--regions: expected a number"),
-    ("images --gpus 0", None, "", "--gpus: expected a number"),
-    ("images --workers -1", None, "", "--workers: expected a number"),
-    ("images -o images/1.jpg", None, "", "File exists: .*1.jpg")])
+    ("images --regions 0", None, "", "--regions: expected a number")])
 def test_what_cannot_be_extracted_is_refused_in_one_sentence(
         tmp_path, monkeypatch, capsys, weights, argv, name, content, problem):
     monkeypatch.chdir(tmp_path)
-    Path("images/b").mkdir(parents=True)
+    Path("images").mkdir()
     Path("images/1.jpg").touch()
     if isinstance(content, dict):
         torch.save(content, name)
     elif name:
-        Path(name).write_bytes(content.encode())
+        Path(name).write_text(content)
     source, *more = argv.split()
     with pytest.raises(SystemExit) as end:
         run(lambda: main(flags(source, "store", weights, *more)))
@@ -227,23 +191,20 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence(
 
 
 def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, detector, pictures):
-    """As many as there are. Pictures without boxes are left out, and a box that leaves its picture
-    by more than a pixel fails it.
-    """
-    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 8, 8]], 4: [[500, 5, 100, 4]],
-        2: [[1, 1, 95, 9]], "dog": [[1, 1, 1, 1]]}
+    """Pictures without boxes are left out. A box more than a pixel outside fails its picture."""
+    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 8, 8]], 2: [[1, 1, 95, 9]]}
     annotations = [dict(image_id=i, bbox=box) for i, each in boxes.items() for box in each]
     (tmp_path / "boxes.json").write_text(json.dumps({"annotations": annotations}))
     main(flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
     store = FeatureStore(tmp_path / "store")
-    assert (len(store), store.num_regions) == (3, 3)
+    assert (len(store), store.num_regions) == (2, 3)
     given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 9, 9]])
     expected = regions(detector, pil_to_tensor(noise(3))[None] / 255, 9, given)[0]
     record = store[store.row("3")]
     assert np.array_equal(record["boxes"], given)
     assert np.array_equal(record["features"], expected[1].astype(np.float16))
-    failed = dict(line.split("\t") for line in (tmp_path / "store/failed.txt").open())
-    assert [*failed] == ["2", "4"] and "a box outside its picture of (90, 60) pixels" in failed["2"]
+    failed = (tmp_path / "store" / "failed.txt").read_text()
+    assert re.fullmatch(r"2\t.*a box outside its picture of \(90, 60\) pixels.*\n", failed)
 
 
 @pytest.fixture(scope="module")
@@ -253,31 +214,26 @@ def undisturbed(weights, pictures, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def stopping_at(monkeypatch):
-    """stopping_at(row): a context in which the write of this row is interrupted half-way."""
-    @contextlib.contextmanager
-    def context(stop, real=StoreWriter.write):
-        def write(writer, row, *values):
-            if row == stop:
-                writer.arrays["features"][row, :1] = 7
-                raise KeyboardInterrupt
-            real(writer, row, *values)
+def interrupt(monkeypatch, stop, call, *args):
+    """call(*args), interrupted half-way through the write of row `stop`."""
+    real = StoreWriter.write
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(StoreWriter, "write", write)
-            yield
+    def write(writer, row, *values):
+        if row == stop:
+            writer.arrays["features"][row, :1] = 7
+            raise KeyboardInterrupt
+        real(writer, row, *values)
 
-    return context
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreWriter, "write", write)
+        call(*args)
 
 
 def test_a_store_of_scenes_that_was_interrupted_goes_on_to_the_same_bytes(
-        detector, tmp_path, stopping_at, monkeypatch):
+        detector, tmp_path, monkeypatch):
     numbers, drawn = list(range(40, 60)), []
     store = extract_scenes(detector, numbers, tmp_path / "whole")
-    with stopping_at(6):
-        extract_scenes(detector, numbers, tmp_path / "parts")
-    assert not json.loads((tmp_path / "parts" / "store.json").read_text())["complete"]
+    interrupt(monkeypatch, 6, extract_scenes, detector, numbers, tmp_path / "parts")
     monkeypatch.setattr(extract_features, "draw_scenes",
         lambda batch: drawn.append(batch) or draw_scenes(batch))
     extract_scenes(detector, numbers, tmp_path / "parts")
@@ -295,12 +251,10 @@ def test_a_store_of_scenes_that_was_interrupted_goes_on_to_the_same_bytes(
 
 
 def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
-        weights, pictures, undisturbed, tmp_path, stopping_at, monkeypatch):
+        weights, pictures, undisturbed, tmp_path, monkeypatch):
     """Also if the second process starts when the first one has ended."""
     argv = flags(pictures, tmp_path / "runs", weights)
-    with stopping_at(2):
-        main(argv)
-    assert not json.loads((tmp_path / "runs" / "store.json").read_text())["complete"]
+    interrupt(monkeypatch, 2, main, argv)
     main(argv)
     argv = flags(pictures, tmp_path / "processes", weights, "--gpus", 2)
     pending = []
@@ -321,26 +275,8 @@ def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
     assert same_store(undisturbed, tmp_path / "processes")
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_where_another_one_was_killed(weights, tmp_path):
-    images, counts = tmp_path / "images", tmp_path / "store" / "counts.npy"
-    images.mkdir()
-    for i in range(200):
-        noise(i).save(images / f"{i}.png")
-    main(flags(images, tmp_path / "whole", weights))
-    command = [sys.executable, SCRIPT, *flags(images, tmp_path / "store", weights)]
-    process = subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    while not counts.exists() or (np.load(counts, mmap_mode="r") >= 0).sum() < 60:
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    subprocess.run([*command, "--gpus", "2"], check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert same_store(tmp_path / "whole", tmp_path / "store")
-
-
 def test_a_store_records_what_makes_its_features_and_refuses_other_settings(
         weights, pictures, undisturbed, tmp_path):
-    assert FeatureStore(undisturbed).meta["weights"] == "toy.pt"
     (tmp_path / "renamed.pt").write_bytes(weights.read_bytes())
     main(flags(pictures, undisturbed, tmp_path / "renamed.pt"))  # a name makes no other detector
     changed = torch.load(weights, weights_only=True)
@@ -354,13 +290,12 @@ def test_a_store_records_what_makes_its_features_and_refuses_other_settings(
 def test_every_flag_of_an_extraction_has_its_effect(tmp_path, weights, detector, pictures):
     given = tmp_path / "boxes.json"
     given.write_text(json.dumps([{"image_id": 3, "box": [1, 1, 9, 9], "score": 0.2},
-        {"image_id": 3, "box": [10, 20, 30.5, 15], "score": 0.9},  # --regions 1: the surest
-        {"image_id": 4, "box": [1, 1, 9, 9], "score": 0.5}]))
+        {"image_id": 3, "box": [10, 20, 30.5, 15], "score": 0.9}]))  # --regions 1: the surest
     (tmp_path / "names.txt").write_text("".join(f"thing {i}\n" for i in range(48)))
     main(flags(pictures, tmp_path / "store", weights, "--precision", "bf16", "--workers", 1,
         "--regions", 1, "--boxes", given, "--classes", tmp_path / "names.txt"))
     store = FeatureStore(tmp_path / "store")
-    assert len(store) == 2 and store.class_names[1] == "thing 0" and store.num_regions == 1
+    assert len(store) == 1 and store.class_names[1] == "thing 0" and store.num_regions == 1
     assert store.meta["boxes_file"] == "boxes.json"
     box = np.float32([[10, 20, 40.5, 35]])
     half, whole = (regions(detector, pil_to_tensor(noise(3))[None] / 255, 1, box, p)[0][1]
@@ -369,25 +304,15 @@ def test_every_flag_of_an_extraction_has_its_effect(tmp_path, weights, detector,
     assert not np.array_equal(half, whole)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_boxes_are_exact_in_every_precision(detector, precision, monkeypatch):
+def test_boxes_are_exact_in_lower_precision(detector, monkeypatch):
     """bf16 has 8 bits: from 512 on its numbers lie 4 apart, and 899 becomes 900."""
     monkeypatch.setattr(detector.transform, "min_size", (600,))
     monkeypatch.setattr(detector.transform, "max_size", 899)
     image = pil_to_tensor(noise(3, (1798, 1200)))[None] / 255
-    boxes, _, _ = regions(detector, image, 16, None, precision)[0]
+    boxes, _, _ = regions(detector, image, 16, None, "bf16")[0]
     rounded = torch.from_numpy(boxes / 2).bfloat16().float().numpy()
     assert not np.allclose(rounded, boxes / 2, atol=1e-4, rtol=0)
     assert (boxes <= [1798.01, 1200.01] * 2).all()
-
-
-def store_of(boxes, size, folder, probs=None, names=()):
-    """A store of one image, id a."""
-    classes = 0 if probs is None else len(probs[0])
-    writer = FeatureStore.create(folder, ["a"], len(boxes), 2, classes, class_names=names)
-    writer.write(0, np.ones((len(boxes), 2)), np.float32(boxes), size,
-        class_probs=None if probs is None else np.array(probs))
-    return writer.finish().folder
 
 
 @pytest.fixture
@@ -399,43 +324,29 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_regions_are_drawn_where_they_are(tmp_path):
-    """A grey picture of 100 x 50, shown ten times as large and dimmed: edges have other colours."""
-    box = [20, 10, 60, 40]
-    alone = np.asarray(show(store_of([box], (100, 50), tmp_path / "1"), "a")).astype(int)
-    assert alone.shape == (500, 1000, 3) and (alone[0, 0] == 64).all()
-    changed = np.abs(alone - 64).sum(-1) > 100
-    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-    edges = (rows[0], rows[-1], columns[0], columns[-1])
-    assert np.abs(np.array(edges) - (100, 400, 200, 600)).max() <= 2
-    assert not changed[150:350, 250:550].any()
-    labelled = np.asarray(show(store_of([box], (100, 50), tmp_path / "2", [[0.25, 0.75]]), "a"))
-    assert (labelled != alone)[104:120, 206:260].mean() > 0.2
-    two = np.asarray(show(store_of([box, [20, 10, 80, 45]], (100, 50), tmp_path / "3"), "a"))
-    first, second = two[150, 200], two[420, 200]  # on the common edge the better one is on top
-    assert np.array_equal(first, alone[150, 200]) and not np.array_equal(first, second)
-
-
-def test_show_draws_a_picture_or_a_scene_or_grey_with_the_best_classes(
-        undisturbed, detector, pictures, tmp_path, drawn):
+def test_show_draws_a_picture_or_a_scene_or_grey(undisturbed, detector, pictures, tmp_path, drawn):
     main(["show", str(undisturbed), "3", "-o", str(tmp_path / "r.png")])
     assert Image.open(tmp_path / "r.png").size == (1000, 666)
     with pytest.raises(BadInput, match="has no features of an image '77'"):
         show(undisturbed, "77")
-    store = FeatureStore(undisturbed)
-    probs = store.class_probs(3)
-    best = 1 + probs[0, 1:].argmax()
     for which, expected in ((pictures / "COCO_train2014_000000000003.png", noise(3)),
             ("3", Image.new("RGB", (90, 60), "grey"))):
         show(undisturbed, which)
-        image, boxes, labels, _ = drawn.pop()
-        assert np.array_equal(image, pil_to_tensor(expected.resize((500, 333))) // 2)
-        np.testing.assert_allclose(boxes.flip(0), store[3]["boxes"] * 500 / 90, rtol=1e-6)
-        assert labels[-1] == f"{TOY_CLASSES[best]} {probs[0, best]:.2f}"
+        assert np.array_equal(drawn[-1][0], pil_to_tensor(expected.resize((500, 333))) // 2)
     extract_scenes(detector, [7], tmp_path / "scenes")
     show(tmp_path / "scenes", "7")
     assert np.array_equal(drawn[-1][0], pil_to_tensor(Scene(7).draw(4).resize((500, 500))) // 2)
-    for names, cat, dog in (((), "class 1", "class 2"), (("bg", "cat", "dog"), "cat", "dog")):
-        probs = [[0.125, 0.125, 0.75], [0.25, 0.5, 0.25]]
-        show(store_of([[1, 1, 5, 5], [2, 2, 9, 9]], (9, 9), tmp_path / cat, probs, names), "a")
-        assert drawn[-1][2] == [f"{cat} 0.50", f"{dog} 0.75"]
+    assert drawn[-1][2][0].rsplit(" ", 1)[0] in TOY_CLASSES[1:]
+
+
+def test_show_labels_each_box_with_its_best_class(store, tmp_path, drawn):
+    """The best region comes last, on top; the background is no class."""
+    show(store.folder, "3")
+    _, boxes, labels, _ = drawn.pop()
+    np.testing.assert_allclose(boxes.flip(0), store[3]["boxes"] * 500 / 100, rtol=1e-6)
+    things = store.class_probs(3)[:, 1:]
+    assert labels[::-1] == [f"class {1 + p.argmax()} {p.max():.2f}" for p in things]
+    writer = FeatureStore.create(tmp_path, ["a"], 1, 2)  # without classes
+    writer.write(0, np.ones((1, 2)), np.float32([[1, 1, 5, 5]]), (9, 9))
+    show(writer.finish().folder, "a")
+    assert drawn.pop()[2] is None
