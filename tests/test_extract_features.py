@@ -284,7 +284,8 @@ def test_two_processes_go_on_where_another_one_was_killed(weights, tmp_path):
     for i in range(200):
         noise(i).save(images / f"{i}.png")
     main(flags(images, tmp_path / "whole", weights))
-    command = [sys.executable, extract_features.__file__, *flags(images, tmp_path / "store", weights)]
+    command = [sys.executable, extract_features.__file__,
+        *flags(images, tmp_path / "store", weights)]
     process = subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"))
     while not counts.exists() or (np.load(counts, mmap_mode="r") >= 0).sum() < 60:
         assert process.poll() is None
