@@ -48,5 +48,6 @@ MAKE_OPTIMIZER = train.make_optimizer
 if __name__ == "__main__":
     train.load_data, finetune.load_task = load_data, load_task
     train.make_optimizer = make_optimizer
+    train.evaluate.__defaults__ = (7,)  # pairs per batch: two processes share an evaluation
     script = {"train": train, "finetune": finetune}[sys.argv[3]]
     run(lambda: script.main(sys.argv[4:]))

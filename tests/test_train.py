@@ -3,10 +3,7 @@
 import json
 import math
 import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,16 +92,16 @@ def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
         plain, tmp_path, accum, flags, tau):
     """Parts hold different numbers of odd ones: a mean of their means would differ."""
     task = plain("run", "--accum", accum, "--lr", 1e-3, *flags)
-    weight, velocity, losses, rates, clipped = 1.0, 0, [], [], []
+    weight, velocity, losses, clipped = 1.0, 0, [], []
     for step in range(16):
         indices = [index for _, index in task.keys[12 * step : 12 * step + 12]]
         mean, odd = (np.mean([7 * i % 50 / 50 for i in part])
             for part in (indices, [i for i in indices if i % 2]))
         losses.append((weight * mean, weight * odd))
-        rates.append(1e-3 * min((step + 1) / 2, (16 - step) / 14))  # a tenth of 16 steps is 2
+        rate = 1e-3 * min((step + 1) / 2, (16 - step) / 14)  # a tenth of 16 steps is 2
         clipped.append(mean + odd > 1.05)
         velocity = 0.9 * velocity + min(mean + odd, 1.05)
-        weight -= 0.5 * rates[-1] * velocity
+        weight -= 0.5 * rate * velocity
     assert any(clipped) and not all(clipped) and abs(weight - 1) > 1e-3
     assert task.model.weight.item() == pytest.approx(weight, abs=1e-6)
     assert task.taus[::accum] == pytest.approx([*map(tau, range(16))], rel=1e-9)
@@ -113,8 +110,6 @@ def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
     for line, (first, last) in zip(recorded, ((0, 5), (5, 10), (10, 15), (15, 16))):
         mean = np.mean(losses[first:last], axis=0).tolist()
         assert list(line["losses"].values()) == pytest.approx(mean, rel=1e-4)
-        assert line["lr"] == pytest.approx(rates[last - 1])
-        assert line["temperature"] == pytest.approx(tau(last - 1), rel=1e-9)
 
 
 def test_batches_depend_on_seed_and_epoch_and_noise_on_seed_step_and_part(plain):
@@ -132,31 +127,20 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length_in_random_ord
     """5,000 examples of 1 to 40 words: windows of 2,000 hold 50 of each length, batches 20."""
     lengths = np.random.default_rng(0).integers(1, 41, 5000)
     examples = type("Examples", (), {"__len__": lambda self: 5000, "lengths": lengths})()
-    one, other, again = (train.epoch_batches(seed, 3, 20, examples) for seed in (0, 1, 0))
-    assert np.array_equal(one, again) and not np.array_equal(one, other)
-    assert one.shape == (250, 20) and sorted(one.flatten()) == [*range(5000)]
-    found = lengths[one]
+    indices = train.epoch_batches(0, 3, 20, examples)
+    assert indices.shape == (250, 20) and sorted(indices.flatten()) == [*range(5000)]
+    found = lengths[indices]
     assert np.ptp(found, axis=1).max() <= 2 and np.ptp(found, axis=1).mean() < 1
-    longest = found.max(axis=1)  # short and long ones come in any order
+    longest = found.max(axis=1)
     assert abs(np.corrcoef(longest[1:], longest[:-1])[0, 1]) < 0.2
-    assert abs(np.corrcoef(longest, range(250))[0, 1]) < 0.2
-
-
-def test_a_run_has_at_most_thirty_frames_evenly_apart(plain, tmp_path):
-    plain("run", "--batch", 50, "--epochs", 59, "--eval-every", 60)
-    found = metrics(tmp_path / "run", "mixture")
-    assert [line["step"] for line in found] == [*range(2, 59, 2)]
-    assert found[0]["mixture"]["modes"][0][0] == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("stop_at, step", [(0, 1), (12 * 7, 8), (12 * 9, 10), (12 * 16 - 1, None)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not(
-        plain, tmp_path, stop_at, step, capsys):
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, stop_at, step):
     """SIGTERM in step 1, 8, 10 (which is evaluated, too) and 16 of 16 (too late)."""
     whole = plain("whole", "--accum", 2)
     first = plain("run", "--accum", 2, stop_at=stop_at)
-    said = capsys.readouterr().out
-    assert (first.result is None) == (f"stopped after step {step}; --resume" in said) == bool(step)
+    assert (first.result is None) == bool(step)
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")["step"]
     assert saved == (step or 16)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # a killed run knows later steps
@@ -180,35 +164,27 @@ def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
 
 
-@pytest.mark.slow
-def test_compiled_layers_compute_what_plain_ones_do_and_are_compiled_once(model, data):
-    task = train.Pretraining(train.parse_args([])[0], data)
-    batches = [task.collate([task.examples[i] for i in range(k, k + 5)]) for k in range(5)]
-    plain = [model(**batch, temperature=1.0).losses.detach() for batch in batches]
-    torch._dynamo.utils.counters.clear()
-    train.compile_layers(model)
-    for batch, expected in zip(batches, plain):
-        torch.testing.assert_close(model(**batch, temperature=1.0).losses, expected,
-            rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # of four layers
+def test_a_new_run_moves_an_earlier_one_to_the_next_free_name(plain, tmp_path):
+    for rate in (0.1, 0.2, 0.3):
+        plain("run", "--lr", rate)
+    for name, rate in (("run-1", 0.1), ("run-2", 0.2), ("run", 0.3)):
+        saved = train.load_checkpoint(tmp_path / name / "checkpoint.pt", "pretraining")
+        assert saved["settings"]["lr"] == rate
 
 
 def test_gates_learn_at_a_tenth_and_biases_and_norms_do_not_decay(config):
     model = SwitchBertForPretraining(config)
-    optimizer = train.make_optimizer(model)
-    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    assert len(group_of) == len(list(model.parameters()))
+    groups = train.make_optimizer(model).param_groups
+    group_of = {parameter: group for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         spared = name.endswith("bias") or "norm" in name or name.endswith("transform.2.weight")
         scale = 0.1 if "mode_gate" in name or "switch_input" in name else 1
         expected = {"weight_decay": 0 if spared else 0.01, "scale": scale}
         assert expected.items() <= group_of[parameter].items(), name
-    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-6)
 
 
 # --- Pretraining ----------------------------------------------------------------------------------
 
-FACTS = dict(feature_size=12, detector="made up", num_region_classes=7, num_regions=5)
 CAPTIONS = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
 
 
@@ -218,66 +194,8 @@ def data(store, tokenizer):
 
 
 @pytest.fixture
-def model(store, tokenizer, request):
-    config = train.model_config("small", store, tokenizer, getattr(request, "param", "learned"))
-    return SwitchBertForPretraining(config).eval()
-
-
-@pytest.fixture
-def pretrain(monkeypatch, data, tmp_path):
-    """pretrain(name, *flags): a run of 4 steps of 14 pairs, a tiny model on the made-up store."""
-    def start(name, *flags):
-        size = "--batch 14 --epochs 2 --eval-every 2 --threads 1".split()
-        return train.pretrain(*train.parse_args(["--out", str(tmp_path / name), *size, *flags]))
-
-    monkeypatch.setattr(train, "load_data", lambda *_: data)
-    monkeypatch.setattr(train, "model_config", lambda *_: SwitchBertConfig.tiny(
-        vocab_size=len(data.tokenizer), hidden_dropout_prob=0.0))
-    return start
-
-
-def test_pretraining_leaves_its_record(pretrain, data, tmp_path, capsys):
-    scores, out = pretrain("run"), tmp_path / "run"
-    names = ["checkpoint.pt", "config.json", "metrics.jsonl", "switches.gif", "switches.png"]
-    assert sorted(p.name for p in out.iterdir()) == names
-    assert f"{out}: {', '.join(names)}\n" in capsys.readouterr().out
-    evaluations, mixtures = metrics(out, "losses"), metrics(out, "mixture")
-    assert [e["examples"] for e in evaluations] == [28, 56]
-    for found in (*(e["switches"] for e in evaluations), *(m["mixture"] for m in mixtures)):
-        shares = np.array(found["modes"])
-        assert shares.shape == (2, 2, 3) and np.allclose(shares.sum(axis=-1), 1)
-        assert [np.shape(d) for d in found["depths"]] == [(2, 1), (2, 2)]
-    config = json.loads((out / "config.json").read_text())
-    assert config["model"]["switches"] == "learned" and config["settings"]["batch"] == 14
-    saved = train.load_checkpoint(out / "checkpoint.pt", "pretraining")
-    assert (saved["vocab"], saved["store"]) == (data.tokenizer.pieces, data.store.meta)
-    rebuilt = SwitchBertForPretraining(SwitchBertConfig(**saved["config"]))
-    rebuilt.load_state_dict(saved["model"])
-    held_out = PretrainingDataset(data.store, data.held_out_captions, data.tokenizer, seed=1)
-    assert scores["mlm"] == train.evaluate(rebuilt, held_out)[0]["mlm"]
-    assert evaluations[-1]["scores"].items() <= scores.items() and scores["images"] == 10
-
-
-def test_a_blind_run_sees_no_picture_and_show_draws_ends_and_the_start_of_a_finetuned_run(
-        pretrain, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(FeatureStore, "__getitem__", lambda *_: pytest.fail("a picture was read"))
-    scores = pretrain("blind", "--blind")
-    assert scores["mrc"] == 0 and "R@" not in " ".join(scores)
-    assert "pretraining without pictures: 30 pairs" in capsys.readouterr().out
-    blind, tuned, whole = tmp_path / "blind", tmp_path / "tuned", tmp_path / "all.png"
-    tuned.mkdir()
-    (tuned / "metrics.jsonl").touch()
-    with pytest.raises(BadInput, match="tuned: nothing to draw yet"):
-        train.main(["show", str(tuned)])
-    lines = [json.dumps(line | {"step": k}) for k, line in enumerate(metrics(blind, "switches"))]
-    (tuned / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert Image.open(blind / "switches.gif").n_frames == 4
-    (blind / "switches.gif").unlink()
-    train.main(["show", str(tuned), str(blind), "-o", str(whole)])
-    train.main(["show", str(tuned)])
-    one, two, four = (Image.open(path).height for path in (
-        blind / "switches.png", tuned / "switches.png", whole))  # cells are as high as the highest
-    assert (two, four) == (2 * one, 4 * one) and (blind / "switches.gif").exists()
+def model(store, tokenizer):
+    return SwitchBertForPretraining(train.model_config("small", store, tokenizer, "learned"))
 
 
 @pytest.mark.parametrize("flags, classes", [([], 7), ([], 0), (["--blind"], 7), (["--blind"], 0)])
@@ -286,17 +204,18 @@ def test_losses_belong_to_counts_and_reach_every_parameter(data, flags, classes,
     monkeypatch.setattr(data.store, "num_region_classes", classes)
     task = train.Pretraining(train.parse_args(flags)[0], data)
     batch = task.collate([task.examples[i] for i in range(8)])
-    task.sums(task.model, batch, 1.0)[0].sum().backward()
-    for name, p in task.model.named_parameters():
-        assert not p.requires_grad or (p.grad is not None and p.grad.isfinite().all()), name
     sums, whole = task.sums(task.model.eval(), batch, 9.0)[0], task.model(**batch, temperature=9.0)
     assert sums.equal(whole.sums) and task.counts(batch).tolist() == [*whole.counts]
+    sums.sum().backward()
+    for name, p in task.model.named_parameters():
+        assert not p.requires_grad or (p.grad is not None and p.grad.isfinite().all()), name
 
 
 def test_an_evaluation_is_the_mean_over_examples_one_by_one(model, store, tokenizer):
     model.mlm_bias.data[tokenizer.encode("ring", 3)[1]] = 99  # so that some words are right
     pairs = PretrainingDataset(store, CAPTIONS, tokenizer)
     found, switches = train.evaluate(model, pairs, batch_size=7)
+    assert model.training  # again, as the loop needs it
     with torch.no_grad():
         outs = [model.eval()(**collate([pairs[k]])) for k in range(30)]
     sums, counts, right = (sum(torch.as_tensor(getattr(o, k)) for o in outs)
@@ -304,11 +223,10 @@ def test_an_evaluation_is_the_mean_over_examples_one_by_one(model, store, tokeni
     assert [*found] == ["mlm", "mrc", "itm", "words", "match"] and right.all()
     means = [*(sums / counts).tolist(), *(right / counts[[0, 2]]).tolist()]
     assert [*found.values()] == pytest.approx(means, rel=1e-4)
-    assert train.evaluate(model, pairs, batch_size=30)[1] == switches
+    assert np.allclose(switches["modes"], sum(o.encoder.modes[0] for o in outs) / 30)
 
 
-def test_words_are_scored_on_masked_pairs_matching_on_whole_ones_and_ranks_by_first_captions(
-        data, monkeypatch):
+def test_words_are_scored_masked_matching_whole_and_ranks_by_first_captions(data, monkeypatch):
     pairs = [("7", "a"), ("99", "no features"), ("3", "c"), ("7", "d")]
     data = data._replace(held_out_captions=pairs)
     task = train.Pretraining(train.parse_args([])[0], data)
@@ -321,24 +239,17 @@ def test_words_are_scored_on_masked_pairs_matching_on_whole_ones_and_ranks_by_fi
     assert found.pop("images") == 2 and set(found.values()) == {1.0}
 
 
-@pytest.mark.parametrize("model", ["learned", "late", "intra"], indirect=True)
-def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer, monkeypatch):
-    """Of texts of two lengths, and 120 images of one, three and five regions or unknown, in two
-    blocks; in two processes, too.
-    """
+def test_match_scores_are_the_log_odds_of_each_pair_alone(model, store, tokenizer):
+    """Texts of two lengths; 120 images of one, three and five regions or unknown, in two blocks."""
     texts, ids = ["a red ring", "a large blue circle left of the ring", "a blue ring"], [*"407-"]
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     scores = train.match_scores(ranker, store, tokenizer, texts, ids * 30)
-    monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    halves = [monkeypatch.setattr(train, "RANK", n) or train.match_scores(
-        ranker, store, tokenizer, texts, ids * 30) for n in range(2)]
-    assert (halves[0] + halves[1]).equal(scores)
     assert (scores.view(3, 30, 4) - scores[:, None, :4]).abs().max() < 1e-4
     for t, i in np.ndindex(3, 4):
         pairs = [(ids[i].replace("-", "9"), texts[t]), ("1", "a")]
         pair = PretrainingDataset(store, pairs, tokenizer, mismatch=0, masking=False,
             blind=ids[i] == "-")[0]
-        odds = model.itm_classifier(model(**collate([pair])).encoder.pooled)[0]
+        odds = model.itm_classifier(model.eval()(**collate([pair])).encoder.pooled)[0]
         assert scores[t, i].item() == pytest.approx((odds[1] - odds[0]).item(), abs=1e-4)
 
 
@@ -356,52 +267,49 @@ def test_recall_equals_a_brute_force_ranking_also_with_ties(levels):
         assert train.recall_at(scores, image_of_text, (1, 2, 5)) == pytest.approx(expected)
 
 
-# --- Data folders ---------------------------------------------------------------------------------
-
-
-def write_tsv(path, pairs):
-    path.write_text("".join(f"{i}\t{text}\n" for i, text in pairs))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """data/ with features of 40 images without class distributions, and two caption files."""
+    """data/ with features of 40 images without class distributions, and a caption of each."""
     home = tmp_path / "data"
     writer = FeatureStore.create(home / "features", range(40), 3, 12, detector="made up")
     for row in writer.pending():
         writer.write(row, np.eye(3, 12, row % 9), np.tile([1.0, 1, 9, 9], (3, 1)), (10, 10))
     writer.finish()
-    write_tsv(home / "a.tsv", [*((i, f"a small dog number {i}") for i in range(30)), (77, "lost")])
-    write_tsv(home / "b.tsv", ((i, "a cat") for i in range(20)))
+    (home / "a.tsv").write_text("".join(f"{i}\ta small dog number {i}\n" for i in range(40)))
     return home
 
 
-def folder_flags(folder, tmp_path, *more):
-    size = ["--model", "small", "--epochs", "1", "--batch", "8", "--limit", "16"]
-    return train.parse_args(["--data", str(folder), "--out", str(tmp_path / "run"), *size, *more])
+def pretrain(folder, *flags):
+    """4 steps of the small model, on 16 pairs of the folder, into run/ beside it."""
+    size = "--model small --epochs 2 --batch 8 --limit 16 --eval-every 2".split()
+    places = ["--data", str(folder), "--out", str(folder.with_name("run"))]
+    return train.pretrain(*train.parse_args([*places, *size, *flags]))
 
 
-def test_a_data_folder_is_trained_on_as_it_lies_and_a_new_run_moves_an_earlier_one_aside(
-        folder, tmp_path, capsys):
-    scores = train.pretrain(*folder_flags(folder, tmp_path))
+def test_a_data_folder_is_trained_on_and_the_run_leaves_its_record(folder, tmp_path, capsys):
+    scores, out = pretrain(folder), tmp_path / "run"
+    names = ["checkpoint.pt", "config.json", "metrics.jsonl", "switches.gif", "switches.png"]
+    assert sorted(p.name for p in out.iterdir()) == names
     said = capsys.readouterr().out
-    assert f"training on {folder}\n" in said and "16 pairs" in said
-    assert "no class distributions: training without MRC" in said and scores["mrc"] == 0
-    write_tsv(folder / "a.tsv", ((i, f"a purple zebra {i}") for i in range(30)))
-    (tmp_path / "run-1").mkdir()  # this name is taken
-    train.pretrain(*folder_flags(folder, tmp_path))
-    assert f"{tmp_path}/run is now in {tmp_path}/run-2" in capsys.readouterr().out
-    dog, zebra = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["vocab"]
-        for name in ("run-2", "run"))
-    assert dog[:5] == list(SPECIALS) and "dog" in dog and "zebra" in zebra
-    assert train.pretrain(*folder_flags(folder, tmp_path, "--resume"))
+    assert "training without MRC" in said and scores["mrc"] == 0 and "16 pairs" in said
+    evaluations, mixtures = metrics(out, "losses"), metrics(out, "mixture")
+    for found in (*(e["switches"] for e in evaluations), *(m["mixture"] for m in mixtures)):
+        assert np.allclose(np.sum(found["modes"], axis=-1), 1)
+        assert [np.shape(d) for d in found["depths"]] == [(2, 1), (2, 2), (2, 3), (2, 4)]
+    assert evaluations[-1]["scores"].items() <= scores.items() and scores["images"] == 5
+    assert pretrain(folder, "--resume") == scores  # by the checkpoint's weights
+
+
+def test_a_blind_run_sees_no_picture(folder, monkeypatch):
+    monkeypatch.setattr(FeatureStore, "__getitem__", lambda *_: pytest.fail("a picture was read"))
+    assert "R@" not in " ".join(pretrain(folder, "--blind"))
 
 
 def test_held_out_images_are_in_no_training_pair(folder):
-    write_tsv(folder / "b.tsv", ((i, "a") for i in range(3000)))
+    (folder / "b.tsv").write_text("".join(f"{i}\ta\n" for i in range(3000)))
     training, held_out = train.split_captions(folder)
     assert not {i for i, _ in training} & {i for i, _ in held_out}
-    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3031
+    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3040
     (folder / "c.json").write_text(json.dumps({"images": [
         {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": split}]}
         for n, split in enumerate(("test", "restval", "train", "val"))]}))
@@ -410,16 +318,14 @@ def test_held_out_images_are_in_no_training_pair(folder):
     assert list(training[-2:]) == [("1", "restval"), ("2", "train")]
 
 
-def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, tmp_path, monkeypatch):
+def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, monkeypatch):
     words = [*SPECIALS, *(f"word{i}" for i in range(55))]
     write_bert(folder / "bert", bert_weights())
     (folder / "bert" / "vocab.txt").write_text("".join(w + "\n" for w in words))
-    args, found = folder_flags(folder, tmp_path)[0], train.load_data(folder)
+    monkeypatch.setattr(
+        train, "model_config", lambda *_: SwitchBertConfig.tiny(num_region_classes=0))
+    args, found = train.parse_args(["--data", str(folder)])[0], train.load_data(folder)
     assert list(found.tokenizer.pieces) == words
-    with pytest.raises(BadInput, match="hidden_size"):
-        train.Pretraining(args, found)
-    config = SwitchBertConfig.tiny(num_region_classes=0)
-    monkeypatch.setattr(train, "model_config", lambda *_: config)
     expected = bert_weights()["bert.encoder.layer.1.intermediate.dense.weight"]
     assert train.Pretraining(args, found).model.bert.layers[1].intermediate.weight.equal(expected)
 
@@ -427,63 +333,44 @@ def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, tmp
 # --- Flags, checkpoints, pictures, and what is refused --------------------------------------------
 
 
-@pytest.mark.parametrize("flags, settings, width", [
-    ([], ("small", 4, 64, 0.001, 0.9), 128), (["--data", "x"], ("base", 10, 256, 1e-4, None), 768),
-    (["--resume", "--out", "run"], ("small", 4, 12, 0.07, 0.9), 128)])
-def test_defaults_depend_on_the_data_and_help_shows_those_that_hold(
-        plain, data, tmp_path, monkeypatch, capsys, flags, settings, width):
+@pytest.mark.parametrize("flags, settings", [
+    ([], ("small", 4, 64, 0.001, 0.9)), (["--data", "x"], ("base", 10, 256, 1e-4, None)),
+    (["--resume", "--out", "run"], ("small", 4, 12, 0.07, 0.9))])
+def test_defaults_follow_the_data_or_the_resumed_run(plain, tmp_path, monkeypatch, flags, settings):
     plain("run", "--lr", 0.07)
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args(flags)
     assert (args.model, args.epochs, args.batch, args.lr, args.anneal) == settings
-    config = train.model_config(args.model, data.store, data.tokenizer, "II,XX")
-    assert (config.hidden_size, config.region_feature_size, config.switches) == (width, 12, "II,XX")
-    with pytest.raises(SystemExit):
-        train.parse_args([*flags, "-h"])
-    assert f"rate (default: {args.lr})" in re.sub(r"\s+", " ", capsys.readouterr().out)
-
-
-RESUME = ["--resume"]
 
 
 @pytest.mark.parametrize("flags, change, message", [
-    *((RESUME, lambda whole, size=size: whole[:size], "checkpoint.pt: not a whole checkpoint")
-        for size in (3000, -100, 0)),
-    (RESUME, lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
-    (RESUME, {"vocab": Path()}, "checkpoint.pt: not a whole checkpoint"),  # no class is unpickled
-    (RESUME, {"task": "vqa"}, "it is a checkpoint of vqa"),
-    (RESUME, {"format": "switchbert-3"}, "format switchbert-3, expected switchbert-4"),
-    (["--resume", "--lr", 0.5], {}, "--lr 0.5: the run that is resumed has 1e-12"),
-    (["--resume", "--blind"], {}, "--blind True: the run that is resumed has False"),
-    (["--batch", 64], {}, "--batch 64: there are only 50 training examples"),
-    (["--accum", 5], {}, "--batch 12 cannot be cut into 1 processes x --accum 5 equal parts"),
-    (RESUME, None, r"metrics.jsonl: not the metrics.jsonl .*\(near line 20: ")])
-def test_a_damaged_run_or_flags_that_cannot_hold_are_refused(
-        plain, tmp_path, flags, change, message):
+    ("--resume", lambda whole: whole[:-100], "checkpoint.pt: not a whole checkpoint"),
+    ("--resume", lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
+    ("--resume", {"vocab": Path()}, "checkpoint.pt: not a whole checkpoint"),  # runs no code
+    ("--resume", {"format": "switchbert-3"}, "format switchbert-3, expected switchbert-4"),
+    ("--resume --lr 0.5", {}, "--lr 0.5: the run that is resumed has 1e-12"),
+    ("--batch 64", {}, "--batch 64: there are only 50 training examples"),
+    ("--accum 5", {}, "--batch 12 cannot be cut into 1 processes x --accum 5 equal parts")])
+def test_damaged_checkpoints_and_wrong_flags_are_refused(plain, tmp_path, flags, change, message):
     plain("run", "--lr", 1e-12)  # so that the weight is still 1, and its bytes known
     path = tmp_path / "run/checkpoint.pt"
-    if change is None:
-        path = path.with_name("metrics.jsonl")
-        path.write_bytes(path.read_bytes()[:-5] + b"\n")
-    elif callable(change):
+    if callable(change):
         path.write_bytes(change(path.read_bytes()))
     else:
         torch.save({**torch.load(path, weights_only=True), **change}, path)
     with pytest.raises(BadInput, match=message):
-        plain("run", *flags)
+        plain("run", *flags.split())
 
 
 @pytest.mark.parametrize("flags, change, message", [
-    *((["--switches", path], None, f"--switches {path}: not a setting .*4 layers")
-        for path in ("both", "II,XX,II,XX,JJ")),
-    ([], dict(feature_size=2048), "feature_size is 12, .* trained with 2048"),
-    ([], dict(detector="vg"), "detector is 'made up', .* trained with 'vg'"),
-    ([], dict(num_region_classes=8), "classes is 7, .* with 8"), ([], {}, "vocabulary is not the")])
-def test_unknown_switches_and_a_checkpoint_of_other_regions_or_words_are_refused(
-        data, flags, change, message):
-    checkpoint = {"store": FACTS | (change or {}), "vocab": data.tokenizer.pieces if change else []}
+    ("--switches both", None, "--switches both: not a setting .*4 layers"),
+    ("--bert nowhere", None, "nowhere: not a Hugging Face BERT"),
+    ("", {"detector": "vg"}, "detector is 'made up', .* trained with 'vg'"),
+    ("", {"num_region_classes": 8}, "classes is 7, .* with 8"), ("", {}, "vocabulary is not the")])
+def test_a_start_that_does_not_fit_is_refused(data, flags, change, message):
+    checkpoint = None if change is None else {"store": data.store.meta | change, "vocab": []}
     with pytest.raises(BadInput, match=message):
-        train.Pretraining(train.parse_args(flags)[0], data, checkpoint)
+        train.Pretraining(train.parse_args(flags.split())[0], data, checkpoint)
 
 
 def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
@@ -499,21 +386,15 @@ def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
     assert {(204, 204, 204), (51, 51, 51)} <= {*map(tuple, pixels.reshape(-1, 3).tolist())}
 
 
-@pytest.mark.slow
-def test_the_moving_picture_of_the_largest_model_stays_under_300_kilobytes(tmp_path):
-    """Thirty frames of twelve layers whose switches close."""
-    logits = [torch.randn(12, 2, 3), *(torch.randn(2, l + 1) for l in range(12))]
-    for step in range(30):
-        tau = 5 * 0.04 ** (step / 29)
-        modes, *depths = (torch.softmax(x / tau, dim=-1).tolist() for x in logits)
-        shares = {"modes": modes, "depths": depths}
-        train.record(SimpleNamespace(out=tmp_path), step=step, temperature=tau, mixture=shares,
-            switches=shares)
-    train.draw_switches(tmp_path)
-    path = tmp_path / "switches.gif"
-    assert Image.open(path).n_frames == 30 and path.stat().st_size <= 300_000
-
-
-def test_training_needs_no_torchvision():
-    code = "import sys, train, finetune; sys.exit('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+def test_show_draws_the_end_of_a_run_and_the_start_of_a_finetuned_one(tmp_path):
+    shares, heights = {"modes": [[[1, 0, 0], [0, 0, 1]]], "depths": [[[1.0], [1.0]]]}, []
+    for steps in ((5, 10), (0, 15)):
+        for step in steps:
+            train.record(SimpleNamespace(out=tmp_path), step=step, temperature=1.0, mixture=shares,
+                switches=shares)
+        train.main(["show", str(tmp_path)])
+        heights.append(Image.open(tmp_path / "switches.png").height)
+    assert heights[1] == 2 * heights[0] and Image.open(tmp_path / "switches.gif").n_frames == 4
+    (tmp_path / "metrics.jsonl").write_text("{}\n{\n{}\n")
+    with pytest.raises(BadInput, match="metrics.jsonl: not the metrics.jsonl .*near line 2: "):
+        train.main(["show", str(tmp_path)])
