@@ -279,20 +279,19 @@ def test_pictures_in_two_runs_or_two_processes_make_the_same_bytes(
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_another_one_was_killed(weights, tmp_path):
-    images, counts = tmp_path / "images", tmp_path / "store" / "counts.npy"
+    images, store = tmp_path / "images", tmp_path / "store"
     images.mkdir()
     for i in range(200):
         noise(i).save(images / f"{i}.png")
     main(flags(images, tmp_path / "whole", weights))
-    command = [sys.executable, extract_features.__file__,
-        *flags(images, tmp_path / "store", weights)]
+    command = [sys.executable, extract_features.__file__, *flags(images, store, weights)]
     process = subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    while not counts.exists() or (np.load(counts, mmap_mode="r") >= 0).sum() < 60:
-        assert process.poll() is None
+    while not (store / "store.json").exists() or (np.load(store / "counts.npy") >= 0).sum() < 60:
+        assert process.poll() is None  # store.json comes last: all arrays are whole
     process.kill()
     process.wait()
     subprocess.run([*command, "--gpus", "2"], check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    assert same_store(tmp_path / "whole", tmp_path / "store")
+    assert same_store(tmp_path / "whole", store)
 
 
 def test_a_store_records_what_makes_its_features_and_refuses_other_settings(
