@@ -64,12 +64,10 @@ def make(store, tokenizer):
     return task
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pretrained(tokenizer):
     """(config, weights) of a pretrained model."""
-    torch.manual_seed(0)
-    config = SwitchBertConfig.tiny(vocab_size=len(tokenizer), hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0)
+    config = SwitchBertConfig.tiny(vocab_size=len(tokenizer))
     return config, SwitchBertForPretraining(config).state_dict()
 
 
@@ -77,8 +75,8 @@ def pretrained(tokenizer):
 
 
 @pytest.mark.parametrize("answer, normalised", [
-    ("yes!", "yes"), ("None", "0"), ("two, three", "2 3"), ("12:30", "12:30"), ("an", ""), ("", ""),
-    ("Couldntve", "couldntve"), ("couldnt've", "couldn't've"), ("twas", "'twas"), ("its", "its"),
+    ("yes!", "yes"), ("None", "0"), ("12:30", "12:30"), ("an", ""), ("", ""), ("its", "its"),
+    ("Couldntve", "couldntve"), ("couldnt've", "couldn't've"), ("twas", "'twas"),
     ("somebody'd", "somebodyd"), ("a man\n\tand the dog ", "man and dog"), ("what?no", "what no"),
     ("red /blue", "red blue"), ("mr. t", "mr t"), ("a.b", "ab"), (".5", ".5"), ("5.5.", "5.5"),
     ("1,000 red-blue", "1000 redblue"),  # a comma between digits: every sign vanishes
@@ -157,23 +155,22 @@ def test_recall_is_over_all_texts_and_images_with_the_switches_asked_for(make, m
     assert predictions == [i | {"found": images[k]} for i, k in zip(items, scores.argmax(dim=1))]
 
 
+def test_five_folds_are_five_recalls_among_a_thousand(make, monkeypatch):
+    task, scores = make(Retrieval), torch.randn(5000, 5000) + 3 * torch.eye(5000)
+    monkeypatch.setattr(finetune, "match_scores", lambda *_: scores)
+    task.predict = lambda *_: (None, None)
+    found = task.evaluate_items(None, [dict(image_id=i, text="a") for i in range(5000)])[0]
+    folds = [train.recall_at(scores[k : k + 1000, k : k + 1000], torch.arange(1000), (1, 5, 10))
+        for k in range(0, 5000, 1000)]
+    for name in folds[0]:
+        assert found[f"1K {name}"] == pytest.approx(np.mean([fold[name] for fold in folds]))
+
+
 def test_a_blind_task_sees_no_picture(make, pretrained):
     task, vqa, refer = (make(kind, "--blind") for kind in (Retrieval, VQA, Refer))
     recalls = task.evaluate_items(task.build_model(*pretrained), task.held_out["val"])[0]
     assert recalls["image R@1"] == 0  # all images are alike, and a tie counts against it
     assert not vqa[0, 0]["region_features"].any() and not refer.targets(refer.items[0]).any()
-
-
-def test_five_folds_are_five_recalls_among_a_thousand(make, monkeypatch):
-    scores, ks = torch.randn(5000, 5000) + 3 * torch.eye(5000), (1, 5, 10)
-    monkeypatch.setattr(finetune, "match_scores", lambda *_: scores)
-    monkeypatch.setattr(Retrieval, "predict", lambda *_: (None, None))
-    items = [dict(image_id=i, text="a") for i in range(5000)]
-    found = make(Retrieval).evaluate_items(None, items)[0]
-    folds = [train.recall_at(scores[part, part], torch.arange(1000), ks)
-        for part in map(slice, range(0, 5000, 1000), range(1000, 5001, 1000))]
-    assert {name: found[f"1K {name}"] for name in folds[0]} == pytest.approx(
-        {name: np.mean([fold[name] for fold in folds]) for name in folds[0]})
 
 
 def test_referring_counts_boxes_that_overlap_by_half(make):
@@ -187,8 +184,8 @@ def test_referring_counts_boxes_that_overlap_by_half(make):
     assert task.overlaps({"image_id": 99, "box": (0, 0, 5, 5)})[1].tolist() == [0]
 
 
-def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path, monkeypatch):
-    """Image 3, whose first expression is found, and image 4, whose only one is not."""
+def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path):
+    """Of image 3, blue, the first expression is found, of image 4, yellow, the only one is not."""
     task, args = make(Refer), SimpleNamespace(out=tmp_path, data=tmp_path)
     (tmp_path / "images").mkdir()
     for name, colour in (("3", "blue"), ("4", "yellow")):
@@ -200,20 +197,14 @@ def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path, monkeypa
         for x in (10, 260))  # of the boxes, which are one, magenta is on top
     assert right == {(0, 0, 255), (255, 0, 255)}
     assert wrong == {(255, 255, 0), (255, 255, 255), (255, 0, 255)}
-    shown = []
-    monkeypatch.setattr(
-        finetune, "picture_of", lambda i, _: shown.append(i) or Image.new("RGB", (9, 9)))
-    finetune.draw_examples(args, make(Retrieval), [{"found": "4"}] * 2)
-    assert shown == ["4"]
 
 
 @EACH_TASK
 def test_the_toy_worlds_items_say_what_is_true_of_their_scenes(kind):
     """Held-out splits share no scene. Expressions name a thing by its shape."""
-    numbers, late = set(range(5)), set(range(1_000_000, 1_000_105))
-    splits = kind.from_scenes(sorted(numbers), sorted(late))
+    splits = kind.from_scenes(range(5), range(1_000_000, 1_000_105))
     training, *held_out = ({int(i["image_id"]) for i in items} for items in splits.values())
-    assert training <= numbers and set.union(*held_out) <= late
+    assert max(training) < 5 and min(set.union(*held_out)) >= 1_000_000
     assert len(set.union(*held_out)) == sum(map(len, held_out))
     for item in splits["val"]:
         scene = Scene(int(item["image_id"]))
@@ -223,18 +214,13 @@ def test_the_toy_worlds_items_say_what_is_true_of_their_scenes(kind):
         elif kind is Retrieval:
             assert item["text"] in scene.captions(2)
         else:
-            things = [t for t in scene.things if t.shape in item["text"].split()[:4]]
-            assert item["box"] in [thing.box for thing in things]
+            shapes = item["text"].split()[:4]
+            assert item["box"] in [thing.box for thing in scene.things if thing.shape in shapes]
 
 
 # --- Published files ------------------------------------------------------------------------------
 
-REFS = [
-    {"ref_id": 0, "ann_id": 11, "image_id": 3, "split": "train", "sentences": [
-        {"sent_id": 0, "raw": "Red ring", "sent": "red ring"}, {"sent_id": 1, "sent": "a ring"}]},
-    {"ref_id": 1, "ann_id": 12, "image_id": 4, "split": "testB", "sentences": [
-        {"sent_id": 2, "sent": "caf\xe9"}]}]
-BOXES = {"images": [], "annotations": [
+BOXES = {"annotations": [
     {"id": 11, "image_id": 3, "bbox": [10, 20, 30, 40]}, {"id": 12, "bbox": [0, 0, 5, 5]}]}
 
 
@@ -245,55 +231,48 @@ def write(folder, files):
 
 
 def test_vqas_files_are_read_as_they_are_published(tmp_path):
-    for subset, n in (("train2014", 30), ("val2014", 7), ("test2015", 9), ("test-dev2015", 4)):
-        asked = [dict(image_id=i % 12, question="what", question_id=1000 * i + n) for i in range(n)]
-        write(tmp_path, {f"v2_OpenEnded_mscoco_{subset}_questions.json": {
-            "info": {}, "data_subtype": subset, "questions": asked}})
-        if "test" not in subset:
-            write(tmp_path, {f"v2_mscoco_{subset}_annotations.json": {"info": {}, "annotations": [
-                dict(question_id=q["question_id"], answers=[{"answer": "ring"}] * 10,
-                    multiple_choice_answer="ring", answer_type="other", question_type="what is")
-                for q in asked]}})
-    splits = VQA.from_folder(tmp_path)
-    assert {k: len(v) for k, v in splits.items()} == {
-        "train": 30, "val": 7, "test2015": 9, "test-dev2015": 4}
-    assert splits["val"][1] == question(1, 7, "what", ["ring"] * 10, "ring")
-    assert splits["test2015"][0]["answers"] == []
+    """A question finds its answers by its number, whichever file comes first."""
+    asked = [dict(image_id=3, question="what", question_id=3000 + k) for k in range(4)]
+    truths = [dict(question_id=3000 + k, answers=[{"answer": word}] * 10, answer_type="other",
+        multiple_choice_answer=word, question_type="what is") for k, word in ((1, "b"), (0, "a"))]
+    write(tmp_path, {"b.json": {"annotations": truths[:1]}, "d.json": {"annotations": truths[1:]}})
+    for name, subset, n in (("a", "train2014", 0), ("c", "val2014", 1), ("e", "test-dev2015", 2)):
+        write(tmp_path, {f"{name}.json": {"data_subtype": subset, "questions": [asked[n]]}})
+    unanswered = dict(image_id=3, text="what", question_id=3002, answers=[])
+    assert VQA.from_folder(tmp_path) == {"train": [question(3, 0, "what", ["a"] * 10, "a")],
+        "val": [question(3, 1, "what", ["b"] * 10, "b")], "test-dev2015": [unanswered]}
 
 
 def test_karpathys_splits_are_read_as_they_are_published(tmp_path):
-    write(tmp_path, {"d.json": {"images": [
-        dict(filename=f"{split}.jpg", split=split, sentences=[{"raw": split}])
-        for split in ("train", "test", "restval", "val")]}})
+    published = {"images": [dict(filename=f"{split}.jpg", split=split, sentences=[{"raw": split}])
+        for split in ("train", "test", "restval", "val")]}
+    write(tmp_path, {"dataset_flickr30k.json": published, "dataset_coco.json": published})
     found = Retrieval.from_folder(tmp_path).items()
-    assert [(split, [item["text"] for item in items]) for split, items in found] == [
-        ("train", ["train", "restval"]), ("val", ["val"]), ("test", ["test"])]
+    assert {split: [item["text"] for item in items] for split, items in found} == {
+        "train": ["train", "restval"] * 2, "val": ["val"] * 2, "test": ["test"] * 2}
 
 
 @pytest.mark.parametrize("dump", [pickle.dumps,  # and Python 2's, with strings S'...', not V...
     lambda refs: re.sub(rb"V(.*)\n", rb"S'\1'\n", pickle.dumps(refs, protocol=0))])
 def test_refcoco_files_are_read_as_they_are_published(tmp_path, dump):
-    refs = dump([*REFS, {**REFS[0], "split": "testA", "ref_id": 2}])
-    write(tmp_path, {"refs(unc).p": refs, "instances.json": BOXES})
+    sentences = [{"sent_id": 0, "raw": "Caf\xe9", "sent": "caf\xe9"}, {"sent_id": 1, "sent": "a"}]
+    refs = [dict(ref_id=7, ann_id=ann_id, image_id=3, split=split, sentences=sentences)
+        for split, ann_id in (("train", 11), ("testA", 11), ("testB", 12))]
+    write(tmp_path, {"refs(unc).p": dump(refs), "instances.json": BOXES})
     splits = Refer.from_folder(tmp_path)
-    assert {k: len(v) for k, v in splits.items()} == {"train": 2, "testB": 1, "testA": 2, "test": 3}
+    assert {k: len(v) for k, v in splits.items()} == {"train": 2, "testA": 2, "testB": 2, "test": 4}
     assert splits["train"][0] == dict(
-        image_id=3, text="red ring", box=[10, 20, 40, 60], ref_id=0, sent_id=0)
-    assert splits["testB"][0]["text"] == "caf\xe9"
+        image_id=3, text="caf\xe9", box=[10, 20, 40, 60], ref_id=7, sent_id=0)
     assert splits["test"] == splits["testA"] + splits["testB"]
 
 
 @pytest.mark.parametrize("kind, files, message", [
     (VQA, {"q.json": {"data_subtype": "a", "questions": [dict(image_id=1, question=5)]}},
-        "q.json: not questions or annotations .*near .*0: TypeError"),
-    (VQA, {"a.json": {"annotations": [{"answers": []}]}},
-        "a.json: not questions or annotations .*near .*0: KeyError 'multiple_choice_answer'"),
-    (Refer, {"instances.json": {"annotations": [{"id": 1, "bbox": "abcd"}]}},
-        "instances.json: not RefCOCO's instances .near .*0: "),
+        "q.json: .*TypeError"),
+    (VQA, {"a.json": {"annotations": [{"answers": []}]}}, "a.json: .*'multiple_choice_answer'"),
+    (Refer, {"instances.json": {"annotations": [{"id": 1, "bbox": "abcd"}]}}, "instances.json: "),
     (Refer, {"instances.json": BOXES, "refs(unc).p": pickle.dumps([Path()])},
-        r"refs\(unc\).p: not a pickle of .*plain .*asks for pathlib"),  # a class could do anything
-    (Refer, {"instances.json": BOXES, "refs(unc).p": pickle.dumps([{**REFS[1], "ann_id": 99}])},
-        r"refs\(unc\).p: not a .*near .*0: KeyError 99")])
+        "refs.*asks for pathlib")])  # a class could do anything
 def test_files_that_are_not_as_published_are_refused(tmp_path, kind, files, message):
     write(tmp_path, files)
     with pytest.raises(BadInput, match=message):
@@ -329,10 +308,11 @@ def test_training_starts_pretrained_and_its_loss_is_cross_entropy(make, kind, pr
 
 @pytest.mark.parametrize("kind", [VQA, Refer])
 def test_three_processes_in_turn_predict_what_one_does(make, kind, pretrained, monkeypatch):
+    """Without dropout and noise, which training has again afterwards."""
     task, parts = make(kind), []
     model, items = task.build_model(*pretrained), task.items
     whole, hard = task.predict(model, items, batch_size=2)
-    assert hard != task.predict(model, items, tau=0.2)[1]
+    assert hard != task.predict(model, items, tau=0.2)[1] and model.training
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
     for number in range(3):
         monkeypatch.setattr(train, "RANK", number)
@@ -340,14 +320,12 @@ def test_three_processes_in_turn_predict_what_one_does(make, kind, pretrained, m
     assert sum(parts).equal(whole) and all(p.count_nonzero() < len(items) for p in parts)
 
 
-def test_images_without_features_leave_training_and_ranking_but_not_the_answers(make, capsys):
+def test_images_without_features_leave_training_and_ranking_but_not_the_answers(make):
     """Image 99: a question about it is answered from its text; a pair with it has no score."""
-    vqa = make(VQA, train=[*splits_of(VQA, None)["train"], question(99, 1), question(3, 9)])
-    assert (len(vqa), len(vqa.held_out["val"]), vqa.missing) == (41, 3, {"train": 1, "val": 1})
-    assert re.search("1 of 42 .*features.*1 of 3 ", capsys.readouterr().out, flags=re.S)
+    vqa = make(VQA, train=[*splits_of(VQA, None)["train"], question(99, 1)])
+    assert (len(vqa), len(vqa.held_out["val"]), vqa.missing) == (40, 3, {"train": 1, "val": 1})
     pairs = [dict(image_id=i, text="a") for i in (99, 1, 2)]
-    ranked = make(Retrieval, val=pairs, dev=pairs[:1])
-    assert ranked.held_out["val"] == pairs[1:] and "dev" not in ranked.held_out
+    assert make(Retrieval, val=pairs).held_out["val"] == pairs[1:]
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -355,24 +333,22 @@ def test_images_without_features_leave_training_and_ranking_but_not_the_answers(
 
 @pytest.fixture
 def run(pretrained, store, tokenizer, tmp_path, monkeypatch):
-    """run(task, *flags, **splits): a whole run of 4 to 6 steps on the made-up store, from the
-    checkpoint of a store with other class heads and more regions; other.pt has larger features.
+    """run(task, *flags, **splits): a whole run on the made-up store, from the checkpoint of a store
+    with more regions; other.pt has larger features.
     """
     config, weights = pretrained
-    meta = {**store.meta, "num_region_classes": 9, "num_regions": 100}
-    for name, changed in (("pretrained.pt", {}), ("other.pt", {"feature_size": 2048})):
+    for name, size in (("pretrained.pt", 12), ("other.pt", 2048)):
         torch.save({"format": train.CHECKPOINT_FORMAT, "task": "pretraining", "model": weights,
-            "config": asdict(config), "vocab": tokenizer.pieces, "store": meta | changed},
-            tmp_path / name)
+            "config": asdict(config), "vocab": tokenizer.pieces,
+            "store": {**store.meta, "num_regions": 100, "feature_size": size}}, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "picture_of", lambda *_: Image.new("RGB", (90, 60)))
 
     def start(task, *flags, **splits):
         monkeypatch.setattr(
             finetune, "load_task", lambda kind, _: (store, {**splits_of(kind, store), **splits}))
-        epochs = {"vqa": 1, "retrieval": 2, "refer": 6}[task]
         standard = ["--checkpoint", "pretrained.pt", "--out", task, "--batch", 10,
-            "--epochs", epochs, "--eval-every", 3, "--threads", 1]
+            "--epochs", 2, "--eval-every", 3, "--threads", 1]
         return finetune.finetune(*finetune.parse_args([task, *map(str, (*standard, *flags))]))
 
     return start
@@ -382,46 +358,33 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("task, steps, items", [
-    ("vqa", 4, 3), ("retrieval", 6, 11), ("refer", 6, 4)])
-def test_a_run_leaves_its_record_and_resumed_gives_the_same(
-        run, task, steps, items, tmp_path, capsys, monkeypatch):
+@EACH_TASK
+def test_a_run_leaves_its_record_and_resumed_gives_the_same(run, kind, tmp_path, monkeypatch):
     predict, taus = finetune.Task.predict, set()
     monkeypatch.setattr(finetune.Task, "predict", lambda self, model, items, tau=None: (
         taus.add(tau) or predict(self, model, items, tau)))
-    results, out, said = run(task), tmp_path / task, capsys.readouterr().out
+    results, out = run(kind.name), tmp_path / kind.name
     record, found = read(out / "result.json"), results["val"]
-    assert (record["command"], record["batch"], record["results"]) == (task, 10, {"val": found})
-    assert record.get("boxes") == ("detected" if task == "refer" else None)
-    assert record["without_features"] == {"train": 0, "val": int(task == "vqa")}
-    assert [*found] == ["hard", "soft"]
-    assert found["hard"].keys() == found["soft"].keys() and taus == {None, 0.2}
-    assert re.search(r"val +hard +soft\n  [\w @]+( +[01]\.\d{3}){2}\n", said)
+    assert (record["command"], record["batch"], record["results"]) == (kind.name, 10, results)
+    assert [*found] == ["hard", "soft"] and taus == {None, 0.2}
+    assert found["hard"].keys() == found["soft"].keys()
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    scores = {line["step"]: line["scores"] for line in lines if "scores" in line}
-    assert [*scores] == [0, 3, steps] and scores[steps] == found["hard"]
-    assert len(read(out / "predictions.json")["val"]) == items
+    scores = [line["scores"] for line in lines if "scores" in line]
+    assert len(scores) >= 2 and scores[-1] == found["hard"]
+    assert len(read(out / "predictions.json")["val"]) == {VQA: 3, Retrieval: 11, Refer: 4}[kind]
     assert Image.open(out / "examples.png").width >= 250
     # A resumed run has the answers of its checkpoint, whatever the training questions are now.
-    other = {"train": [question(1, k) for k in range(40)]} if task == "vqa" else {}
-    assert run(task, "--resume", **other) == results and not (tmp_path / f"{task}-1").exists()
-    labels = train.load_checkpoint(out / "checkpoint.pt", task)["labels"]
-    assert labels == (["star", "2", "blue"] if task == "vqa" else None)
-    assert all((out / name).exists() for name in ("config.json", "switches.png", "switches.gif"))
+    other = {"train": [question(1, k) for k in range(40)]} if kind is VQA else {}
+    assert run(kind.name, "--resume", **other) == results
 
 
-def test_a_test_set_without_answers_gets_a_complete_submission(make, run, tmp_path, capsys):
-    """And another split is evaluated while training, though this one comes first."""
-    asked, task = [{**question(image_id, 7), "answers": []} for image_id in (1, 2, 99)], make(VQA)
-    task.held_out = {"test2015": asked, **task.held_out}
-    task.evaluate_items = lambda model, items: (items, "switches", "predictions")
-    assert task.evaluate(None) == (task.held_out.pop("val"), "switches")
-    assert task.evaluate(None)[0] == task.items
-    run("vqa", test2015=asked)
+def test_a_test_set_without_answers_gets_a_complete_submission(run, tmp_path):
+    """Here without val: training is watched on its own items."""
+    asked = [{**question(image_id, 7), "answers": []} for image_id in (1, 2, 99)]
+    assert run("vqa", val=[], test2015=asked) == {"test2015": {"hard": {}, "soft": {}}}
     submission = read(tmp_path / "vqa" / "submission-test2015.json")
     assert [s.pop("question_id") for s in submission] == [1007, 2007, 99007]
-    assert all(s.keys() == {"answer"} and s["answer"] in task.labels for s in submission)
-    assert "no answers to compare with; the model's are in subm" in capsys.readouterr().out
+    assert all([*s] == ["answer"] and s["answer"] in ("star", "blue", "2") for s in submission)
 
 
 def test_no_step_is_zero_shot_or_from_scratch_also_with_fewer_examples_than_a_batch(
@@ -436,26 +399,17 @@ def test_no_step_is_zero_shot_or_from_scratch_also_with_fewer_examples_than_a_ba
 
 
 @pytest.mark.parametrize("task, flags, splits, message", [
-    ("vqa", "", dict(train=[]), "no training questions .*expected features/ and VQA v2's"),
     ("vqa", "", dict(train=[question(99, k) for k in range(20)]), "no training .* whose image is"),
     ("vqa", "", dict(train=[question(k, k) for k in range(8)]), "no answer of nine"),
     ("retrieval", "", dict(train=[dict(image_id=i, text="a") for i in (1, 2, 99)]), "fewer than t"),
     ("vqa", "--checkpoint refer/checkpoint.pt", {}, "checkpoint.pt: .*a checkpoint of refer"),
     ("vqa", "--checkpoint other.pt", {}, "feature_size is 12, .* trained with 2048"),
-    ("refer", "--resume --scratch", {}, "--scratch True: the run that is resumed has False"),
     ("refer", "--resume --boxes gt", {}, "--boxes gt: the run that is resumed has detected")])
 def test_what_nothing_is_learned_from_and_what_does_not_fit_is_refused(
         run, task, flags, splits, message):
     run("refer", "--epochs", 1)
     with pytest.raises(BadInput, match=message):
         run(task, "--epochs", 1, *flags.split(), **splits)
-
-
-@pytest.mark.parametrize("argv", [
-    "", "vqa --boxes gt", "refer --boxes true", "ask a.png", "--seed 1 vqa"])
-def test_command_lines_that_are_not_understood_are_refused(argv):
-    with pytest.raises(SystemExit, match="2"):
-        finetune.parse_args(argv.split())
 
 
 def test_true_boxes_are_in_a_store_of_their_own_and_the_toy_world_has_none(monkeypatch):
@@ -468,45 +422,40 @@ def test_true_boxes_are_in_a_store_of_their_own_and_the_toy_world_has_none(monke
         finetune.load_task(Refer, finetune.parse_args(["refer", "--boxes", "gt"])[0])
 
 
-def test_ask_answers_about_pictures_as_the_run_was_trained(run, tmp_path, monkeypatch, capsys):
-    pictures, drawn = [str(tmp_path / f"{name}.png") for name in "ab"], tmp_path / "drawn.png"
-    for path, brightness in zip(pictures, (128, 0)):
-        Image.new("L", (90, 60), brightness).save(path)
-    boxes = np.array([[0, 0, 50, 50], [10, 10, 90, 60]], np.float32)
+def test_ask_says_of_pictures_what_the_run_said_of_their_regions_the_surest_first(
+        run, store, tmp_path, monkeypatch, capsys):
+    """A picture's regions are those of the image in the store that has its name."""
+    def regions(detector, path, most):
+        image = store[store.row(path)]
+        return Image.new("RGB", image["size"]), image["boxes"], image["features"], None
 
-    monkeypatch.setattr(extract_features, "build_detector", lambda *_: None)
-    monkeypatch.setattr(extract_features, "picture_regions", lambda model, path, most: (
-        Image.open(path).convert("RGB"), boxes, np.full((2, 12), Image.open(path).getpixel((0, 0)),
-            np.float32), None))
-
-    def ask(task, *words, detector="made up", scale=1, answer=None):
-        """The printed lines; scale: a factor on the task's head; answer: one that it prefers."""
-        path = tmp_path / task / "checkpoint.pt"
-        saved = torch.load(path, weights_only=True)
-        saved["store"]["detector"], saved["config"]["hidden_dropout_prob"] = detector, 0.5
-        saved["model"]["classifier.1.weight"] *= scale
-        if answer:
-            saved["model"]["classifier.4.bias"][saved["labels"].index(answer)] += 4
-        torch.save(saved, path)
+    def ask(task, text, *pictures):
+        """The printed lines."""
         capsys.readouterr()
-        finetune.main(["ask", str(tmp_path / task), *words, "--out", str(drawn)])
-        assert Image.open(drawn).width == 250 * (len(words) - 1)
+        finetune.main(["ask", task, text, *pictures])
         return capsys.readouterr().out.splitlines()
 
-    for task in ("vqa", "retrieval", "refer"):
-        run(task, "--epochs", 1)
-    lines = ask("vqa", "a red ring", *pictures, answer="2")
-    assert {lines[0], lines[3]} == {f"{picture}: a red ring" for picture in pictures}
-    assert lines[1] == lines[4] == "  answer: 2"
-    assert all(re.fullmatch(r"  sure: 0\.\d+", line) for line in (lines[2], lines[5]))
-    ranked = ask("retrieval", "a red ring", *pictures, scale=1e4)  # whatever their order
-    assert ranked == ask("retrieval", "a red ring", *pictures[::-1]) and ranked[4] == str(drawn)
-    assert float(ranked[1].split()[1]) > float(ranked[3].split()[1])
-    found = ask("refer", "a ring", pictures[0])[1]
-    assert found in ("  box: [0, 0, 50, 50]", "  box: [10, 10, 90, 60]")
-    assert (255, 0, 255) in {colour for _, colour in Image.open(drawn).getcolors(10**6)}
-    assert "note" in ask("vqa", "a", pictures[0], detector="toy")[0]  # a photo is no scene
+    monkeypatch.setattr(extract_features, "build_detector", lambda *_: None)
+    monkeypatch.setattr(extract_features, "picture_regions", regions)
+    val = splits_of(Refer, store)["train"]
+    run("refer", val=val)
+    for item, said in zip(val, read(tmp_path / "refer/predictions.json")["val"]):
+        lines = ask("refer", item["text"], str(item["image_id"]))
+        assert lines[1] == f"  box: {[round(corner) for corner in said['box']]}"
+    assert (255, 0, 255) in {colour for _, colour in Image.open("answer.png").getcolors(10**6)}
+    run("retrieval")
+    said = read(tmp_path / "retrieval/predictions.json")["val"][0]
+    images = [item["image_id"] for item in splits_of(Retrieval, store)["val"][::3]]
+    lines = ask("retrieval", said["text"], *images)
+    assert lines[0] == f"{said['found']}: {said['text']}"
+    assert lines == ask("retrieval", said["text"], *images[::-1])  # whatever their order
+    run("vqa")
+    said = read(tmp_path / "vqa/predictions.json")["val"][0]
+    assert ask("vqa", "what ?", "3")[1] == f"  answer: {said['answer']}"
+    saved = torch.load("vqa/checkpoint.pt", weights_only=True)
+    saved["store"]["detector"] = "vg"
+    torch.save(saved, "vg.pt")
     with pytest.raises(BadInput, match="trained with the vg detector; give its weights with --w"):
-        ask("vqa", "a", pictures[0], detector="vg")
+        ask("vg.pt", "what ?", "3")
     with pytest.raises(BadInput, match="vqa or retrieval or refer .it is a checkpoint of pretra"):
-        finetune.main(["ask", str(tmp_path / "pretrained.pt"), "a", pictures[0]])
+        ask("pretrained.pt", "what ?", "3")
