@@ -294,8 +294,7 @@ def fit(args, task, checkpoint=None):
     loader = load_parts(args, task, first, steps)
     if args.compile:
         compile_layers(model)
-    trained = DistributedDataParallel(
-        model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+    trained = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if task.evaluates_at_start or first == steps:
         scores, switches = task.evaluate(model)
         if first == 0:
