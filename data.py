@@ -103,16 +103,21 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
+        if RANK > 0:
+            sys.exit(130)  # torchrun has ended it; the first process says why
         message, status = "stopped; repeat the command to continue, a training with --resume", 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
+        if re.search("by peer|remote process", str(error)):
+            sys.exit(1)  # another process has failed, and says why
         if not re.search("DataLoader worker|out of memory", str(error)):
             raise
         message = (f"error: out of memory? Try fewer --workers, or --accum 2, which gives the same "
             f"result; --resume continues ({str(error)[:150]})")
     # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
-    time.sleep(RANK > 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5 * (RANK > 0))
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -3,6 +3,7 @@ disturbed.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -129,7 +130,9 @@ def test_a_folder_holds_one_run_at_a_time(start, tmp_path):
 
 
 @SLOW
-def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path):
-    error = finish(start(tmp_path, "--gpus", 2, "--batch", 5), status=1)
-    assert "error: --batch 5 cannot be cut into 2 processes x --accum 1 equal parts" in error
-    assert "Traceback" not in error
+@pytest.mark.parametrize("batch, words", [(5, "--batch 5 cannot be cut into 2 processes"),
+    (6, "Is a directory: .*checkpoint.pt")], ids=["of all", "of the first alone, while it trains"])
+def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path, batch, words):
+    (tmp_path / ".checkpoint.pt.tmp").mkdir()  # so that no checkpoint can be written
+    error = finish(start(tmp_path, "--gpus", 2, "--batch", batch), status=1)
+    assert re.search(f"^error: .*{words}.*\n$", error) and error.count("\n") == 1
