@@ -45,7 +45,6 @@ def test_every_spelling_of_an_image_id_becomes_one(names, expected):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = write(tmp_path / "x.txt", "old")
-    write(tmp_path / ".x.txt.tmp", "what a killed process left")
 
     def fill_the_disk(file):
         file.write("new")
@@ -116,14 +115,15 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("fault, words", [("sys.exit(7)", ""),
-    ("os.kill(os.getpid(), 9)", "error: a process was ended by signal 9; .*--resume\n")])
-def test_a_process_that_fails_ends_the_others_and_the_command(fault, words):
+@pytest.mark.parametrize("event, status, words", [("sys.exit(7)", 1, ""),
+    ("os.kill(os.getpid(), 9)", 1, "error: a process was ended by signal 9; .*--resume\n"),
+    ("time.sleep(1); os.kill(os.getppid(), 15); time.sleep(60)", 0, "")])
+def test_a_process_that_fails_and_sigterm_end_all_processes(event, status, words):
     """`subprocess.run` waits for all that write to its pipes: they end before its timeout."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.path.dirname(data.__file__)}
-    end = subprocess.run([sys.executable, "-c", START + fault], env=env, timeout=50,
+    end = subprocess.run([sys.executable, "-c", START + event], env=env, timeout=50,
         text=True, capture_output=True)
-    assert end.returncode == 1 and re.fullmatch(words, end.stderr)
+    assert end.returncode == status and re.fullmatch(words, end.stderr)
 
 
 # --- words ---
