@@ -617,8 +617,8 @@ class SwitchBertForPretraining(nn.Module):
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
             temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # The large output layers run on predicted places only: 15 % of half of the pairs. They come
-        # as indices: to use a mask, the GPU would have to wait until its places are counted.
+        # Output layers run on predicted places only, 15 % of half of the pairs, given as indices:
+        # for a mask, the GPU would have to wait until its places are counted.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
         mlm_sum = word_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
@@ -735,9 +735,8 @@ def load_bert(model, folder):
 
     model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is one.
     folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
-    missing: what only the model has (regions, gates, poolers, other heads). unexpected: what only
-    the file has (its pooler, next-sentence head).
-    Raises ValueError if a size does not fit; for a damaged file, any error of its reader.
+    missing: what only the model has (regions, gates, poolers, other heads); unexpected: what only
+    the file has. Raises ValueError if a size does not fit; for a damaged file, its reader's error.
     """
     folder = Path(folder)
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
