@@ -863,8 +863,8 @@ def switches_picture(switches, title):
             x += BAR * share
         for share in switches["depths"][layer][modality]:
             x += ROW
-            grey = f"hsl(0, 0%, {100 - 100 * share}%)"
-            draw.rectangle([x, y, x + 20, y + 20], grey, "grey")
+            grey = round(255 - 255 * share)
+            draw.rectangle([x, y, x + 20, y + 20], (grey, grey, grey), "grey")
     return image
 
 

@@ -376,7 +376,7 @@ def test_a_start_that_does_not_fit_is_refused(data, flags, change, message):
 def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
     """Text chooses 25 % own and 75 % both, vision always the other; text reads depth 0 in 20 %."""
     switches = {"modes": [[[1, 0, 0], [1, 0, 0]], [[0.25, 0, 0.75], [0, 1.0, 0]]],
-        "depths": [[[1.0], [1.0]], [[0.2, 0.8], [1.0, 0.0]]]}
+        "depths": [[[1.0], [1.0]], [[0.2, 0.8], [1 - 1e-7, 1e-7]]]}
     pixels = np.asarray(train.switches_picture(switches, "title"))
     colours = [ImageColor.getrgb(colour) for colour in train.COLOURS]
     bars = np.stack([(pixels == colour).all(axis=2).sum(axis=1) for colour in colours], axis=1)
