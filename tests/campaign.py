@@ -313,7 +313,6 @@ def attack_files(home, count, rng):
 def attack_flags(home, count, rng):
     """{outcome: number} of flags out of their range, of every script."""
     found = Counter()
-    (home / "file").write_text("")
     numbers = ("--epochs", "--batch", "--lr", "--eval-every", "--anneal", "--limit", "--seed",
         "--gpus", "--accum", "--workers", "--threads")
     commands = [(train.parse_args, [])]
@@ -324,8 +323,6 @@ def attack_flags(home, count, rng):
                 found.update([outcome(parse, [*words, flag, value])])
             if flag not in ("--epochs", "--seed", "--workers"):
                 found.update([outcome(parse, [*words, flag, "0"])])
-        for value in (home / "file", home / "file" / "below"):
-            found.update([outcome(parse, [*words, "--out", str(value)])])
     found.update([outcome(finetune.parse_args, ["retrieval", "--boxes", "gt"])])
     common = ["x", "-o", str(home / "s"), "--detector", "toy", "--weights", "w"]
     for flag in ("--regions", "--gpus", "--workers"):
