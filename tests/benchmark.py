@@ -26,8 +26,8 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
                                  a GPU; on a CPU no difference
-    captions as numpy strings    3.3 million: 10 s and .63 GB before the first step (first code 44 s,
-                                 1.7 GB with torch), 22 MB per loading process (first code: a copy)
+    captions as numpy strings    3.3 million: 10 s and .63 GB before the first step (first code
+                                 44 s, 1.7 GB with torch), 22 MB per loading process (a copy)
     words cut once               lru_cache of WordPiece: a batch of 64 in 6.2 ms instead of 7.5
     layers compiled one by one   12 layers of toy width in a minute on one core; the whole model was
                                  not ready after three. What it gains is for a GPU to show
