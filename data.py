@@ -213,7 +213,7 @@ def number(kind, least, most):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"expected a number in {read.__name__}, found {text!r}")
 
-    read.__name__ = f"{least:g}...{most:g}"
+    read.__name__ = f"{least:g}...{most:g}".replace("+0", "")
     return read
 
 
