@@ -153,9 +153,10 @@ def one_run(work, setting, seed, quick, lock):
         commands |= {name.replace(" ", "-"): ["finetune.py", *command.split(), "--checkpoint",
             folder / "pretrain" / "checkpoint.pt"] for name, command in TASKS.items()}
     for name, (script, *words) in commands.items():
-        if not (folder / name / "switches.gif").exists():  # the last thing that a run writes
+        if not (folder / name / "finished").exists():
             call(work, ROOT / script, *words, "--seed", seed, "--threads", 1, "--out",
                 folder / name)
+            (folder / name / "finished").touch()
     found = json.loads(call(work, Path(__file__), "measure", folder).splitlines()[-1])
     line = dict(setting=setting, switches=switches, seed=seed, quick=quick, **found)
     with lock:
