@@ -79,12 +79,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
-    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate,
-    flag, model_inputs, only_run_in, progress, read_captions, reading, region_inputs, run, save_png,
-    start_processes, write_json, write_whole)
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, STOPS, TRAIN_SCENES,
+    WORLD_SIZE, BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
+    collate, flag, load_ahead, model_inputs, only_run_in, progress, read_captions, reading,
+    region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
@@ -414,8 +413,7 @@ def load_parts(args, task, first, steps):
             for part in batch.reshape(WORLD_SIZE, args.accum, -1)[RANK]:
                 yield [(epoch, int(i)) for i in part]
 
-    return iter(DataLoader(task.examples, batch_sampler=keys(), collate_fn=task.collate,
-        num_workers=args.workers, pin_memory=device().type == "cuda"))
+    return iter(load_ahead(task.examples, keys(), task.collate, args.workers))
 
 
 def to_device(batch):
@@ -646,7 +644,9 @@ def toy_world():
 
 
 def launch(args, work):
-    """The result of work(), run in this process, or in --gpus processes, which exit in here."""
+    """The result of work(), run in this process, or in --gpus processes, which exit in here. None
+    is that of a run that was stopped: then the status is 130, so that no shell goes on with it.
+    """
     if args.gpus > 1 and WORLD_SIZE == 1:
         return start_processes(args.gpus)
     if args.threads:
@@ -657,12 +657,16 @@ def launch(args, work):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
         result = work()
+    status = 130 if result is None else 0
     if WORLD_SIZE > 1:
+        dist.barrier()  # torchrun ends the others at the first status that is not 0
         dist.destroy_process_group()
         # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
         # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        sys.exit(status)
     return result
 
 
@@ -681,24 +685,19 @@ def total(tensor):
     return tensor.cpu()
 
 
-def say(text):
-    """Print from the first process only, and flush."""
-    if RANK == 0:
-        print(text, flush=True)
-
-
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM, Ctrl-C and the end of the parent process only ask to stop: no step is
-    interrupted, so the saved state is that of an undisturbed run. Yields a function: was it asked?
+    """In this block SIGTERM, Ctrl-C and the end of a torchrun that has started this process only
+    ask to stop: no step is interrupted, so the saved state is that of an undisturbed run. Yields a
+    function: was it asked?
     """
-    asked, parent, numbers = [], os.getppid(), (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
+    asked, parent = [], os.getppid()
+    for number in STOPS:
         signal.signal(number, lambda *_: asked.append(True))
     try:
-        yield lambda: bool(asked) or os.getppid() != parent
+        yield lambda: bool(asked) or WORLD_SIZE > 1 and os.getppid() != parent
     finally:
-        for number in numbers:
+        for number in STOPS:
             signal.signal(number, signal.default_int_handler)  # as `run` has set them
 
 
