@@ -51,7 +51,7 @@ from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, load_data, match_scores, parse_settings, recall_at, say, share_of, stack,
+    load_checkpoint, load_data, match_scores, parse_settings, recall_at, say, send, share_of, stack,
     to_device, total)
 
 import numpy as np
@@ -60,8 +60,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, FeatureStore, Scene,
-    WordPiece, canonical_id, flag, model_inputs, normalise_boxes, pad, progress, read_captions,
-    read_json, reading, region_inputs, run, save_png, write_json)
+    WordPiece, canonical_id, flag, load_ahead, model_inputs, normalise_boxes, pad, progress,
+    read_captions, read_json, reading, region_inputs, run, save_png, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -221,6 +221,7 @@ class Task:
     def __init__(self, store, tokenizer, splits, args, labels=None):
         self.store, self.tokenizer = store, tokenizer
         self.seed, self.blind = args.seed, args.blind
+        self.workers = args.workers
         self.examples = self  # as fit calls them
         self.missing, self.held_out = {}, {}
         for name, items in splits.items():
@@ -275,9 +276,10 @@ class Task:
         return dict(model_inputs(examples), targets=pad(targets).float())
 
     def loss(self, logits, targets):
-        """Binary cross entropy, summed over answers or regions; padding has the lowest logit."""
-        real = logits != torch.finfo(logits.dtype).min
-        return F.binary_cross_entropy_with_logits(logits[real], targets[real], reduction="sum")
+        """Binary cross entropy, summed over answers or regions. At the lowest logit and target 0,
+        those of padding, both it and its gradient are exactly 0.
+        """
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
     @staticmethod
     def counts(batch):
@@ -290,6 +292,14 @@ class Task:
         logits, out = model(**inputs, temperature=tau)
         return self.loss(logits.float(), batch["targets"])[None], out
 
+    def __getstate__(self):
+        """All but the model: loading processes may get a copy of their data set, the task."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+    def inputs(self, items):
+        """The encoder's inputs for some items."""
+        return model_inputs([self.example(item) for item in items])
+
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
         """(N,) the best answer or region for every item, and what the switches chose: Retrieval,
@@ -299,10 +309,12 @@ class Task:
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
         switches = SwitchShares(model.config)
         lengths = [item["text"].count(" ") for item in items]
-        for part in progress(share_of(lengths, batch_size)):
-            inputs = model_inputs([self.example(items[i]) for i in part])
+        parts = share_of(lengths, batch_size)
+        # To start loading processes takes as long as a few batches do.
+        loader = load_ahead(items, parts, self.inputs, min(self.workers, len(parts) // 10))
+        for part, inputs in zip(progress(parts), loader):
             logits, out = model(**to_device(inputs), temperature=tau)
-            chosen[part] = logits.argmax(dim=-1)
+            chosen[send(torch.from_numpy(part))] = logits.argmax(dim=-1)
             switches.add(out)
         model.train()
         return total(chosen), switches.shares()

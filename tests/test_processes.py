@@ -168,10 +168,9 @@ def test_what_a_kill_leaves_behind_ends_by_itself(start, tmp_path, flags):
     wait_for(tmp_path / "metrics.jsonl", '"step": 8,')
     children = descendants(process)
     process.kill()
-    finish(process, -9)
+    said = finish(process, -9)
+    assert "--gpus" not in flags or "stopped after step" in said
     wait_for_end(children, seconds=30)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert "--gpus" not in flags or saved % 4 or saved > 8
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param([*TWO, "--workers", 1], marks=SLOW)])

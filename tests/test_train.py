@@ -153,15 +153,20 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
 
 @pytest.mark.parametrize("score", [math.nan, 1e30, -1000.0])
 def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score):
-    """Scores, if they are a thousand or more; and a loss in any step, if it is not finite."""
+    """Scores, if they are a thousand or more; and a loss in any step, if it is not finite: a run
+    looks at that every ten steps, and before it evaluates or saves.
+    """
     keys, path = plain("clean", score=999.0).keys[12 * 6 : 12 * 7], tmp_path / "run/checkpoint.pt"
     with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=score)
     assert not path.exists()
-    with pytest.raises(BadInput, match=r"step 7: .*diverged.*all nan.*lower --lr"):
-        plain("run", not_a_number=keys[0])
-    saved = train.load_checkpoint(path, "pretraining")
+    for stop_at, every, steps in ((None, 5, "6 to 10"), (12 * 7, 5, "6 to 8"), (None, 16, "1 to 10")):
+        flags = ["--eval-every", every]
+        with pytest.raises(BadInput, match=rf"steps {steps}: .*diverged.*all nan.*lower --lr"):
+            plain(f"run{every}", *flags, not_a_number=keys[0], stop_at=stop_at)
+    saved = train.load_checkpoint(tmp_path / "run5/checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
+    assert not (tmp_path / "run16/checkpoint.pt").exists()
 
 
 def test_a_new_run_moves_an_earlier_one_to_the_next_free_name(plain, tmp_path):
@@ -235,7 +240,7 @@ def test_words_are_scored_masked_matching_whole_and_ranks_by_first_captions(data
     assert task.evaluate(None) == ({"words": True, "match": False}, "switches")
     monkeypatch.setattr(train, "match_scores", lambda model, store, tokenizer, texts, ids:
         torch.tensor([[float((i, text) in pairs[:3]) for i in ids] for text in texts]))
-    found = train.zero_shot(task)
+    found = train.zero_shot(train.parse_args([])[0], task)
     assert found.pop("images") == 2 and set(found.values()) == {1.0}
 
 
