@@ -86,8 +86,8 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # A progress bar of the first process, on a terminal only.
 progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
-# What asks a script to stop. A closed terminal, SIGHUP, does not; but if it closes on a torchrun,
-# that hands the signal to its processes, and ends them soon after.
+# What asks a script to stop. A closed terminal, SIGHUP, does not. But where it closes on a torchrun
+# that you have started, that passes the signal on, and ends its processes half a minute later.
 STOPS = [signal.SIGTERM, signal.SIGINT]
 if WORLD_SIZE > 1:
     STOPS.append(signal.SIGHUP)
@@ -106,8 +106,7 @@ def run(main):
     """
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in STOPS:
-        signal.signal(number, signal.default_int_handler)  # SIGTERM as Ctrl-C: it cleans up
+    on_stop()
     status = 1
     try:
         return main()
@@ -129,6 +128,13 @@ def run(main):
     time.sleep(5 * (RANK > 0))
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def on_stop(handler=signal.default_int_handler):
+    """What any request to stop calls from now on. The default, Ctrl-C's own, unwinds and cleans up.
+    """
+    for number in STOPS:
+        signal.signal(number, handler)
 
 
 def say(text):
@@ -290,8 +296,8 @@ def start_processes(count):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     # torchrun's own flags, from 2.9 on: a closed terminal is no stop; and a process that is stopped
     # has ten minutes to end its step and to save, not half of one.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "600")
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    os.environ["PET_SHUTDOWN_TIMEOUT"] = "600"
     logging.disable()  # torchrun would explain every error again, in thirty lines
     try:
         torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",

@@ -290,11 +290,11 @@ class Task:
         """(1,): the loss, summed over a batch; and the encoder's output."""
         inputs = {k: v for k, v in batch.items() if k != "targets"}
         logits, out = model(**inputs, temperature=tau)
-        return self.loss(logits.float(), batch["targets"])[None], out
+        return self.loss(logits, batch["targets"])[None], out
 
     def __getstate__(self):
-        """All but the model: loading processes may get a copy of their data set, the task."""
-        return {name: value for name, value in vars(self).items() if name != "model"}
+        """A loading process may get a copy of its data set, the task, but never of the model."""
+        return vars(self) | {"model": None}
 
     def inputs(self, items):
         """The encoder's inputs for some items."""

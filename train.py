@@ -62,7 +62,6 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 import zipfile
@@ -81,9 +80,9 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, STOPS, TRAIN_SCENES,
-    WORLD_SIZE, BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
-    collate, flag, load_ahead, model_inputs, only_run_in, progress, read_captions, reading,
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
+    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate,
+    flag, load_ahead, model_inputs, on_stop, only_run_in, progress, read_captions, reading,
     region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
@@ -117,10 +116,8 @@ def parse_args(argv):
 
 def add_run_flags(p, out):
     """Add the flags that all trainings share. parse_settings fills in those that are None."""
-    # A GPU is fed by a few of the cores that its process has; on a CPU all of them compute.
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(4, cores) if torch.cuda.is_available() else 0
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    gpu = torch.cuda.is_available()
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     flag(p, "--out", Path, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
@@ -131,11 +128,13 @@ def add_run_flags(p, out):
     flag(p, "--seed", NATURAL, 0, "seed of everything random")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
     flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, same result")
-    flag(p, "--workers", NATURAL, workers, "loading processes per process")
+    flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
+        "loading processes per process; on a CPU, which has enough to do, none")
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu,
+        help="torch.compile the layers, if there are more than the small model's four")
     p.add_argument("--precision", default="bf16" if native else "fp32", choices=["bf16", "fp32"],
         help="of matrix products, fp32 with TF32 where a GPU has it; softmax, losses: fp32")
 
@@ -289,19 +288,19 @@ def fit(args, task, checkpoint=None):
     # 1. The model, AdamW, and the state of an earlier run.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
-    # Since the last evaluation, the sums of this process's losses and of the gradient's norm.
-    first, interval = 0, torch.zeros(len(task.loss_names) + 1, device=device())
+    # interval: the sums of this process's losses since the last evaluation.
+    first, interval = 0, torch.zeros(len(task.loss_names), device=device())
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
-        interval += send(checkpoint["interval"]) / WORLD_SIZE
+        interval += send(checkpoint["interval"])[: len(interval)] / WORLD_SIZE
 
     # 2. Every process loads its share of each batch. DistributedDataParallel averages gradients.
     steps, started = number_of_steps(args, len(task.examples)), time.time()
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
-    if args.compile:
+    if args.compile and model.config.num_hidden_layers > 4:
         compile_layers(model)
     trained = model
     if WORLD_SIZE > 1:
@@ -332,12 +331,13 @@ def fit(args, task, checkpoint=None):
             # 5. Clip the gradient; update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             optimizer.step()
-            interval += torch.cat([losses, norm[None]])
+            # Infinity and NaN stay in a sum of losses; a gradient's norm passes them on.
+            interval += losses + 0 * norm
             if done % math.ceil(steps / 30) == 0:
                 record(args, step=done, temperature=tau, mixture=mixture.shares())
 
-            # 6. So far a GPU was only told what to do. To see a number the host must wait for it,
-            # so it looks now and then. Infinity and NaN stay in a sum until then.
+            # 6. So far a GPU was only told what to do. To see a number the host must wait for it:
+            # so it looks now and then.
             due = done % args.eval_every == 0 or done == steps
             look = done % LOOK_EVERY == 0
             stop = stop_asked()
@@ -345,19 +345,16 @@ def fit(args, task, checkpoint=None):
                 stop = look and total(torch.tensor(int(stop))).item()
             if not (look or due or stop):
                 continue
-            sums = total(interval)
-            means = (sums / ((done - 1) % args.eval_every + 1)).tolist()
-            check_finite(f"steps {looked + 1} to {done}",
-                dict(zip((*task.loss_names, "gradient"), means)))
+            means = total(interval) / ((done - 1) % args.eval_every + 1)
+            means = dict(zip(task.loss_names, means.tolist()))
+            check_sound(f"steps {looked + 1} to {done}", means)
             looked = done
 
             # 7. Every eval_every steps: evaluate, print a line, record it, draw the switches, save.
             if due:
                 speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
-                means = dict(zip(task.loss_names, means))
-                # No loss here starts above 100: a thousand means that the weights have diverged.
-                check_finite(f"step {done}", means | scores, bound=1e3)
+                check_sound(f"step {done}", scores)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
@@ -487,14 +484,19 @@ def forward_backward(args, task, model, batches, step, tau):
 
 
 def compile_layers(model):
-    """Compile a model's layers, which share their code: a minute; the whole model takes several."""
+    """Compile a model's layers, which share their code: a minute; the whole model takes several.
+    One graph serves training at any length, and three evaluation: hard, soft, a single pair.
+    """
+    torch._dynamo.config.suppress_errors = True  # without a compiler, layers run as they are
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
 
 
-def check_finite(where, numbers, bound=math.inf):
-    """Raise BadInput unless each of {name: number} is below the bound in absolute value."""
-    if not all(abs(number) < bound for number in numbers.values()):  # NaN is never below
+def check_sound(where, numbers):
+    """Raise BadInput unless each of {name: number} is below a thousand in absolute value. No loss
+    here starts above 100: so this means that the weights have diverged.
+    """
+    if not all(abs(number) < 1e3 for number in numbers.values()):  # NaN is never below
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
         raise BadInput(f"{where}: diverged ({found}); the last good checkpoint is kept; "
             "lower --lr, or check the data")
@@ -692,28 +694,27 @@ def launch(args, work):
         return start_processes(args.gpus)
     if args.threads:
         torch.set_num_threads(args.threads)
-    card = None
-    if torch.cuda.is_available():
-        card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(card)
-        if args.precision == "fp32":
-            torch.set_float32_matmul_precision("high")  # TF32
+    if torch.cuda.is_available() and args.precision == "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32
     if WORLD_SIZE > 1:
-        # A ranking may take hours before the first process hears of the others again.
+        card = None
+        if torch.cuda.is_available():
+            card = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(card)
+        # In a ranking, hours may pass before the processes hear of each other again.
         dist.init_process_group("nccl" if card else "gloo", timeout=timedelta(days=1),
             device_id=card)
     with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
         result = work()
-    status = 130 if result is None else 0
     if WORLD_SIZE > 1:
         dist.barrier()  # torchrun ends the others at the first status that is not 0
         dist.destroy_process_group()
         # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
         # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        os._exit(status)
-    if status:
-        sys.exit(status)
+        os._exit(130 * (result is None))
+    if result is None:
+        sys.exit(130)
     return result
 
 
@@ -742,13 +743,11 @@ def stop_signals():
     function: was it asked?
     """
     asked, parent = [], os.getppid()
-    for number in STOPS:
-        signal.signal(number, lambda *_: asked.append(True))
+    on_stop(lambda *_: asked.append(True))
     try:
         yield lambda: bool(asked) or WORLD_SIZE > 1 and os.getppid() != parent
     finally:
-        for number in STOPS:
-            signal.signal(number, signal.default_int_handler)  # as `run` has set them
+        on_stop()  # as `run` has set it
 
 
 # --- 8. The record --------------------------------------------------------------------------------

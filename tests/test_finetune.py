@@ -398,3 +398,14 @@ def test_a_model_of_the_vg_detector_answers_only_with_its_weights(monkeypatch):
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *_: saved)
     with pytest.raises(BadInput, match="trained with the vg detector; give its weights with --w"):
         finetune.main(["ask", "runs/vqa", "what ?", "a.png"])
+
+
+@EACH_TASK
+def test_loading_processes_that_are_not_forked_get_the_task_without_its_model(
+        make, kind, pretrained, monkeypatch):
+    """Python 3.14 and macOS start them anew, with a pickled copy of the data set."""
+    task = make(kind)
+    task.model = task.build_model(*pretrained)
+    copy = pickle.loads(pickle.dumps(task))
+    assert copy.model is copy.examples.model is None and task.model
+    torch.testing.assert_close(copy.collate([copy[1, 2]]), task.collate([task[1, 2]]))

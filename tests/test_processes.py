@@ -3,6 +3,7 @@ disturbed.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,10 @@ import numpy as np
 import pytest
 import torch
 from test_train import metrics
+
+import data
+import finetune
+import train
 
 SMALL_RUN = Path(__file__).parent / "small_run.py"
 SLOW = pytest.mark.slow
@@ -242,3 +248,22 @@ def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path, 
     (tmp_path / ".checkpoint.pt.tmp").mkdir()  # so that no checkpoint can be written
     error = finish(start(tmp_path, "--gpus", 2, "--batch", batch), status=1)
     assert re.search(f"^error: .*{words}.*\n$", error) and error.count("\n") == 1
+
+
+@SLOW
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_batches_do_not_depend_on_how_loading_processes_start(
+        store, tokenizer, context, monkeypatch):
+    """Of pretraining and of a task, whose data set is the task itself: its model stays behind."""
+    args, _ = train.parse_args(["--batch", "6", "--accum", "2"])
+    captions = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
+    items = [dict(image_id=i, text=text, box=(0, 0, 9, 9)) for i, text in captions]
+    task = finetune.Refer(store, tokenizer, {"train": items}, args)
+    task.model = threading.Lock()  # which cannot be pickled
+    pairs = train.Pretraining(args, train.Data(store, captions, captions, tokenizer))
+    here = {each: [*train.load_parts(args, each, 0, 3)] for each in (pairs, task)}
+    args.workers, real = 1, data.DataLoader
+    monkeypatch.setattr(data, "DataLoader", functools.partial(real, multiprocessing_context=context))
+    for each, batches in here.items():
+        torch.testing.assert_close([*train.load_parts(args, each, 0, 3)], batches)
+        assert len(batches) == 6

@@ -1,9 +1,11 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
+import functools
 import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,11 @@ import torch
 from PIL import Image, ImageColor
 from test_switchbert import bert_weights, write_bert
 
+import finetune
 import train
 from data import SPECIALS, BadInput, FeatureStore, PretrainingDataset, collate
-from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
+from switchbert import (SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
+    SwitchBertForRetrieval)
 
 # --- The loop, on the smallest task there is ------------------------------------------------------
 
@@ -346,6 +350,72 @@ def test_defaults_follow_the_data_or_the_resumed_run(plain, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args(flags)
     assert (args.model, args.epochs, args.batch, args.lr, args.anneal) == settings
+
+
+@pytest.mark.parametrize("card, expected", [
+    (None, ("fp32", 0, False)), ("P100", ("fp32", 4, True)), ("A100", ("bf16", 4, True))])
+def test_defaults_follow_the_card_at_hand(monkeypatch, card, expected):
+    """An old card only emulates bf16, which takes longer than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+        lambda including_emulation=True: card == "A100" or card == "P100" and including_emulation)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for args in (train.parse_args([])[0], finetune.parse_args(["vqa"])[0]):
+        assert (args.precision, args.workers, args.compile) == expected
+
+
+def test_evaluation_and_ranking_compute_in_the_precision_of_training(
+        data, monkeypatch):
+    """Gradients do not: a backward pass inside of autocast would round those of the gates."""
+    inside = []
+    real, backward = torch.nn.functional.linear, torch.Tensor.backward
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (
+        inside.append(torch.is_autocast_enabled("cpu")) or real(*args)))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (
+        inside.append(torch.is_autocast_enabled("cpu")) or backward(self)))
+    for precision in ("fp32", "bf16"):
+        args, lower = train.parse_args(["--precision", precision])[0], precision == "bf16"
+        task = train.Pretraining(args, data)
+        train.place(task.model, args)
+        for evaluation in (lambda: task.evaluate(task.model), lambda: train.zero_shot(args, task)):
+            inside.clear()
+            evaluation()
+            assert (True in inside) == lower
+        inside.clear()
+        ranker = SwitchBertForRetrieval.from_pretraining(task.model.config, task.model.state_dict())
+        ranks = train.match_scores(train.place(ranker, args), data.store, data.tokenizer,
+            ["a red ring", "a ring"], [*"0123456789"])
+        assert len(ranks.unique()) == 20 and (ranks != ranks.bfloat16()).sum() > 15  # not rounded
+        inside.clear()
+        batch = task.collate([task.examples[0, i] for i in range(9)])
+        train.forward_backward(SimpleNamespace(seed=0, accum=1), task, task.model, [batch], 0, 1.0)
+        assert (inside[0], inside[-1]) == (lower, False)
+
+
+@pytest.mark.slow
+def test_layers_compile_to_one_graph_for_all_lengths_and_temperatures(config, inputs, monkeypatch):
+    """And to one each for hard and soft evaluation. All but the compiler itself is torch's own."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, compiled = (SwitchBert(replace(config, num_hidden_layers=6)) for _ in range(2))
+    compiled.load_state_dict(model.state_dict())
+    train.compile_layers(SimpleNamespace(bert=compiled))
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def run(pairs, length, temperature):
+        each = {name: torch.cat([t[:1]] * pairs) for name, t in inputs.items()}
+        for name in ("input_ids", "text_mask"):
+            each[name] = torch.cat([each[name]] * 8, dim=1)[:, :length]
+        return [m(**each, temperature=temperature).pooled for m in (compiled, model)]
+
+    for k, length in enumerate((12, 9, 38, 2, 17, 30)):
+        run(8 + k, length, 5 - k / 7)[0].sum().backward()
+    assert graphs["unique_graphs"] == 1
+    model.eval(), compiled.eval()
+    with torch.no_grad():
+        for tau in (None, 0.2):
+            for pairs, length in ((200, 38), (73, 5), (200, 21)):
+                torch.testing.assert_close(*run(pairs, length, tau))
+    assert graphs["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("flags, change, message", [

@@ -61,7 +61,7 @@ def gpu(monkeypatch):
     must wait for it.
     """
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
 
     @contextlib.contextmanager
     def fake(model):
