@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import extract_features
 import finetune
 import train
@@ -226,6 +227,16 @@ def test_three_processes_in_turn_predict_what_one_does(make, pretrained, monkeyp
         monkeypatch.setattr(train, "RANK", number)
         parts.append(task.predict(model, items, batch_size=2)[0])
     assert sum(parts).equal(whole) and all(p.count_nonzero() < len(items) for p in parts)
+
+
+def test_a_loading_process_prepares_predictions_if_there_are_many(make, pretrained, monkeypatch):
+    task, started = make(Refer), []
+    model, items = task.build_model(*pretrained), task.items
+    monkeypatch.setattr(finetune, "load_ahead", lambda *args: started.append(args[-1]) or (
+        data.load_ahead(*args)))
+    whole = task.predict(model, items)[0]
+    task.workers = 4
+    assert task.predict(model, items, batch_size=1)[0].equal(whole) and started == [0, 1]
 
 
 def test_images_without_features_leave_training_and_ranking_but_not_the_answers(make):

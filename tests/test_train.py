@@ -1,6 +1,7 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
 from test_switchbert import bert_weights, write_bert
+from torch.nn.parallel import DistributedDataParallel
 
 import finetune
 import train
@@ -147,6 +150,10 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
     assert (first.result is None) == bool(step)
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")["step"]
     assert saved == (step or 16)
+    if stop_at == 12 * 7:  # as older checkpoints have it: the number of steps comes last
+        path = tmp_path / "run/checkpoint.pt"
+        old = torch.load(path, weights_only=True)
+        torch.save(old | {"interval": torch.cat([old["interval"], torch.tensor([3.0])])}, path)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # a killed run knows later steps
         file.write(f'{{"step": {saved + 1}, "losses": {{}}}}\n{{"step": 99, "lo')
     again = plain("run", "--accum", 2, "--resume")
@@ -164,7 +171,8 @@ def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score
     with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=score)
     assert not path.exists()
-    for stop_at, every, steps in ((None, 5, "6 to 10"), (12 * 7, 5, "6 to 8"), (None, 16, "1 to 10")):
+    for stop_at, every, steps in (
+            (None, 5, "6 to 10"), (12 * 7, 5, "6 to 8"), (None, 16, "1 to 10")):
         flags = ["--eval-every", every]
         with pytest.raises(BadInput, match=rf"steps {steps}: .*diverged.*all nan.*lower --lr"):
             plain(f"run{every}", *flags, not_a_number=keys[0], stop_at=stop_at)
@@ -390,6 +398,46 @@ def test_evaluation_and_ranking_compute_in_the_precision_of_training(
         batch = task.collate([task.examples[0, i] for i in range(9)])
         train.forward_backward(SimpleNamespace(seed=0, accum=1), task, task.model, [batch], 0, 1.0)
         assert (inside[0], inside[-1]) == (lower, False)
+
+
+@pytest.mark.parametrize("cuda, processes, where", [
+    (False, 1, "mps"), (False, 2, "cpu"), (True, 1, "cuda"), (True, 2, "cuda")])
+def test_several_processes_do_not_share_an_apple(monkeypatch, cuda, processes, where):
+    """What they exchange, gloo cannot read from its GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+        lambda: torch.device("cuda" if cuda else "mps"))
+    monkeypatch.setattr(train, "WORLD_SIZE", processes)
+    assert train.device().type == where
+
+
+@pytest.mark.parametrize("cuda, backend, card", [
+    (False, "gloo", None), (True, "nccl", torch.device("cuda", 3))])
+def test_processes_know_their_card_and_wait_for_hours(monkeypatch, tmp_path, cuda, backend, card):
+    asked = Mock(side_effect=BadInput)
+    monkeypatch.setattr(train.dist, "init_process_group", asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: chosen == card or pytest.fail())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(train, "WORLD_SIZE", 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(BadInput):
+        train.launch(train.parse_args(["--out", str(tmp_path)])[0], None)
+    (found,), more = asked.call_args
+    assert (found, more["device_id"]) == (backend, card)
+    assert more["timeout"].total_seconds() > 12 * 3600
+
+
+def test_constants_are_not_sent_in_every_step(plain, monkeypatch):
+    """Buffers, to the other processes; the flag has changed its name between versions of torch."""
+    wrapped = []
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda m: wrapped.append(m) or m)
+    plain("run")
+    assert wrapped[0].broadcast_buffers is False
+    assert isinstance(getattr(DistributedDataParallel, "broadcast_buffers", None), property) or (
+        "self.broadcast_buffers = " in inspect.getsource(DistributedDataParallel))
 
 
 @pytest.mark.slow
