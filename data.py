@@ -294,8 +294,8 @@ def start_processes(count):
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
-    # Flags of newer torchruns: a closed terminal is no stop; and processes that are stopped have ten
-    # minutes to end their step and to save, not half of one.
+    # Flags of newer torchruns: a closed terminal is no stop; and processes that are stopped have
+    # ten minutes to end their step and to save, not half of one.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     os.environ["PET_SHUTDOWN_TIMEOUT"] = "600"
     logging.disable()  # torchrun would explain every error again, in thirty lines
