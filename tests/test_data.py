@@ -420,7 +420,7 @@ def test_check_says_what_a_store_and_captions_hold(tmp_path, store, capsys):
     data.main(["check", str(store.folder), str(captions)])
     printed = capsys.readouterr().out
     for words in ("10 images, 10 of them with regions\n", "detector: made up\n",
-            "mine.tsv: 4 captions, 3 of them of images with features.*'3', 'a dog'"):
+            r"mine.tsv: captions: 3 of 4 found in .*features\n    the first: \('3', 'a dog'\)"):
         assert re.search(words, printed), printed
 
 

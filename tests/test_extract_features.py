@@ -169,7 +169,7 @@ NOT_BOXES = ("{", "5", '[{"image_id": 3}]', '[{"image_id": 3, "box": [NaN, 5, 5,
 
 @pytest.mark.parametrize("argv, name, content, problem", [
     *(("images --boxes b.json", "b.json", content, "b.json: not ") for content in NOT_BOXES),
-    ("images --boxes b.json", "b.json", "[]", "images: found no pictures, or none with an id of b"),
+    ("images --boxes b.json", "b.json", "[]", "b.json: images: 0 of 0 found in images"),
     ("images", None, "", "0 of 1 .* extracted; store/failed.txt lists the oth"),
     ("gone", None, "", "gone: found no pictures"),
     ("images --weights w.pt", "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
@@ -193,14 +193,16 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence(
 
 
 def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, detector, pictures):
-    """Pictures without boxes are left out. A box more than a pixel outside fails its picture."""
-    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 8, 8]], 2: [[1, 1, 95, 9]]}
+    """Pictures without boxes are left out. A box is cut where it leaves its picture, of 90 x 60, by
+    more than a pixel, which is rounding; a box that lies outside fails its picture.
+    """
+    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 95, 9]], 2: [[91, 1, 9, 9]]}
     annotations = [dict(image_id=i, bbox=box) for i, each in boxes.items() for box in each]
     (tmp_path / "boxes.json").write_text(json.dumps({"annotations": annotations}))
     main(flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
     store = FeatureStore(tmp_path / "store")
     assert (len(store), store.num_regions) == (2, 3)
-    given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 9, 9]])
+    given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 90, 10]])
     expected = regions(detector, pil_to_tensor(noise(3))[None] / 255, 9, given)[0]
     record = store[store.row("3")]
     assert np.array_equal(record["boxes"], given)

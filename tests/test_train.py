@@ -14,7 +14,8 @@ from PIL import Image, ImageColor
 from test_switchbert import bert_weights, write_bert
 
 import train
-from data import SPECIALS, BadInput, FeatureStore, PretrainingDataset, collate
+from data import (SPECIALS, BadInput, Captions, FeatureStore, PretrainingDataset, collate,
+    only_run_in)
 from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
 
 # --- The loop, on the smallest task there is ------------------------------------------------------
@@ -26,7 +27,8 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start, headline, labels = 0.1, False, str, None
-    score, stop_at, not_a_number, lengths = 0.5, None, None, np.arange(50) % 7
+    score, stop_at, not_a_number, lengths, missing = 0.5, None, None, np.arange(50) % 7, {}
+    captions = Captions((i, f"number {i}") for i in range(50))
 
     def __init__(self, store, tokenizer):
         self.store, self.tokenizer, self.examples = store, tokenizer, self
@@ -267,14 +269,19 @@ def test_recall_equals_a_brute_force_ranking_also_with_ties(levels):
         assert train.recall_at(scores, image_of_text, (1, 2, 5)) == pytest.approx(expected)
 
 
+def write_store(folder, ids):
+    """A store of images with three regions each, without class distributions."""
+    writer = FeatureStore.create(folder, ids, 3, 12, detector="made up")
+    for row in writer.pending():
+        writer.write(row, np.eye(3, 12, row % 9), np.tile([1.0, 1, 9, 9], (3, 1)), (10, 10))
+    return writer.finish()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """data/ with features of 40 images without class distributions, and a caption of each."""
     home = tmp_path / "data"
-    writer = FeatureStore.create(home / "features", range(40), 3, 12, detector="made up")
-    for row in writer.pending():
-        writer.write(row, np.eye(3, 12, row % 9), np.tile([1.0, 1, 9, 9], (3, 1)), (10, 10))
-    writer.finish()
+    write_store(home / "features", range(40))
     (home / "a.tsv").write_text("".join(f"{i}\ta small dog number {i}\n" for i in range(40)))
     return home
 
@@ -306,14 +313,17 @@ def test_a_blind_run_sees_no_picture(folder, monkeypatch):
 
 
 def test_held_out_images_are_in_no_training_pair(folder):
-    (folder / "b.tsv").write_text("".join(f"{i}\ta\n" for i in range(3000)))
-    training, held_out = train.split_captions(folder)
+    """Without splits they are one in a hundred of those with features: 30 of 3,000, never 9,999."""
+    (folder / "b.tsv").write_text("".join(f"{i}\ta\n" for i in (*range(3000), *[9999] * 500)))
+    store = write_store(folder.with_name("larger"), range(3000))
+    training, held_out = train.split_captions(folder, store)
     assert not {i for i, _ in training} & {i for i, _ in held_out}
-    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3040
+    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3540
+    assert "9999" not in {i for i, _ in held_out}
     (folder / "c.json").write_text(json.dumps({"images": [
         {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": split}]}
         for n, split in enumerate(("test", "restval", "train", "val"))]}))
-    training, held_out = train.split_captions(folder)
+    training, held_out = train.split_captions(folder, store)
     assert list(held_out) == [("3", "val")]
     assert list(training[-2:]) == [("1", "restval"), ("2", "train")]
 
@@ -324,7 +334,8 @@ def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, mon
     (folder / "bert" / "vocab.txt").write_text("".join(w + "\n" for w in words))
     monkeypatch.setattr(
         train, "model_config", lambda *_: SwitchBertConfig.tiny(num_region_classes=0))
-    args, found = train.parse_args(["--data", str(folder)])[0], train.load_data(folder)
+    args = train.parse_args(["--data", str(folder)])[0]
+    found = train.load_data(folder, args.bert)
     assert list(found.tokenizer.pieces) == words
     expected = bert_weights()["bert.encoder.layer.1.intermediate.dense.weight"]
     assert train.Pretraining(args, found).model.bert.layers[1].intermediate.weight.equal(expected)
@@ -366,9 +377,9 @@ def test_damaged_checkpoints_and_wrong_flags_are_refused(plain, tmp_path, flags,
     ("--switches both", None, "--switches both: not a setting .*4 layers"),
     ("--bert nowhere", None, "nowhere: not a Hugging Face BERT"),
     ("", {"detector": "vg"}, "detector is 'made up', .* trained with 'vg'"),
-    ("", {"num_region_classes": 8}, "classes is 7, .* with 8"), ("", {}, "vocabulary is not the")])
+    ("", {"num_region_classes": 8}, "classes is 7, .* with 8")])
 def test_a_start_that_does_not_fit_is_refused(data, flags, change, message):
-    checkpoint = None if change is None else {"store": data.store.meta | change, "vocab": []}
+    checkpoint = None if change is None else {"store": data.store.meta | change}
     with pytest.raises(BadInput, match=message):
         train.Pretraining(train.parse_args(flags.split())[0], data, checkpoint)
 
