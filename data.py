@@ -817,7 +817,7 @@ class Captions:
     def checksum(self):
         code = 0
         for image_id, text in zip(self.ids, self.texts):
-            code = zlib.crc32(image_id + text.encode(), code)
+            code = zlib.crc32(b"%s %s\n" % (image_id, text.encode()), code)
         return len(self), code
 
 

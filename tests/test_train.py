@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -164,6 +165,31 @@ def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score
         plain("run", not_a_number=keys[0])
     saved = train.load_checkpoint(path, "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
+
+
+@pytest.mark.parametrize("captions", [[(i, f"number {i}") for i in range(49)],
+    [(i, f"number {50 - i}") for i in range(50)]], ids=["fewer", "others"])
+def test_a_run_is_not_resumed_on_other_examples(plain, captions):
+    plain("run", stop_at=12)
+    with pytest.raises(BadInput, match="resumed had other numbers, 50 of them, here are .*--out"):
+        plain("run", "--resume", captions=Captions(captions))
+
+
+def test_a_run_that_cannot_be_moved_says_what_to_type(plain, tmp_path, monkeypatch):
+    """As a mounted folder."""
+    plain("run")
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=OSError(16, "Device or resource busy")))
+    with pytest.raises(BadInput, match="cannot be renamed .*busy.* --resume, or .* --out .*/new"):
+        plain("run")
+
+
+def test_the_lock_stays_with_the_name_when_an_earlier_run_is_moved(plain, tmp_path):
+    plain("run")
+    with only_run_in(tmp_path / "run"):
+        held = (tmp_path / "run/.lock").stat().st_ino
+        plain("run")
+        assert (tmp_path / "run/.lock").stat().st_ino == held
+        assert (tmp_path / "run-1/checkpoint.pt").exists()
 
 
 def test_a_new_run_moves_an_earlier_one_to_the_next_free_name(plain, tmp_path):
@@ -326,6 +352,66 @@ def test_held_out_images_are_in_no_training_pair(folder):
     training, held_out = train.split_captions(folder, store)
     assert list(held_out) == [("3", "val")]
     assert list(training[-2:]) == [("1", "restval"), ("2", "train")]
+
+
+@pytest.mark.parametrize("other, image_id, message", [
+    ("cc12m/00000/000000012.txt", None, "cc12m .*sbu both have a picture 12"),
+    ("coco.tsv", "COCO_val2014_000000000012.jpg", "coco.tsv .*sbu both have a picture 12"),
+    ("cc12m/00000/dog_1.txt", None, None), ("coco.tsv", "13", None)])
+def test_two_data_sets_that_count_from_0_are_not_mixed(folder, other, image_id, message):
+    """Names that are no numbers may well be captioned twice; so may numbers, by two tables."""
+    store = write_store(folder.with_name("larger"), [*range(40), "dog_1"])
+    for name in ("sbu/00000/000000012", "sbu/00000/dog_1", other.removesuffix(".txt")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".tsv":
+            path.write_text(f"{image_id}\ta ring\n")
+        else:
+            path.with_suffix(".txt").write_text("a ring")
+            path.with_suffix(".json").write_text("{}")
+    (folder / "a.tsv").write_text("".join(f"{i}\ta ring\n" for i in range(13, 40)))
+    (folder / "b.tsv").write_text("14\tin another table\n")
+    if message is None:
+        assert len(train.split_captions(folder, store)[0]) > 1
+    else:
+        with pytest.raises(BadInput, match=message):
+            train.split_captions(folder, store)
+
+
+def test_every_file_of_a_data_folder_is_accounted_for(folder, capsys):
+    """What is found of each, what is not read, and splits that are not used."""
+    for name in ("00000.tar", "captions.csv", "._b.tsv", "images/3.jpg", "vqa/q.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "c.json").write_text(json.dumps({"images": [
+        {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": split}]}
+        for n, split in ((1, "train"), (2, "dev"), (3, "test"), (99, "test"), (98, "test"))]}))
+    train.split_captions(folder, FeatureStore(folder / "features"))
+    said = capsys.readouterr().out.replace(f"{folder}", "data")
+    assert "data: no captions are read from 00000.tar, captions.csv, images, vqa\n" in said
+    assert "data/a.tsv: captions: 40 of 40 found in data/features\n" in said
+    assert "data/c.json: captions: 3 of 5 found in data/features\n" in said
+    assert "data: 3 captions of the split test are not used\n" in said
+    (folder / "d.tsv").write_text("dog_1\ta dog\n")
+    with pytest.raises(BadInput, match="d.tsv: captions: 0 of 1 found in .*: 'dog_1' and '0'"):
+        train.split_captions(folder, FeatureStore(folder / "features"))
+
+
+def test_words_come_from_where_the_weights_come_from(folder, tmp_path):
+    """Not from the captions, nor from another BERT."""
+    for home, word in ((tmp_path / "mine", "mine"), (folder / "bert", "theirs")):
+        home.mkdir()
+        (home / "vocab.txt").write_text("\n".join([*SPECIALS, word]))
+    assert train.load_data(folder, tmp_path / "mine").tokenizer.pieces[-1] == "mine"
+    assert train.load_data(folder, folder / "bert").tokenizer.pieces[-1] == "theirs"
+    (folder / "vocab.txt").write_text("\n".join([*SPECIALS, "mine"]))
+    assert train.load_data(folder, tmp_path / "mine").tokenizer.pieces[-1] == "mine"
+    with pytest.raises(BadInput, match="vocab.txt differs in .*bert and .*data; remove that of"):
+        train.load_data(folder, folder / "bert")
+    assert train.load_data(folder, folder / "bert", [*SPECIALS, "x"]).tokenizer.pieces[-1] == "x"
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(BadInput, match="empty: expected vocab.txt, the words of its weights"):
+        train.load_data(folder, tmp_path / "empty")
 
 
 def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, monkeypatch):
