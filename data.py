@@ -910,6 +910,7 @@ def collate(examples):
 #     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
 #     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
 #                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
+#     a JSON list           [{"image": "dog_1.jpg", "caption": "a dog on a sofa"}, ...]
 #     img2dataset           a folder: 00000/000000012.jpg with 00000/000000012.txt beside it
 #
 # A picture in the TSV of Conceptual Captions has only a link: its id is crc32(link), as in VOLTA's

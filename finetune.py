@@ -25,7 +25,7 @@ and the paper's settings, without it the toy world. Every task is one class that
 examples, model, loss and scores; the loop, the processes, stopping and resuming are train.fit's. A
 run prints one line per evaluation, and at the end a table:
 
-    step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
+    step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | val 0.969 | 1430 expressions/s, 9 s
     val                                         hard            soft
       accuracy                                 0.994           0.994
 
