@@ -83,8 +83,8 @@ from torch.utils.data import DataLoader
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
     BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
-    caption_records, collate, flag, model_inputs, only_run_in, progress, reading, region_inputs,
-    run, save_png, say, start_processes, write_json, write_whole)
+    caption_records, class_targets, collate, flag, model_inputs, only_run_in, progress, reading,
+    region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
@@ -230,10 +230,9 @@ class Pretraining:
         """(3,): predicted words, predicted regions, pairs."""
         return torch.tensor([len(batch[k]) for k in ("mlm_labels", "mrc_positions", "itm_labels")])
 
-    @staticmethod
-    def sums(model, batch, tau):
+    def sums(self, model, batch, tau):
         """(3,): the three losses, summed; and the encoder's output."""
-        out = model(**batch, temperature=tau)
+        out = model(**class_targets(batch, self.store), temperature=tau)
         return out.sums, out.encoder
 
     def evaluate(self, model):
@@ -505,7 +504,8 @@ def evaluate(model, dataset, batch_size=200):
     model.eval()
     found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
-        out = model(**to_device(collate([dataset[i] for i in part])))
+        batch = to_device(collate([dataset[i] for i in part]))
+        out = model(**class_targets(batch, dataset.store))
         # Eight numbers: three sums of losses, hits among words and pairs, three counts of places.
         found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
         switches.add(out.encoder)
