@@ -3,6 +3,8 @@
 A figure in seconds says more of the machine than of the code; a ratio of two that took turns within
 a second of each other says something of the code on any machine. Let nothing else run beside it.
 
+    count      operations of a training step and the bytes that they move, counted without running
+               them: the same on every machine (half a minute)
     train      a training step with learned switches against frozen ones, a plain torch.nn BERT and
                the bare matrix products; growth, padding, loading, memory (10 minutes on 2 cores)
     corpus     3.3 and 12.4 million captions: seconds and memory before the first step, and in
@@ -10,7 +12,7 @@ a second of each other says something of the code on any machine. Let nothing el
     store      reading a feature store against plain copies in memory, .npz files, pickled records
     extract    extraction from picture files against the bare network, at its real size
     gpu        all of it that a GPU can show, and the runs of the README, in ten minutes
-    tiny       `train`, `corpus` and `gpu` at sizes that mean nothing: do they work?
+    tiny       `count`, `train`, `corpus` and `gpu` at sizes that mean nothing: do they work?
 
 --json FILE writes all figures.
 
@@ -59,6 +61,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,6 +104,82 @@ def show(title, unit, numbers):
     print(f"\n{title} ({unit})")
     for name, number in numbers.items():
         print(f"    {name:45s}{number:12.3f}")
+
+
+# --- count ----------------------------------------------------------------------------------------
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that torch dispatches, and the bytes that they read and write.
+
+    A view is no operation. A matrix product is one, but its bytes do not count: its time is that
+    of its arithmetic. Elsewhere a GPU waits for its memory, so bytes are time; and its host needs
+    some microseconds for an operation of any size. Fused attention counts as its parts, as on a
+    CPU with dropout; on a GPU it is one operation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        aliases = [value.alias_info for value in operation._schema.returns]
+        is_view = any(alias and not alias.is_write for alias in aliases)
+        if is_view or name == "_unsafe_view" or operation.namespace == "prim":
+            return result
+        self.operations += 1
+        if name not in PRODUCTS:
+            for value in tree_leaves((args, kwargs, result)):
+                if torch.is_tensor(value):
+                    # Of a number that is expanded to many places, one is read.
+                    self.bytes += min(value.nbytes, value.untyped_storage().nbytes())
+        return result
+
+
+def count_step(model, batch, dtype=None):
+    """Count of a forward and backward pass on the CPU."""
+    with Count() as count:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(**batch, temperature=1.0).loss
+        loss.backward()
+    return count
+
+
+def fake_model_and_batch(config, form):
+    """Of fake tensors, which have shapes but no numbers: for use within a FakeTensorMode."""
+    batch = {}
+    for name, of_a_pair in make_batch(config, **dict(form, pairs=1)).items():
+        shape = (form["pairs"] * len(of_a_pair), *of_a_pair.shape[1:])
+        batch[name] = torch.empty(shape, dtype=of_a_pair.dtype)
+    return SwitchBertForPretraining(config).train(), batch
+
+
+def count_fake_step(config, form, dtype=None):
+    """The Count of a step at any size, in two seconds, because nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_step(*fake_model_and_batch(config, form), dtype)
+
+
+def benchmark_count(folder, size="base", pairs=256):
+    """Operations, which do not depend on the number of pairs, and gigabytes."""
+    make, form = SIZES[size]
+    form = dict(form, pairs=pairs)
+    for precision, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        counts = {name: count_fake_step(make(switches=name), form, dtype)
+            for name in ("learned", "attention", "input", "single")}
+        single = counts["single"]
+        operations = {name: count.operations for name, count in counts.items()}
+        operations["learned, single = 1"] = operations["learned"] / single.operations
+        show(f"operations of a step, {size}, {precision}", "forward + backward", operations)
+        gigabytes = {name: count.bytes / 1e9 for name, count in counts.items()}
+        gigabytes["learned, single = 1"] = gigabytes["learned"] / gigabytes["single"]
+        show(f"moved outside matrix products, {size}, {precision}", f"GB, {pairs} pairs",
+            gigabytes)
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -198,12 +279,12 @@ def saved_for_backward(model, batch):
     blocks = {}
 
     def keep(tensor):
-        blocks[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        blocks[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch, temperature=1.0).loss
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     del loss
     return sum(n for p, n in blocks.items() if p not in weights) / 1e6 / len(batch["itm_labels"])
 
@@ -568,7 +649,8 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
 
 
 def benchmark_tiny(folder):
-    """Do `train`, `corpus` and `gpu` work?"""
+    """Do `count`, `train`, `corpus` and `gpu` work?"""
+    benchmark_count(folder, "tiny", pairs=4)
     benchmark_train(folder, "tiny", rounds=1)
     benchmark_corpus(folder, counts=[60_000])
     (folder / "gpu").mkdir()
@@ -576,8 +658,9 @@ def benchmark_tiny(folder):
         pictures=0)
 
 
-BENCHMARKS = {"train": benchmark_train, "corpus": benchmark_corpus, "store": benchmark_store,
-    "extract": benchmark_extract, "gpu": benchmark_gpu, "tiny": benchmark_tiny}
+BENCHMARKS = {"count": benchmark_count, "train": benchmark_train, "corpus": benchmark_corpus,
+    "store": benchmark_store, "extract": benchmark_extract, "gpu": benchmark_gpu,
+    "tiny": benchmark_tiny}
 
 
 def main(argv=None):

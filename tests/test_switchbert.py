@@ -151,6 +151,12 @@ def test_noisy_choices_come_as_often_as_softmax_says():
     assert ((found - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
 
 
+def test_noise_is_finite_even_where_a_draw_is_0(monkeypatch):
+    """As exponential_ can draw on Apple's GPUs."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", torch.Tensor.zero_)
+    close(switch(torch.zeros(2), 1.0, training=True), torch.tensor([0.5, 0.5]))
+
+
 def test_the_temperature_falls_as_its_table_says():
     table = {0: 5.0, 100_000: 4.524, 1_000_000: 1.839, 3_000_000: 0.249, 3_218_876: 0.2, 10**9: 0.2}
     assert {n: temperature(n) for n in table} == pytest.approx(table, abs=5e-4)
