@@ -12,7 +12,8 @@ from torch import nn
 from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, SwitchInput,
-    attention_weights, layout_of, load_bert, switch, switch_attention, temperature)
+    attention_weights, layout_of, load_bert, switch, switch_attention, switch_bias,
+    temperature)
 
 B, H, T, SIZE = 2, 3, 4, 6
 VISUAL = 5  # vision tokens
@@ -88,6 +89,7 @@ def test_a_hard_switch_finds_its_keys_however_far_their_scores_lie_below_the_oth
     layout = layout_of(torch.tensor([[1, 1, 0]]), 1)
     out = switch_attention(q, k, v, inter, layout)
     assert out.flatten()[:2].tolist() == [2.0, 1.0]
+    assert switch_bias(inter, layout).to(dtype).isfinite().all()
     for gradient in torch.autograd.grad(out[:, :, :2].sum(), [q, k, v, inter]):
         assert gradient.isfinite().all() and gradient.abs().max() < 1e3
     weights = attention_weights(q, k, inter, layout)[0, 0, :2]
@@ -173,11 +175,12 @@ def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_
     close(found, (logits / 0.7).view(2, 2, 3).softmax(-1))
 
 
-def test_neither_a_gate_nor_its_gradient_is_rounded_under_autocast(inputs):
-    """Of one thousand numbers in float32, few are numbers of bfloat16 as well."""
-    def share_of_bf16(numbers):
-        return (numbers.bfloat16() == numbers).float().mean()
+def share_of_bf16(numbers):
+    """Numbers of float32 are seldom numbers of bfloat16 as well, unless they were rounded."""
+    return (numbers.bfloat16() == numbers).float().mean()
 
+
+def test_neither_a_gate_nor_its_gradient_is_rounded_under_autocast(inputs):
     model = SwitchBert(SwitchBertConfig.tiny()).train()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(**inputs, temperature=1.0)
@@ -186,7 +189,19 @@ def test_neither_a_gate_nor_its_gradient_is_rounded_under_autocast(inputs):
     gates = [model.layers[1].switch_input.gate, *(layer.mode_gate for layer in model.layers)]
     for gate in gates:
         assert share_of_bf16(gate.linear.weight.grad) < 0.1
-        assert share_of_bf16(gate.linear.bias.grad) < 0.5
+
+
+def test_what_a_gate_decides_reaches_the_tokens_unrounded_and_its_gradient_comes_back_so():
+    layout = layout_of(torch.ones(64, 7).long(), 3)
+    modes = torch.rand(64, 2, 3).softmax(-1)
+    depths = list(torch.randn(2, 64, 7, 16).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        bias = switch_bias(modes, layout)
+        mixed, weights = SwitchInput(SwitchBertConfig.tiny(), 1)(depths, layout, 1.0)
+    assert bias.equal(switch_bias(modes, layout))
+    weights.retain_grad()
+    mixed.float().square().sum().backward()
+    assert mixed.dtype == torch.bfloat16 and share_of_bf16(weights.grad) < 0.5
 
 
 # --- settings ---
