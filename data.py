@@ -51,6 +51,7 @@ import argparse
 import base64
 import contextlib
 import functools
+import glob
 import json
 import logging
 import math
@@ -91,6 +92,12 @@ class BadInput(ValueError):
     """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
+def say(text):
+    """Print from the first process only, and flush."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
@@ -113,8 +120,8 @@ def run(main):
             sys.exit(1)  # another process has failed, and says why
         if not re.search("DataLoader worker|out of memory", str(error)):
             raise
-        message = (f"error: out of memory? Try fewer --workers, or --accum 2, which gives the same "
-            f"result; --resume continues ({str(error)[:150]})")
+        message = (f"error: out of memory? Try fewer --workers, or --accum 2, which needs half the "
+            f"memory; --resume continues ({str(error)[:150]})")
     # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5 * (RANK > 0))
@@ -143,24 +150,59 @@ def reading(path, what, unit="entry"):
         reason = re.split(r"\n|\. ", str(error))[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
+        for file in (Path(path), *Path(path).glob("*.*")):
+            if file.is_file() and file.stat().st_size < 999 and b"git-lfs" in file.read_bytes():
+                reason = f"git-lfs has not fetched {file} yet: git lfs pull"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
+# Pillow cannot open all of these; such a picture fails by name.
+PICTURE_SUFFIXES = (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif"
+    .split())
+# What may follow an image's name; '#0' is the number of a caption in Flickr30k's table.
+ENDINGS = re.compile(rf"(({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])|#\d+)+$"
+    .replace(".", r"\."), re.I)
+
+
 def canonical_id(name):
-    """An image id as a string, spelled the same whichever file it came from.
+    r"""An image id as a string, spelled the same whichever file it came from.
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the caption
     JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps its stem.
-    >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
-    ['391895', '391895', 'dog_1']
+    Accents may be spelled as one character or two (macOS): NFC is one.
+    >>> names = "COCO_val2014_000000391895.jpg", 391895, "dogs/dog_1.jpg", r"dogs\dog_1.JPG#0 "
+    >>> [canonical_id(name) for name in names]
+    ['391895', '391895', 'dog_1', 'dog_1']
     """
-    name = str(name)
+    name = unicodedata.normalize("NFC", str(name)).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|txt|np[yz]))+$"
-    stem = re.sub(suffixes, "", os.path.basename(name), flags=re.I)
+    stem = ENDINGS.sub("", re.split(r"[/\\]", name)[-1]).strip()
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
+
+
+def say_found(what, ids, found, where, known):
+    """Say how many of some ids were found. Raises BadInput if none was.
+
+    ids (n,) bytes: those that were looked for; found (n,) bool; known (m,) bytes: those that were
+    there. If most are missing, one id of each side that did not meet is shown: then the reader sees
+    how the spellings differ.
+    """
+    text = f"{what}: {found.sum():,} of {len(ids):,} found in {where}"
+    if 2 * found.sum() < len(ids):
+        left = [*ids[~found][:1], *np.setdiff1d(known, ids)[:1]]
+        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in left)}"
+    if not found.any():
+        raise BadInput(text)
+    say(text)
+
+
+def files_below(folder):
+    """What lies below a folder, sorted. Links are followed; hidden files and folders ('._a.jpg' of
+    macOS, '.ipynb_checkpoints') are left out.
+    """
+    return sorted(map(Path(folder).joinpath, glob.glob("**", root_dir=folder, recursive=True)))
 
 
 def write_whole(path, write, mode="w"):
@@ -231,20 +273,19 @@ def flag(parser, name, kind, default, text):
 def only_run_in(folder):
     """Lock a folder during a block. A second run is refused, and changes nothing.
 
-    The lock (POSIX, on a file beside the folder) belongs to this process alone, not to its loading
+    The lock (POSIX, on the file .lock in it) belongs to this process alone, not to its loading
     processes, and the system releases it however the process ends, even by SIGKILL.
     """
-    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    with open(folder / ".lock", "w") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such locks: avoid a second run yourself
-        except OSError:
+        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
             raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
                 "another --out") from None
+        except (ImportError, OSError):  # Windows, and network disks without locks
+            say(f"{folder}: cannot be locked; start no second run there")
         yield
 
 
@@ -324,7 +365,8 @@ class WordPiece:
 
     vocab: a file with one piece per line, its id being the line number from 0; or a list of pieces,
     as in a checkpoint. '##' marks a piece that continues a word: with 'play', '##ing' and '!',
-    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
+    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing, and for the
+    vocabulary of a cased BERT, whose capitals would never be found.
     """
 
     def __init__(self, vocab):
@@ -336,6 +378,11 @@ class WordPiece:
                 Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
             self.ids = {piece: number for number, piece in enumerate(self.pieces)}
             _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
+            settings = Path("" if given else vocab).parent / "tokenizer_config.json"
+            cased = settings.exists() and re.search('"do_lower_case": *false', settings.read_text())
+            # Words in brackets, [MASK] or <S>, are markers.
+            if cased or any(p != p.lower() and p[0] not in "[<" for p in self.pieces if p):
+                raise ValueError("it is of a cased BERT; expected an uncased one")
 
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
@@ -451,6 +498,7 @@ class FeatureStore:
     store = FeatureStore("features/")      raises BadInput if it is missing or half-written
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
+    store.find(many ids, what)             -> the same, and says how many were found
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are views of the mapped file, read-only: copy them before you change them
     store.class_probs(row) -> (n, C) distributions, or None if the store has no classes
@@ -470,9 +518,12 @@ class FeatureStore:
                 "writing it to continue")
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+        # Older versions spelled some names otherwise; numbers never changed.
+        numbers = np.strings.isdigit(self.ids).all()
+        self._keys = self.ids if numbers else encode_ids(map(bytes.decode, self.ids))
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
         # in every loading process; this takes 8 bytes per image.
-        self._order = np.argsort(self.ids)
+        self._order = np.argsort(self._keys)
 
     def __reduce__(self):
         return FeatureStore, (self.folder,)  # a loading process opens the maps anew
@@ -485,9 +536,16 @@ class FeatureStore:
         keys = encode_ids(image_ids)
         # Sorted keys hit neighbouring places in memory: several times faster.
         unique, inverse = np.unique(keys, return_inverse=True)
-        place = np.searchsorted(self.ids, unique, sorter=self._order)[inverse]
+        place = np.searchsorted(self._keys, unique, sorter=self._order)[inverse]
         rows = self._order[place.clip(max=len(self) - 1)]
-        return np.where((self.ids[rows] == keys) & (self.counts[rows] > 0), rows, -1)
+        return np.where((self._keys[rows] == keys) & (self.counts[rows] > 0), rows, -1)
+
+    def find(self, image_ids, what):
+        """As `rows`; says how many were found. BadInput if none was. what: names the ids."""
+        ids = encode_ids(image_ids)
+        rows = self.rows(ids)
+        say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
+        return rows
 
     def row(self, image_id):
         """The row of one image, or None."""
@@ -536,9 +594,10 @@ class FeatureStore:
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
         unique, times = np.unique(fixed["ids"], return_counts=True)
-        repeated = unique[times > 1]
-        if len(repeated):
-            raise BadInput(f"{folder}: {repeated[0].decode()!r} is the id of two images")
+        for repeated in unique[times > 1]:
+            first, second = np.flatnonzero(fixed["ids"] == repeated)[:2]
+            raise BadInput(f"{folder}: {repeated.decode()!r} is the id of two images, {ids[first]} "
+                f"and {ids[second]}; rename one")
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -727,7 +786,8 @@ class Captions:
     ids (N,): canonical image ids as bytes. texts (N,): strings of variable width, which numpy keeps
     in one block. A list of 3.3 million tuples takes 0.8 GB; this takes 0.3, and loading processes
     share it. They would copy a list page by page: reading a string changes its reference count, and
-    so writes to its page. A slice, or an array of indices or bools, selects Captions.
+    so writes to its page. A slice, or an array of indices or bools, selects Captions. checksum:
+    (N, a number that depends on all ids and texts).
     """
 
     def __init__(self, pairs):
@@ -752,6 +812,13 @@ class Captions:
         some = Captions([])
         some.ids, some.texts = self.ids[which], self.texts[which]
         return some
+
+    @functools.cached_property
+    def checksum(self):
+        code = 0
+        for image_id, text in zip(self.ids, self.texts):
+            code = zlib.crc32(b"%s %s\n" % (image_id, text.encode()), code)
+        return len(self), code
 
 
 def choose(n, rng, rate):
@@ -843,50 +910,100 @@ def collate(examples):
 #     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
 #     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
 #                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
+#     a JSON list           [{"image": "dog_1.jpg", "caption": "a dog on a sofa"}, ...]
 #     img2dataset           a folder: 00000/000000012.jpg with 00000/000000012.txt beside it
 #
 # A picture in the TSV of Conceptual Captions has only a link: its id is crc32(link), as in VOLTA's
 # files. Among 3.3 million links about 1,300 pairs collide; a store holds the first picture.
 
 
-def read_captions(path, split=None):
-    """Yield the (image id, caption) pairs of a caption file or folder, in its order.
+SPLITS = {"train": "train training restval", "val": "val valid validation dev",
+    "test": "test testing", "testA": "testa", "testB": "testb"}
 
-    split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
-    A file without splits is all "train". Raises BadInput near the first problem.
+
+def canonical_split(name):
+    """The name of a split, one of SPLITS, from the names in use. ValueError for any other.
+
+    >>> [canonical_split(name) for name in ("restval", "validation", "val2014")]
+    ['train', 'val', 'val']
+    """
+    for split, names in SPLITS.items():
+        if name.lower().rstrip(string.digits) in names.split():
+            return split
+    raise ValueError(f"expected a split among {', '.join(SPLITS)}, found {name!r}")
+
+
+def read_captions(path, split=None):
+    """Yield the (image id, caption) pairs of a caption file or folder, in its order; of one split,
+    "train", "val" or "test", if it is given. Raises BadInput near the first problem.
+    """
+    for image_id, text, part in caption_records(path):
+        if split in (None, part):
+            yield image_id, text
+
+
+def caption_records(path):
+    """Yield (image id, caption, split) as read_captions does. A file without splits is all "train".
     """
     path = Path(path)
-    what = "a table of two columns, COCO's 'annotations' or Karpathy's 'images'"
+    what = ("a table of two columns, COCO's 'annotations', Karpathy's 'images', or a list of "
+        "{'image', 'caption'}")
     with reading(path, what, "caption") as at:
-        if path.is_dir():
-            form = _folder_captions
-        else:
+        form = _folder_captions
+        if not path.is_dir():
             with open_text(path) as file:
-                form = _json_captions if file.read(1) == "{" else _tsv_captions
-        if form != _json_captions and split not in (None, "train"):
-            return  # 3.3 million lines need not be read to find none
+                begin = file.read(1000).lstrip()
+            form = _json_captions if begin.startswith(("{", "[")) else _tsv_captions
         at.entry = 1
-        for image_id, text, part in form(path):
-            if split in (None, part):
-                yield canonical_id(image_id), text.strip()
+        for image_id, text, split in form(path):
+            yield canonical_id(image_id), text.strip(), split
             at.entry += 1
 
 
 def _folder_captions(folder):
     # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
-    for path in sorted(folder.rglob("*.txt")):
-        yield path.name, path.read_text(encoding="utf-8"), "train"
+    # A README.txt or a detector's labels/12.txt is no caption: a caption lies beside its picture,
+    # or the JSON that img2dataset writes, if the folder has any; and it has a letter.
+    files, number = files_below(folder), 0
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    pictures = {(file.parent, canonical_id(file)) for file in files
+        if file.suffix.lower() in (*PICTURE_SUFFIXES, ".json")}
+    for file in texts:
+        if not pictures or (file.parent, canonical_id(file)) in pictures:
+            with reading(file, "a caption in UTF-8"):
+                text = file.read_text(encoding="utf-8-sig")
+            if any(map(str.isalpha, text)):
+                number += 1
+                yield file.name, text, "train"
+    if texts:
+        say(f"{folder}: {number:,} of {len(texts):,} .txt files are captions, of "
+            f"{len(pictures):,} pictures")
+
+
+def picture_names(content):
+    """A function from image_id to the picture's name, for a file of COCO's form.
+
+    COCO's image_id is the number in file_name. Other tools count from 1: then only file_name tells.
+    """
+    names = {str(image["id"]): image.get("file_name", image["id"])
+        for image in content.get("images", [])}
+    return lambda image_id: names.get(str(image_id), image_id)
 
 
 def _json_captions(path):
-    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
+    # COCO and lists have one caption per record and no splits; Karpathy one image, with both.
     content = read_json(path)
-    if "annotations" in content:
+    if isinstance(content, list):
+        for record in content:
+            for caption in np.ravel(record["caption"]):  # a text, or a list of them
+                yield record["image"], str(caption), "train"
+    elif "annotations" in content:
+        name = picture_names(content)
         for record in content["annotations"]:
-            yield record["image_id"], record["caption"], "train"
+            yield name(record["image_id"]), record["caption"], "train"
     else:
         for record in content["images"]:
-            split = record["split"].replace("restval", "train")
+            split = canonical_split(record["split"])
             for sentence in record["sentences"]:
                 yield record.get("cocoid", record["filename"]), sentence["raw"], split
 
@@ -894,7 +1011,7 @@ def _json_captions(path):
 def _tsv_captions(path):
     # Not the csv module: it would swallow lines after an unpaired quotation mark.
     with open_text(path) as file:
-        for line in file:
+        for line in filter(str.strip, file):
             image, text = line.rstrip("\r\n").split("\t")
             if text.startswith("http") and not image.startswith("http"):
                 image, text = text, image
@@ -957,7 +1074,8 @@ def read_tsv(paths):
     for path in paths:
         what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
         with reading(path, what, "line") as at, open_text(path) as file:
-            for at.entry, line in enumerate(progress(file, str(path)), 1):
+            lines = filter(str.strip, progress(file, str(path)))
+            for at.entry, line in enumerate(lines, 1):
                 cells = line.rstrip("\r\n").split("\t")
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
@@ -1240,9 +1358,8 @@ def check(folder, *files):
         raise BadInput(f"{folder}: no image could be used: see {folder}/failed.txt")
     for path in files:
         captions = Captions(read_captions(path))
-        found = (store.rows(captions.ids) >= 0).sum()
-        print(f"{path}: {len(captions):,} captions, {found:,} of them of images with features; the "
-            f"first: {[*captions[:1]]}")
+        store.find(captions.ids, f"{path}: captions")
+        print(f"    the first: {captions[0]}")
 
 
 def main(argv=None):

@@ -808,7 +808,7 @@ BERT_NAMES = {
 }
 # Entries of config.json that must equal the model's. More positions are allowed, and cut off.
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "intermediate_size")
+    "intermediate_size", "layer_norm_eps")
 BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # redundant entries
 
 
@@ -821,10 +821,11 @@ def load_bert(model, folder):
     the file has. Raises ValueError if a size does not fit; for a damaged file, its reader's error.
     """
     folder = Path(folder)
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    expected = {size: getattr(model.config, size) for size in BERT_SIZES} | {"hidden_act": "gelu"}
+    theirs = {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
+    expected = theirs | {size: getattr(model.config, size) for size in BERT_SIZES}
+    theirs |= json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in expected.items():
-        if theirs.get(name, "gelu") != value:
+        if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
     own, found, unexpected = model.state_dict(), {}, []
     prefix = "bert." if isinstance(model, SwitchBert) else ""

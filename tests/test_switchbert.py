@@ -622,6 +622,8 @@ REFUSED = {  # what is wrong: (the call, words of the message)
         "hidden_size=10 is not a multiple of num_attention_heads=4"),
     "depth": (loading(num_hidden_layers=12), "num_hidden_layers is 12, but this model has 2"),
     "activation": (loading(hidden_act="relu"), "hidden_act is 'relu', but this model has 'gelu'"),
+    "norm": (loading(layer_norm_eps=1e-5), "layer_norm_eps is 1e-05, but this model has 1e-12"),
+    "positions": (loading(position_embedding_type="relative_key"), "embedding_type is 'relative"),
     "shape": (loading(bert_weights() | {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}),
         "size mismatch for bert.layers.1.output.bias"),
     "names": (loading({"gpt2.weight": torch.zeros(3)}), "no weight has a name of BERT's"),
