@@ -333,7 +333,7 @@ def switch_attention(query, key, value, modes, layout, dropout=0.0):
     tensor([0.3846, 0.5000])
     """
     bias = switch_bias(modes, layout).to(query.dtype)  # as the fused operation wants it
-    return F.scaled_dot_product_attention(query, key, value, bias[:, None], dropout)
+    return F.scaled_dot_product_attention(query, key, value, bias.unsqueeze(1), dropout)
 
 
 def attention_weights(query, key, modes, layout):
@@ -342,7 +342,7 @@ def attention_weights(query, key, modes, layout):
     For tests and pictures. The fused operation computes the same, but does not keep them.
     """
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-    return (scores + switch_bias(modes, layout)[:, None]).softmax(dim=-1)
+    return (scores + switch_bias(modes, layout).unsqueeze(1)).softmax(dim=-1)
 
 
 class SwitchAttention(nn.Module):
@@ -383,7 +383,7 @@ def mixture(shares, *depths):
     shares (B, L, l+1), l+1 depths (B, L, D) -> (B, L, D), as one product for all of them.
     """
     stack = torch.stack(depths, dim=2)  # (B, L, l+1, D)
-    return (shares[:, :, None] @ stack).squeeze(2)  # (B, L, 1, l+1) x (B, L, l+1, D)
+    return (shares.unsqueeze(2) @ stack).squeeze(2)  # (B, L, 1, l+1) x (B, L, l+1, D)
 
 
 class SwitchInput(nn.Module):

@@ -19,11 +19,16 @@ a second of each other says something of the code on any machine. Let nothing el
 The levers, each explained where it stands in the code, with a test that it equals the plain form.
 Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6231a4c.
 
-    attention as one softmax     forward and backward at base size (16 pairs, 75 tokens) 10.5 ms; as
-                                 one exponential with two sums 13.4; torch's fused attention without
-                                 any modes 12.6. Toy size: 1.6, 1.9 and 2.2 ms
-    Switch-Input by addcmul      a layer of 12, forward and backward: 5.4 ms; multiplied and added
-                                 5.8; stacked for one product 7.7. A layer of 48: 15.9, 18.4 and 90
+    switches as a bias, an       operations of a step: fp32 1,795 instead of 2,659 (frozen single
+    average and a product        1,163, 1,226), bf16 2,346 instead of 3,356 (1,622, 1,739); GB
+                                 outside matrix products, bf16, 256 pairs: 98 instead of 164 (76,
+                                 86). Counted; `instead of` is commit 928b854
+    fused attention              on a CPU, where it is not fused, forward and backward at base size
+                                 (16 pairs, 75 tokens) 32.4 ms; as 928b854 wrote it 32.5; the
+                                 explicit softmax 28.7. Measured on a slower machine, as below
+    Switch-Input as a product    a layer of 12, forward and backward: 67 ms, a chain of addcmul 62;
+                                 if the stack were kept 56, and 15 MB per pair more in all layers.
+                                 A layer of 48: 258, 238 and 164
     batches of like length       captions of 12 pieces: 1.93 x the pairs per second of padding to
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
@@ -37,10 +42,12 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  bins in the detector, no blind run at its end, faster retrieval
     channels_last, fused AdamW   the toy detector: a fifth and a fourteenth
 
-All of `train` at base size, frozen `single` = 1: learned 1.00, attention .97, input .97, dual .96,
-late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare matrix products .82 (so learned is 1.23
-of them). A layer of 48 costs 1.10 of a layer of 12. Kept for the backward pass: 65 MB per pair
-(single 62). Loaded in the same process, 5,500 pairs per second; a step makes 4.3.
+All of `train` at base size, frozen `single` = 1. Of 928b854, on the EPYC: learned 1.00,
+attention .97, input .97, dual .96, late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare
+matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Loaded
+in the same process, 5,500 pairs per second; a step makes 4.3. Now, on the slower machine (two
+shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there 1.19), which is 1.51 of the
+bare products (1.57). Kept for the backward pass: 64 MB per pair (single 62).
 """
 
 import argparse
