@@ -50,8 +50,8 @@ README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the b
 import argparse
 import base64
 import contextlib
+import errno
 import functools
-import glob
 import json
 import logging
 import math
@@ -151,17 +151,16 @@ def reading(path, what, unit="entry"):
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
         for file in (Path(path), *Path(path).glob("*.*")):
-            if file.is_file() and file.stat().st_size < 999 and b"git-lfs" in file.read_bytes():
-                reason = f"git-lfs has not fetched {file} yet: git lfs pull"
+            if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
+                reason += f"; git-lfs has not fetched {file} yet: git lfs pull"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
 # Pillow cannot open all of these; such a picture fails by name.
 PICTURE_SUFFIXES = (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif"
     .split())
-# What may follow an image's name; '#0' is the number of a caption in Flickr30k's table.
-ENDINGS = re.compile(rf"(({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])|#\d+)+$"
-    .replace(".", r"\."), re.I)
+ENDINGS = re.compile(rf"({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])+$".replace(".", r"\."),
+    re.I)
 
 
 def canonical_id(name):
@@ -177,7 +176,8 @@ def canonical_id(name):
     name = unicodedata.normalize("NFC", str(name)).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    stem = ENDINGS.sub("", re.split(r"[/\\]", name)[-1]).strip()
+    name = re.sub(r" *#\d+$", "", name.replace("\\", "/"))  # Flickr30k counts an image's captions
+    stem = ENDINGS.sub("", os.path.basename(name)).strip()
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
 
@@ -199,10 +199,19 @@ def say_found(what, ids, found, where, known):
 
 
 def files_below(folder):
-    """What lies below a folder, sorted. Links are followed; hidden files and folders ('._a.jpg' of
-    macOS, '.ipynb_checkpoints') are left out.
+    """The files below a folder, sorted. Links are followed, but no folder is visited twice; hidden
+    files and folders ('._a.jpg' of macOS, '.ipynb_checkpoints') and feature stores are left out.
     """
-    return sorted(map(Path(folder).joinpath, glob.glob("**", root_dir=folder, recursive=True)))
+    found, visited = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited or "store.json" in names:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(place, name) for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def write_whole(path, write, mode="w"):
@@ -281,10 +290,11 @@ def only_run_in(folder):
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
-            raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
-                "another --out") from None
-        except (ImportError, OSError):  # Windows, and network disks without locks
+        except (ImportError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+                raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
+                    "another --out") from None
+            # Windows, and network disks without locks.
             say(f"{folder}: cannot be locked; start no second run there")
         yield
 
@@ -379,7 +389,7 @@ class WordPiece:
             self.ids = {piece: number for number, piece in enumerate(self.pieces)}
             _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
             settings = Path("" if given else vocab).parent / "tokenizer_config.json"
-            cased = settings.exists() and re.search('"do_lower_case": *false', settings.read_text())
+            cased = settings.exists() and read_json(settings).get("do_lower_case") is False
             # Words in brackets, [MASK] or <S>, are markers.
             if cased or any(p != p.lower() and p[0] not in "[<" for p in self.pieces if p):
                 raise ValueError("it is of a cased BERT; expected an uncased one")
@@ -518,9 +528,11 @@ class FeatureStore:
                 "writing it to continue")
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
-        # Older versions spelled some names otherwise; numbers never changed.
-        numbers = np.strings.isdigit(self.ids).all()
-        self._keys = self.ids if numbers else encode_ids(map(bytes.decode, self.ids))
+        # Older versions kept some spellings that canonical_id no longer keeps. Each id was the name
+        # of a file: with a suffix, a '#1' at its end is no caption's number.
+        self._keys = self.ids
+        if re.search(rb"[\x80-\xff\\]|\.(jfif|jpe|avif|hei[cf]|json)\b", self.ids.tobytes(), re.I):
+            self._keys = encode_ids(f"{name.decode()}.jpg" for name in self.ids)
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
         # in every loading process; this takes 8 bytes per image.
         self._order = np.argsort(self._keys)
@@ -928,7 +940,7 @@ def canonical_split(name):
     ['train', 'val', 'val']
     """
     for split, names in SPLITS.items():
-        if name.lower().rstrip(string.digits) in names.split():
+        if name.strip().lower().rstrip(string.digits) in names.split():
             return split
     raise ValueError(f"expected a split among {', '.join(SPLITS)}, found {name!r}")
 
@@ -953,7 +965,8 @@ def caption_records(path):
         if not path.is_dir():
             with open_text(path) as file:
                 begin = file.read(1000).lstrip()
-            form = _json_captions if begin.startswith(("{", "[")) else _tsv_captions
+            is_json = re.match(r"\{|\[\s*[]{]", begin)
+            form = _json_captions if is_json else _tsv_captions
         at.entry = 1
         for image_id, text, split in form(path):
             yield canonical_id(image_id), text.strip(), split
@@ -963,31 +976,37 @@ def caption_records(path):
 def _folder_captions(folder):
     # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
     # A README.txt or a detector's labels/12.txt is no caption: a caption lies beside its picture,
-    # or the JSON that img2dataset writes, if the folder has any; and it has a letter.
+    # or the JSON that img2dataset writes, if the folder has any; and it is more than numbers.
     files, number = files_below(folder), 0
+    key = lambda file: (file.parent, canonical_id(file))  # noqa: E731
     texts = [file for file in files if file.suffix.lower() == ".txt"]
-    pictures = {(file.parent, canonical_id(file)) for file in files
-        if file.suffix.lower() in (*PICTURE_SUFFIXES, ".json")}
+    partners = {key(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+    partners |= {key(file) for file in files if file.suffix == ".json"} & {*map(key, texts)}
     for file in texts:
-        if not pictures or (file.parent, canonical_id(file)) in pictures:
+        if not partners or key(file) in partners:
             with reading(file, "a caption in UTF-8"):
                 text = file.read_text(encoding="utf-8-sig")
-            if any(map(str.isalpha, text)):
+            if re.search(r"[^\W\d_]", re.sub(r"\de", "", text)):  # a letter, but for 5e-05
                 number += 1
                 yield file.name, text, "train"
     if texts:
         say(f"{folder}: {number:,} of {len(texts):,} .txt files are captions, of "
-            f"{len(pictures):,} pictures")
+            f"{len(partners):,} pictures")
 
 
 def picture_names(content):
     """A function from image_id to the picture's name, for a file of COCO's form.
 
-    COCO's image_id is the number in file_name. Other tools count from 1: then only file_name tells.
+    COCO's image_id is the number in file_name. Other tools count from 1: then only `images` tells,
+    so ValueError if two of them have one id or name, and KeyError for an image that is not listed.
     """
-    names = {str(image["id"]): image.get("file_name", image["id"])
-        for image in content.get("images", [])}
-    return lambda image_id: names.get(str(image_id), image_id)
+    images = content.get("images", [])
+    names = {canonical_id(i["id"]): canonical_id(i.get("file_name", i["id"])) for i in images}
+    if all(key == name for key, name in names.items()):
+        return lambda image_id: image_id
+    if len({*names.values()}) < len(images):
+        raise ValueError("two of its images have the same id or file_name")
+    return lambda image_id: names[canonical_id(image_id)]
 
 
 def _json_captions(path):
@@ -995,8 +1014,9 @@ def _json_captions(path):
     content = read_json(path)
     if isinstance(content, list):
         for record in content:
-            for caption in np.ravel(record["caption"]):  # a text, or a list of them
-                yield record["image"], str(caption), "train"
+            captions = record["caption"]  # a text, or a list of them
+            for caption in [captions] if isinstance(captions, str) else captions:
+                yield record["image"], caption, "train"
     elif "annotations" in content:
         name = picture_names(content)
         for record in content["annotations"]:
@@ -1044,18 +1064,21 @@ def import_features(paths, folder):
     Two passes with one line in memory at a time: the first counts, the second writes. A broken line
     ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
-    rows, most = {}, 0
-    for image_id, record in read_tsv(paths):
-        rows.setdefault(image_id, len(rows))
-        most = max(most, len(record["features"]))
+    rows, most, lines = {}, 0, 0
+    for lines, (image_id, record) in enumerate(read_tsv(paths), 1):
+        if record:
+            rows.setdefault(image_id, len(rows))
+            most = max(most, len(record["features"]))
     if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
+    say(f"{lines:,} lines hold {len(rows):,} images; {lines - len(rows):,} lines are left out: of "
+        "an image that came before, or without regions")
     size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
     writer = FeatureStore.create(folder, rows, most, size, num_classes, detector="vg",
         source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
-        row = rows.pop(image_id, None)  # None: a duplicate; the image's first line counts
+        row = rows.pop(image_id, None) if record else None  # None: a duplicate, too
         if row in pending:
             try:
                 writer.write(row, **record)
@@ -1065,7 +1088,7 @@ def import_features(paths, folder):
 
 
 def read_tsv(paths):
-    """Yield (image id, keyword arguments of StoreWriter.write) of each line with a region.
+    """Yield (image id, keyword arguments of StoreWriter.write; None without a region) of each line.
 
     All lines of all files must have as many numbers per region as the first: a store has one shape
     per array. class_probs is (n, 0) where a file has none.
@@ -1080,6 +1103,7 @@ def read_tsv(paths):
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
                 if not n:
+                    yield canonical_id(cells["id"]), None
                     continue
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.

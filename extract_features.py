@@ -383,13 +383,16 @@ def open_picture(path):
         image = Image.open(path)
         with contextlib.suppress(Exception):  # a broken EXIF block: the picture stays as it lies
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 or 32 bits per pixel: `convert` would clip, not scale
+        if "16" in image.mode:  # bits per pixel: `convert` would clip, not scale
+            image = Image.fromarray(np.uint8(np.asarray(image) // 256))
+        elif image.mode in "IF":  # 32 bits, integers or floats, of a range that no file tells
             pixels = np.asarray(image, float)
-            limits = [65535] if "16" in image.mode else [1, 255, 65535, 2**32 - 1]
-            fits = [limit for limit in limits if 0 <= pixels.min() <= pixels.max() <= limit]
-            if not fits:
-                raise ValueError(f"pixels below 0, above {limits[-1]}, or not numbers")
-            image = Image.fromarray(np.uint8(pixels * (255.999 / fits[0])))
+            top = pixels.max()
+            if not 0 <= pixels.min() <= top < np.inf:
+                raise ValueError("pixels below 0, or not numbers")
+            # 0 to 1, 0 to 255, each with what resampling adds; else the brightest pixel is white.
+            white = next((white for white in (1, 255) if top <= 1.3 * white), top)
+            image = Image.fromarray(np.uint8((pixels / white).clip(max=1) * 255.999))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
         raise BadInput(f"{path}: a strip of {image.size} pixels, too thin for a detector")
@@ -427,7 +430,7 @@ def clip_boxes(boxes, size):
     """Boxes (n, 4) cut to a picture of size (W, H) where they leave it by more than a pixel, which
     is rounding. BadInput for a box that lies outside altogether.
     """
-    if (boxes[:, :2] > size).any() or (boxes[:, 2:] < 0).any():
+    if (boxes[:, :2] >= size).any() or (boxes[:, 2:] <= 0).any():
         raise BadInput(f"a box outside its picture of {size} pixels")
     inside = boxes.clip(0, size + size)  # x by W, y by H, twice
     return np.where(abs(boxes - inside) > 1, inside, boxes)

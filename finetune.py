@@ -353,9 +353,9 @@ class VQA(Task):
     @staticmethod
     def from_folder(folder):
         """The splits of a folder with any of VQA v2's JSON files, recognised by their content:
-        train2014 becomes train; a subset without annotations keeps its name, for a submission. A
-        question and its annotation have the same id, whether it is a number or text. "" + x raises
-        BadInput unless x is text.
+        train2014 becomes train. A test subset without annotations keeps its name, for a submission;
+        other questions without any are left out. Ids may be numbers or text. "" + x raises BadInput
+        unless x is text.
         """
         asked, truths, splits = {}, {}, defaultdict(list)
         for path in sorted(folder.glob("[!.]*.json")):
@@ -363,29 +363,34 @@ class VQA(Task):
             with reading(path, "questions or annotations of VQA v2") as at:
                 name = picture_names(content)
                 for at.entry, x in enumerate(content.get("questions", [])):
-                    key = "" + content["data_subtype"], str(x["question_id"])
-                    if key in asked:
-                        raise ValueError(f"question_id {key[1]} comes twice")
-                    asked[key] = dict(image_id=name(x["image_id"]), text="" + x["question"],
+                    item = dict(image_id=name(x["image_id"]), text="" + x["question"],
                         question_id=x["question_id"], answers=[])
+                    # test-dev2015 asks some of test2015's questions again.
+                    known, subsets = asked.setdefault(str(x["question_id"]), (item, []))
+                    if item != known or content["data_subtype"] in subsets:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                    subsets.append("" + content["data_subtype"])
                 for at.entry, x in enumerate(content.get("annotations", [])):
-                    number = str(x["question_id"])
-                    if number in truths:
-                        raise ValueError(f"question_id {number} comes twice")
-                    answers = ["" + given["answer"] for given in x["answers"]]
-                    truths[number] = dict(answers=answers,
+                    truth = dict(answers=["" + given["answer"] for given in x["answers"]],
                         majority="" + x["multiple_choice_answer"],
                         answer_type="" + x["answer_type"], question_type="" + x["question_type"])
-        ids = np.array([number.encode() for _, number in asked], dtype=bytes)
+                    if truths.setdefault(str(x["question_id"]), truth) is not truth:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                if not {"questions", "annotations"} & content.keys():
+                    say(f"{path}: has no questions and no annotations, so it is not read")
+        ids = np.array([number.encode() for number in asked], dtype=bytes)
         known = np.array([number.encode() for number in truths], dtype=bytes)
         say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
         unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
         if unusual:
             say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
         with reading(folder, "questions of VQA v2"):
-            for (subset, number), item in asked.items():
-                item |= truths.get(number, {})
-                splits[canonical_split(subset) if item["answers"] else subset].append(item)
+            for number, (item, subsets) in asked.items():
+                for subset in subsets:
+                    if number in truths:
+                        splits[canonical_split(subset)].append(item | truths[number])
+                    elif subset.startswith("test"):
+                        splits[subset].append(item)
         return splits
 
     @staticmethod

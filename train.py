@@ -642,30 +642,35 @@ def split_captions(folder, store):
     for number in np.unique(sources):
         mine = sources == number
         found[mine] = store.find(captions.ids[mine], f"{paths[number]}: captions") >= 0
-    in_training, in_val = (np.array([split == name for split in splits])
-        for name in ("train", "val"))
-    if not in_val.any():
+    in_training = np.array([split == "train" for split in splits])
+    held_out = np.array([split == "val" for split in splits])
+    if held_out.any():
+        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of any other file
+    else:
         codes = np.fromiter(map(zlib.crc32, captions.ids), np.uint32)
         images = np.unique(codes[in_training & found])
-        in_val = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
-        in_training &= ~in_val
-    unused = len(captions) - in_training.sum() - in_val.sum()
+        held_out = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
+        in_training &= ~held_out
+    training, held_out = captions[in_training], captions[held_out][:1000]
+    unused = len(captions) - len(training) - len(held_out)
     if unused:
-        say(f"{folder}: {unused:,} captions of the split test are not used")
-    return captions[in_training], captions[in_val][:1000]
+        say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or training "
+            "captions of its images")
+    return training, held_out
 
 
 def check_names(captions, sources, paths):
     """Raise BadInput if two captions that may be of different pictures have the same image id.
 
     Numbers in the names of a folder are often counters (img2dataset): in another source the same
-    number means another picture. Tables and JSON files may well share images, and so may names.
-    sources (N,): the index in paths of each caption's source.
+    number means another picture, and so does any name in another folder. Tables and JSON files may
+    well share images. sources (N,): the index in paths of each caption's source.
     """
     order = np.argsort(captions.ids, kind="stable")
     ids, sources = captions.ids[order], sources[order]
-    counts = np.array([path.is_dir() for path in paths])[sources] & np.strings.isdigit(ids)
-    clash = (ids[1:] == ids[:-1]) & (counts[1:] | counts[:-1])
+    of_folder = np.array([path.is_dir() for path in paths])[sources]
+    one, both = of_folder[1:] | of_folder[:-1], of_folder[1:] & of_folder[:-1]
+    clash = (ids[1:] == ids[:-1]) & (both | one & np.strings.isdigit(ids[1:]))
     for k in np.flatnonzero(clash):
         raise BadInput(f"{paths[sources[k]]} and {paths[sources[k + 1]]} both have a picture "
             f"{ids[k].decode()}; if these are two, rename one and extract its features anew")

@@ -42,7 +42,8 @@ def write(path, content):
 @pytest.mark.parametrize("names, expected", [(("0", "000.jpg"), "0"),
     (("coco_train2014_000000391895.npz", "000391895.txt", 391895), "391895"),
     (("a/b/dog_1.jpg", "dog_1", "dog_1.JPEG.png"), "dog_1"), (["v1.2 final"], "v1.2 final"),
-    (("a\\dog_1.jfif", " dog_1 ", "dog_1.jpg#3", "dog_1.jpg.txt"), "dog_1"),  # Windows, Flickr30k
+    (("a\\dog_1.jfif", " dog_1 ", "dog_1.jpg #3", "dog_1.jpg.txt"), "dog_1"),
+    (["room#1.jpg"], "room#1"), (["room#1", "room.jpg"], "room"),  # a name; a caption's number
     (("cafe\u0301.HEIC", "caf\u00e9"), "caf\u00e9")])  # an accent in two characters and in one
 def test_every_spelling_of_an_image_id_becomes_one(names, expected):
     assert {canonical_id(name) for name in names} == {expected}
@@ -134,7 +135,7 @@ def test_a_folder_is_held_by_one_process_until_that_one_ends_even_by_sigkill(tmp
 
 
 @pytest.mark.parametrize("error, held", [(errno.EAGAIN, True), (errno.EACCES, True),
-    (errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False)])
+    (errno.EPERM, False), (errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False)])
 def test_only_a_lock_that_is_held_means_a_second_run(tmp_path, monkeypatch, capsys, error, held):
     """Network disks have none: the run says so, and goes on. The lock lies in the folder: that may
     be all that is writable.
@@ -237,11 +238,12 @@ def test_rows_of_many_images_are_the_rows_of_each_and_failed_images_have_none(tm
 
 def test_a_store_keeps_the_names_it_was_written_with_and_is_asked_in_any_spelling(tmp_path):
     """Earlier versions kept two-character accents, and suffixes that they did not know."""
-    folder = fill(make_writer(tmp_path, ["xxxxxxxx", "yyyyyyyy", "7"])).finish().folder
-    written = np.array(["cafe\u0301".encode(), b"b.jfif", b"7"], "S8")
+    ids = ["xxxxxxxx", "yyyyyyyy", "room#1.jpg", "room#2.jpg"]
+    folder = fill(make_writer(tmp_path, ids), range(4)).finish().folder
+    written = np.array(["cafe\u0301".encode(), b"b.jfif", b"room#1", b"room#2"], "S8")
     np.save(folder / "ids.npy", written)
     store = FeatureStore(folder)
-    assert store.rows(["caf\u00e9.jpg", "cafe\u0301", "b", "07.png"]).tolist() == [0, 0, 1, 2]
+    assert store.rows(["caf\u00e9.jpg", "cafe\u0301", "b", "room#2.png"]).tolist() == [0, 0, 1, 3]
     assert np.array_equal(store.ids, written)
 
 
@@ -396,7 +398,8 @@ KARPATHY = {"images": [{"cocoid": i, "imgid": 0, "filename": f"COCO_val2014_{i:0
 
 # As annotation tools export it: images are counted from 1, only the file's name tells which it is.
 COUNTED = {"images": [{"id": 1, "file_name": "a\\000000000003.png"}, {"id": "2"}],
-    "annotations": [{"image_id": i, "caption": f"{i}"} for i in ("1", 1, 2, 3)]}
+    "annotations": [{"image_id": i, "caption": f"{i}"} for i in ("1", 1, 2)]}
+TWICE = [{"id": 1, "file_name": "a/3.png"}, {"id": 2, "file_name": "b/3.png"}]
 LISTED = [{"image": "coco/dog_1.jpg", "caption": "a dog"}, {"image": "2", "caption": ["b", "c"]}]
 NAMED = {"images": [{"filename": s, "split": s, "sentences": [{"raw": s}]}
     for s in ("Training", "valid", "validation", "dev", "val2014", "testing")]}
@@ -407,7 +410,8 @@ NAMED = {"images": [{"filename": s, "split": s, "sentences": [{"raw": s}]}
     ("\ufeffdog_1\ta dog\r\n000000000042\ttwo\r\n", "train", [("dog_1", "a dog"), ("42", "two")]),
     ("dog_1\ta dog\n", "val", []), ("", None, []),
     ("dog_1 \ta dog\n\n \n", None, [("dog_1", "a dog")]),
-    (COUNTED, None, [("3", "1"), ("3", "1"), ("2", "2"), ("3", "3")]),
+    (COUNTED, None, [("3", "1"), ("3", "1"), ("2", "2")]),
+    ("[so]\ta dog", None, [("[so]", "a dog")]),
     (LISTED, "train", [("dog_1", "a dog"), ("2", "b"), ("2", "c")]), ("\n [ ]", None, []),
     (NAMED, "val", [(name, name) for name in ("valid", "validation", "dev", "val2014")]),
     (COCO, None, [("318556", "A bathroom"), ("9", "A bus")]),
@@ -431,12 +435,17 @@ def test_the_captions_of_a_folder_lie_beside_its_pictures(tmp_path, capsys):
             "labels/b.txt", "failed.txt"):
         write(home / name, "not a caption")
     write(home / "01/e.jpg", "")
-    write(home / "01/e.txt", "0 0.5 0.5 0.1 0.2")  # a box in YOLO's form
+    write(home / "01/e.txt", "0 0.5 9.5e-05 0.1 0.2")  # a box in YOLO's form
+    write(home / "00000_stats.json", "{}")
+    write(home / "features/store.json", "{}")
+    write(home / "features/failed.txt", "7: no picture")
+    (home / "00/loop").symlink_to(home, target_is_directory=True)
     expected = {"12": "00/000000012.txt", "b": "01/b.png.txt", "c": "2/c.txt"}
     assert dict(read_captions(home)) == {"d": "a dog"} | {
         name: f"a ring in {path}" for name, path in expected.items()}
     assert f"{home}: 4 of 8 .txt files are captions, of 5 pictures" in capsys.readouterr().out
     write(tmp_path / "alone/x.txt", "a cat")
+    write(tmp_path / "alone/info.json", "{}")
     assert list(read_captions(tmp_path / "alone")) == [("x", "a cat")]
     assert "1 of 1 .txt files are captions, of 0 pictures" in capsys.readouterr().out
     (home / "link/d.txt").write_bytes(b"caf\xe9")
@@ -468,13 +477,14 @@ def published(columns):
 
 
 @pytest.mark.parametrize("columns", [6, 10, 13])
-def test_published_features_are_read_as_they_are(tmp_path, columns):
+def test_published_features_are_read_as_they_are(tmp_path, columns, capsys):
     lines, records = published(columns)
     if columns == 10:  # Python 3 wrote bytes as b'...'
         lines = [re.sub(r"\t([^\t\n]{8,})", r"\tb'\1'", line) for line in lines]
     files = [write(tmp_path / "a.tsv", lines[0]), write(tmp_path / "b.tsv", "".join(lines[1:]))]
     store = import_features(files, tmp_path / "store")
     assert len(store) == 3 and store.row(11) is None
+    assert "4 lines hold 3 images; 1 lines are left out" in capsys.readouterr().out
     assert store.num_region_classes == (9 if columns == 13 else 0)
     for image_id, arrays in records[:2] + records[3:]:
         row = store.row(image_id)
@@ -653,6 +663,10 @@ RECORD = r"^image 7: not regions that can be stored \("
 REFUSED = [  # (what is called, what lies at its path, words of the message behind the path)
     (read_json, '{"annotations": [', "not a whole JSON file .*line 1"),
     (captions_of, "a\tb\nc\td\te\n", "not a table of two columns, .*near caption 2: too many"),
+    (captions_of, {"images": TWICE, "annotations": []}, "two of its images have the same id or fi"),
+    (captions_of, {"images": TWICE[:1], "annotations": [{"image_id": 3, "caption": "a"}]},
+        "near caption 1: KeyError '3'"),
+    (captions_of, [{"image": "a", "caption": None}], "near caption 1: TypeError"),
     (captions_of, {"images": [{"split": "trein"}]}, "a split among train, val, .*, found 'trein'"),
     (captions_of, {"questions": []}, "near caption 1: KeyError 'images'"),
     (captions_of, {"annotations": [{"image_id": 1, "caption": None}]}, "near caption 1: Attrib"),

@@ -306,21 +306,30 @@ def test_questions_are_joined_by_their_ids_as_they_are_written(tmp_path, capsys)
     vqa_files(tmp_path, "a", "007", images=[{"id": 3, "file_name": "dog.jpg"}])
     vqa_files(tmp_path, "b", 7)
     vqa_files(tmp_path, "c", 8, "validation")
+    for subset in ("train2014", "test2015", "test-dev2015"):  # without annotations
+        asked = [dict(image_id=3, question="what", question_id=9 if "test" in subset else 10)]
+        write_json(tmp_path / f"{subset}.json", {"data_subtype": subset, "questions": asked})
+    write_json(tmp_path / "other.json", {})
     splits = VQA.from_folder(tmp_path)
     assert {k: [(i["question_id"], i["image_id"]) for i in items] for k, items in splits.items()
-        } == {"train": [("007", "dog.jpg"), (7, 3)], "val": [(8, 3)]}
+        } == {"train": [("007", "dog"), (7, 3)], "val": [(8, 3)], "test2015": [(9, 3)],
+            "test-dev2015": [(9, 3)]}
     said = capsys.readouterr().out
-    assert "questions: 3 of 3 found in the annotations" in said
+    assert "questions: 3 of 5 found in the annotations" in said
+    assert "other.json: has no questions and no annotations, so it is not read" in said
     assert "3 questions have neither 1 answer nor 10" in said
 
 
 @pytest.mark.parametrize("files, message", [
-    ([(7, "train2014"), ("7", "train2015")], "question_id 7 comes twice"),  # annotations
-    ([(7, "train2014"), ("7", "train2014")], "question_id 7 comes twice"),
+    ([(7, "train2014"), (7, "train2015")], "annotations.json: .*question_id 7 comes twice"),
+    ([(7, "test2015"), ("7", "test-dev2015")], "1-questions.json: .*question_id 7 comes twice"),
+    ([(7, "train2014"), (7, "train2014")], "question_id 7 comes twice"),
     ([(7, "dress rehearsal")], "expected a split among train, val, .* found 'dress rehearsal'")])
 def test_repeated_ids_and_unknown_splits_are_refused(tmp_path, files, message):
     for name, (number, subset) in enumerate(files):
         vqa_files(tmp_path, name, number, subset)
+        if subset.startswith("test"):
+            (tmp_path / f"{name}-annotations.json").unlink()
     with pytest.raises(BadInput, match=message):
         VQA.from_folder(tmp_path)
 
@@ -370,7 +379,7 @@ def test_refcocog_has_other_splits_and_another_name(tmp_path, name):
         "annotations": [{"id": 11, "bbox": [10, 20, 30, 40]}]})
     splits = Refer.from_folder(tmp_path)
     assert {split: [(i["sent_id"], i["image_id"]) for i in items] for split, items in splits.items()
-        } == {"train": [(0, "dog.jpg")], "val": [(1, "dog.jpg")], "test": [(2, "dog.jpg")]}
+        } == {"train": [(0, "dog")], "val": [(1, "dog")], "test": [(2, "dog")]}
     (tmp_path / "refs(google).p").touch()
     with pytest.raises(BadInput, match="expected one file refs.unc..p, .* found 2"):
         Refer.from_folder(tmp_path)

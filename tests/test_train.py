@@ -354,14 +354,16 @@ def test_held_out_images_are_in_no_training_pair(folder):
     training, held_out = train.split_captions(folder, store)
     assert list(held_out) == [("3", "val")]
     assert list(training[-2:]) == [("1", "restval"), ("2", "train")]
+    assert "3" not in {i for i, _ in training}  # nor in another file
 
 
 @pytest.mark.parametrize("other, image_id, message", [
     ("cc12m/00000/000000012.txt", None, "cc12m .*sbu both have a picture 12"),
     ("coco.tsv", "COCO_val2014_000000000012.jpg", "coco.tsv .*sbu both have a picture 12"),
-    ("cc12m/00000/dog_1.txt", None, None), ("coco.tsv", "13", None)])
+    ("cc12m/00000/dog_1.txt", None, "cc12m .*sbu both have a picture dog_1"),
+    ("coco.tsv", "dog_1", None), ("coco.tsv", "13", None)])
 def test_two_data_sets_that_count_from_0_are_not_mixed(folder, other, image_id, message):
-    """Names that are no numbers may well be captioned twice; so may numbers, by two tables."""
+    """A table may caption the named pictures of a folder, and two tables those of any."""
     store = write_store(folder.with_name("larger"), [*range(40), "dog_1"])
     for name in ("sbu/00000/000000012", "sbu/00000/dog_1", other.removesuffix(".txt")):
         path = folder / name
@@ -393,7 +395,7 @@ def test_every_file_of_a_data_folder_is_accounted_for(folder, capsys):
     assert "data: no captions are read from 00000.tar, captions.csv, images, vqa\n" in said
     assert "data/a.tsv: captions: 40 of 40 found in data/features\n" in said
     assert "data/c.json: captions: 3 of 5 found in data/features\n" in said
-    assert "data: 3 captions of the split test are not used\n" in said
+    assert "data: 4 captions are not used: test, val beyond 1,000, or training captions" in said
     (folder / "d.tsv").write_text("dog_1\ta dog\n")
     with pytest.raises(BadInput, match="d.tsv: captions: 0 of 1 found in .*: 'dog_1' and '0'"):
         train.split_captions(folder, FeatureStore(folder / "features"))
