@@ -576,7 +576,7 @@ class SwitchBert(nn.Module):
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text = text.shape[1]
         layout = layout_of(mask, num_text)
-        # LayerNorm returns float32 under autocast, too. Depths are kept as products are: bf16.
+        # Under autocast a GPU's LayerNorm returns float32. Depths are kept as products are: bf16.
         device = states.device.type
         rounds = torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if rounds else states.dtype
