@@ -50,6 +50,7 @@ README lists all of them. Here: A7 (masking rates, boxes, mismatches), A9 (the b
 import argparse
 import base64
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -70,6 +71,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.run
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.distributed.elastic import multiprocessing
 from torch.utils.data import DataLoader
@@ -97,6 +99,13 @@ class BadInput(ValueError):
     """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
+def say(text):
+    """Print from the first process only, and flush. A closed terminal hears nothing."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
@@ -121,8 +130,8 @@ def run(main):
             sys.exit(1)  # another process has failed, and says why
         if not re.search("DataLoader worker|out of memory", str(error)):
             raise
-        message = (f"error: out of memory? Try fewer --workers, or --accum 2, which gives the same "
-            f"result; --resume continues ({str(error)[:150]})")
+        message = (f"error: out of memory? Try fewer --workers, or --accum 2, which needs half the "
+            f"memory; --resume continues ({str(error)[:150]})")
     # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(5 * (RANK > 0))
@@ -135,13 +144,6 @@ def on_stop(handler=signal.default_int_handler):
     """
     for number in STOPS:
         signal.signal(number, handler)
-
-
-def say(text):
-    """Print from the first process only, and flush. A closed terminal hears nothing."""
-    if RANK == 0:
-        with contextlib.suppress(OSError):
-            print(text, flush=True)
 
 
 def load_ahead(examples, batches, collate, workers):
@@ -179,24 +181,68 @@ def reading(path, what, unit="entry"):
         reason = re.split(r"\n|\. ", str(error))[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
+        for file in (Path(path), *Path(path).glob("*.*")):
+            if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
+                reason += f"; git-lfs has not fetched {file} yet: git lfs pull"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
+# Pillow cannot open all of these; such a picture fails by name.
+PICTURE_SUFFIXES = (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif"
+    .split())
+ENDINGS = re.compile(rf"({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])+$".replace(".", r"\."),
+    re.I)
+
+
 def canonical_id(name):
-    """An image id as a string, spelled the same whichever file it came from.
+    r"""An image id as a string, spelled the same whichever file it came from.
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the caption
     JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps its stem.
-    >>> [canonical_id(name) for name in ("COCO_val2014_000000391895.jpg", 391895, "dog_1.jpg")]
-    ['391895', '391895', 'dog_1']
+    Accents may be spelled as one character or two (macOS): NFC is one.
+    >>> names = "COCO_val2014_000000391895.jpg", 391895, "dogs/dog_1.jpg", r"dogs\dog_1.JPG#0 "
+    >>> [canonical_id(name) for name in names]
+    ['391895', '391895', 'dog_1', 'dog_1']
     """
-    name = str(name)
+    name = unicodedata.normalize("NFC", str(name)).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    suffixes = r"(\.(jpe?g|png|webp|bmp|gif|tiff?|txt|np[yz]))+$"
-    stem = re.sub(suffixes, "", os.path.basename(name), flags=re.I)
+    name = re.sub(r" *#\d+$", "", name.replace("\\", "/"))  # Flickr30k counts an image's captions
+    stem = ENDINGS.sub("", os.path.basename(name)).strip()
     numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
     return numbered.group(1) if numbered else stem
+
+
+def say_found(what, ids, found, where, known):
+    """Say how many of some ids were found. Raises BadInput if none was.
+
+    ids (n,) bytes: those that were looked for; found (n,) bool; known (m,) bytes: those that were
+    there. If most are missing, one id of each side that did not meet is shown: then the reader sees
+    how the spellings differ.
+    """
+    text = f"{what}: {found.sum():,} of {len(ids):,} found in {where}"
+    if 2 * found.sum() < len(ids):
+        left = [*ids[~found][:1], *np.setdiff1d(known, ids)[:1]]
+        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in left)}"
+    if not found.any():
+        raise BadInput(text)
+    say(text)
+
+
+def files_below(folder):
+    """The files below a folder, sorted. Links are followed, but no folder is visited twice; hidden
+    files and folders ('._a.jpg' of macOS, '.ipynb_checkpoints') and feature stores are left out.
+    """
+    found, visited = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited or "store.json" in names:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(place, name) for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def write_whole(path, write, mode="w"):
@@ -267,20 +313,20 @@ def flag(parser, name, kind, default, text):
 def only_run_in(folder):
     """Lock a folder during a block. A second run is refused, and changes nothing.
 
-    The lock (POSIX, on a file beside the folder) belongs to this process alone, not to its loading
+    The lock (POSIX, on the file .lock in it) belongs to this process alone, not to its loading
     processes, and the system releases it however the process ends, even by SIGKILL.
     """
-    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    with open(folder / ".lock", "w") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such locks: avoid a second run yourself
-        except OSError:
-            raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
-                "another --out") from None
+        except (ImportError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+                raise BadInput(f"{folder}: another run is at work there; wait for it, or choose "
+                    "another --out") from None
+            # Windows, and network disks without locks.
+            say(f"{folder}: cannot be locked; start no second run there")
         yield
 
 
@@ -364,7 +410,8 @@ class WordPiece:
 
     vocab: a file with one piece per line, its id being the line number from 0; or a list of pieces,
     as in a checkpoint. '##' marks a piece that continues a word: with 'play', '##ing' and '!',
-    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing.
+    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing, and for the
+    vocabulary of a cased BERT, whose capitals would never be found.
     """
 
     def __init__(self, vocab):
@@ -376,6 +423,11 @@ class WordPiece:
                 Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
             self.ids = {piece: number for number, piece in enumerate(self.pieces)}
             _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
+            settings = Path("" if given else vocab).parent / "tokenizer_config.json"
+            cased = settings.exists() and read_json(settings).get("do_lower_case") is False
+            # Words in brackets, [MASK] or <S>, are markers.
+            if cased or any(p != p.lower() and p[0] not in "[<" for p in self.pieces if p):
+                raise ValueError("it is of a cased BERT; expected an uncased one")
 
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
@@ -491,6 +543,7 @@ class FeatureStore:
     store = FeatureStore("features/")      raises BadInput if it is missing or half-written
     store.row("COCO_val2014_000000391895") -> row number, or None if the image is not in it
     store.rows(many ids)                   -> (n,) row numbers, -1 for an image that is not in it
+    store.find(many ids, what)             -> the same, and says how many were found
     store[row] -> dict of features (n, F) float16, boxes (n, 4) float32, size (W, H); the arrays
         are views of the mapped file, read-only: copy them before you change them
     store.class_probs(row) -> (n, C) distributions, or None if the store has no classes
@@ -510,9 +563,14 @@ class FeatureStore:
                 "writing it to continue")
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
         self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+        # Older versions kept some spellings that canonical_id no longer keeps. Each id was the name
+        # of a file: with a suffix, a '#1' at its end is no caption's number.
+        self._keys = self.ids
+        if re.search(rb"[\x80-\xff\\]|\.(jfif|jpe|avif|hei[cf]|json)\b", self.ids.tobytes(), re.I):
+            self._keys = encode_ids(f"{name.decode()}.jpg" for name in self.ids)
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
         # in every loading process; this takes 8 bytes per image.
-        self._order = np.argsort(self.ids)
+        self._order = np.argsort(self._keys)
 
     def __reduce__(self):
         return FeatureStore, (self.folder,)  # a loading process opens the maps anew
@@ -525,9 +583,16 @@ class FeatureStore:
         keys = encode_ids(image_ids)
         # Sorted keys hit neighbouring places in memory: several times faster.
         unique, inverse = np.unique(keys, return_inverse=True)
-        place = np.searchsorted(self.ids, unique, sorter=self._order)[inverse]
+        place = np.searchsorted(self._keys, unique, sorter=self._order)[inverse]
         rows = self._order[place.clip(max=len(self) - 1)]
-        return np.where((self.ids[rows] == keys) & (self.counts[rows] > 0), rows, -1)
+        return np.where((self._keys[rows] == keys) & (self.counts[rows] > 0), rows, -1)
+
+    def find(self, image_ids, what):
+        """As `rows`; says how many were found. BadInput if none was. what: names the ids."""
+        ids = encode_ids(image_ids)
+        rows = self.rows(ids)
+        say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
+        return rows
 
     def row(self, image_id):
         """The row of one image, or None."""
@@ -552,11 +617,17 @@ class FeatureStore:
             return None
         if "class_probs" in self.arrays:
             return self._of("class_probs", row)[chosen].astype(np.float32)
-        features = self._of("features", row)[chosen].astype(np.float32)  # (k, F)
-        logits = features @ self.arrays["class_weight"].T + self.arrays["class_bias"]  # (k, C)
-        # Softmax. Subtracting the largest logit changes nothing but keeps exp from overflowing.
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exp / exp.sum(axis=1, keepdims=True)
+        return self.classify(torch.tensor(self._of("features", row)[chosen])).numpy()
+
+    def classify(self, features):
+        """(K, C) distributions of features (K, F), on their device: the detector's last layer."""
+        weight, bias = self._class_head(features.device)
+        return F.linear(features.float(), weight, bias).softmax(dim=-1)
+
+    @functools.cache  # noqa: B019  a run has one store
+    def _class_head(self, device):
+        return [torch.tensor(self.arrays[name], device=device)
+            for name in ("class_weight", "class_bias")]
 
     @staticmethod
     def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
@@ -576,9 +647,10 @@ class FeatureStore:
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
         unique, times = np.unique(fixed["ids"], return_counts=True)
-        repeated = unique[times > 1]
-        if len(repeated):
-            raise BadInput(f"{folder}: {repeated[0].decode()!r} is the id of two images")
+        for repeated in unique[times > 1]:
+            first, second = np.flatnonzero(fixed["ids"] == repeated)[:2]
+            raise BadInput(f"{folder}: {repeated.decode()!r} is the id of two images, {ids[first]} "
+                f"and {ids[second]}; rename one")
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -756,9 +828,11 @@ class PretrainingDataset(torch.utils.data.Dataset):
         classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
         if match == MISMATCH:  # its masks stay: unmasked inputs would give it away
             words, classes = words[:0], classes[:0]
+        stored = "class_probs" in self.store.arrays  # else see class_targets
+        targets = self.store.class_probs(row, classes) if stored else None  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
-            mlm_labels=np.array(ids)[words], mrc_positions=classes,
-            mrc_targets=self.store.class_probs(row, classes), itm_labels=match)  # (k, C)
+            mlm_labels=np.array(ids)[words], mrc_positions=classes, mrc_targets=targets,
+            itm_labels=match)
 
 
 class Captions:
@@ -767,7 +841,8 @@ class Captions:
     ids (N,): canonical image ids as bytes. texts (N,): strings of variable width, which numpy keeps
     in one block. A list of 3.3 million tuples takes 0.8 GB; this takes 0.3, and loading processes
     share it. They would copy a list page by page: reading a string changes its reference count, and
-    so writes to its page. A slice, or an array of indices or bools, selects Captions.
+    so writes to its page. A slice, or an array of indices or bools, selects Captions. checksum:
+    (N, a number that depends on all ids and texts).
     """
 
     def __init__(self, pairs):
@@ -792,6 +867,13 @@ class Captions:
         some = Captions([])
         some.ids, some.texts = self.ids[which], self.texts[which]
         return some
+
+    @functools.cached_property
+    def checksum(self):
+        code = 0
+        for image_id, text in zip(self.ids, self.texts):
+            code = zlib.crc32(b"%s %s\n" % (image_id, text.encode()), code)
+        return len(self), code
 
 
 def choose(n, rng, rate):
@@ -857,7 +939,8 @@ def collate(examples):
 
     region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_positions
     (K,), b T + t for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), b R + r, and
-    mrc_targets (K', C), or None where the store has no classes; itm_labels (B,), MATCH or MISMATCH.
+    mrc_targets (K', C), or None where the store has no stored distributions: see class_targets;
+    itm_labels (B,), MATCH or MISMATCH.
     """
     batch = model_inputs(examples)
     batch["region_hidden"] = pad([example["region_hidden"] for example in examples])
@@ -873,6 +956,17 @@ def collate(examples):
     return batch
 
 
+def class_targets(batch, store):
+    """Add mrc_targets (K', C) to a batch whose store has the detector's last layer: one product for
+    all masked regions, on the batch's device. In loading processes, one by one, this took 85 % of
+    their time.
+    """
+    if store.meta.get("class_head"):
+        features = batch["region_features"].flatten(0, 1)[batch["mrc_positions"]]  # (K', F)
+        batch["mrc_targets"] = store.classify(features)
+    return batch
+
+
 # --- 5. Captions ----------------------------------------------------------------------------------
 #
 # Captions as they are published. A file's form is recognised by its content, not by its name:
@@ -883,50 +977,108 @@ def collate(examples):
 #     COCO captions         {"annotations": [{"image_id": 318556, "caption": "A very ..."}, ...]}
 #     Karpathy's splits     {"images": [{"split": "train", "filename": "1000092795.jpg",
 #                            "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}
+#     a JSON list           [{"image": "dog_1.jpg", "caption": "a dog on a sofa"}, ...]
 #     img2dataset           a folder: 00000/000000012.jpg with 00000/000000012.txt beside it
 #
 # A picture in the TSV of Conceptual Captions has only a link: its id is crc32(link), as in VOLTA's
 # files. Among 3.3 million links about 1,300 pairs collide; a store holds the first picture.
 
 
-def read_captions(path, split=None):
-    """Yield the (image id, caption) pairs of a caption file or folder, in its order.
+SPLITS = {"train": "train training restval", "val": "val valid validation dev",
+    "test": "test testing", "testA": "testa", "testB": "testb"}
 
-    split: "train", "val" or "test" of a file that has splits (Karpathy's; `restval` joins train).
-    A file without splits is all "train". Raises BadInput near the first problem.
+
+def canonical_split(name):
+    """The name of a split, one of SPLITS, from the names in use. ValueError for any other.
+
+    >>> [canonical_split(name) for name in ("restval", "validation", "val2014")]
+    ['train', 'val', 'val']
+    """
+    for split, names in SPLITS.items():
+        if name.strip().lower().rstrip(string.digits) in names.split():
+            return split
+    raise ValueError(f"expected a split among {', '.join(SPLITS)}, found {name!r}")
+
+
+def read_captions(path, split=None):
+    """Yield the (image id, caption) pairs of a caption file or folder, in its order; of one split,
+    "train", "val" or "test", if it is given. Raises BadInput near the first problem.
+    """
+    for image_id, text, part in caption_records(path):
+        if split in (None, part):
+            yield image_id, text
+
+
+def caption_records(path):
+    """Yield (image id, caption, split) as read_captions does. A file without splits is all "train".
     """
     path = Path(path)
-    what = "a table of two columns, COCO's 'annotations' or Karpathy's 'images'"
+    what = ("a table of two columns, COCO's 'annotations', Karpathy's 'images', or a list of "
+        "{'image', 'caption'}")
     with reading(path, what, "caption") as at:
-        if path.is_dir():
-            form = _folder_captions
-        else:
+        form = _folder_captions
+        if not path.is_dir():
             with open_text(path) as file:
-                form = _json_captions if file.read(1) == "{" else _tsv_captions
-        if form != _json_captions and split not in (None, "train"):
-            return  # 3.3 million lines need not be read to find none
+                begin = file.read(1000).lstrip()
+            is_json = re.match(r"\{|\[\s*[]{]", begin)
+            form = _json_captions if is_json else _tsv_captions
         at.entry = 1
-        for image_id, text, part in form(path):
-            if split in (None, part):
-                yield canonical_id(image_id), text.strip()
+        for image_id, text, split in form(path):
+            yield canonical_id(image_id), text.strip(), split
             at.entry += 1
 
 
 def _folder_captions(folder):
     # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
-    for path in sorted(folder.rglob("*.txt")):
-        yield path.name, path.read_text(encoding="utf-8"), "train"
+    # A README.txt or a detector's labels/12.txt is no caption: a caption lies beside its picture,
+    # or the JSON that img2dataset writes, if the folder has any; and it is more than numbers.
+    files, number = files_below(folder), 0
+    key = lambda file: (file.parent, canonical_id(file))  # noqa: E731
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    partners = {key(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
+    partners |= {key(file) for file in files if file.suffix == ".json"} & {*map(key, texts)}
+    for file in texts:
+        if not partners or key(file) in partners:
+            with reading(file, "a caption in UTF-8"):
+                text = file.read_text(encoding="utf-8-sig")
+            if re.search(r"[^\W\d_]", re.sub(r"\de", "", text)):  # a letter, but for 5e-05
+                number += 1
+                yield file.name, text, "train"
+    if texts:
+        say(f"{folder}: {number:,} of {len(texts):,} .txt files are captions, of "
+            f"{len(partners):,} pictures")
+
+
+def picture_names(content):
+    """A function from image_id to the picture's name, for a file of COCO's form.
+
+    COCO's image_id is the number in file_name. Other tools count from 1: then only `images` tells,
+    so ValueError if two of them have one id or name, and KeyError for an image that is not listed.
+    """
+    images = content.get("images", [])
+    names = {canonical_id(i["id"]): canonical_id(i.get("file_name", i["id"])) for i in images}
+    if all(key == name for key, name in names.items()):
+        return lambda image_id: image_id
+    if len({*names.values()}) < len(images):
+        raise ValueError("two of its images have the same id or file_name")
+    return lambda image_id: names[canonical_id(image_id)]
 
 
 def _json_captions(path):
-    # COCO has one caption per record and no splits; Karpathy one image per record, with both.
+    # COCO and lists have one caption per record and no splits; Karpathy one image, with both.
     content = read_json(path)
-    if "annotations" in content:
+    if isinstance(content, list):
+        for record in content:
+            captions = record["caption"]  # a text, or a list of them
+            for caption in [captions] if isinstance(captions, str) else captions:
+                yield record["image"], caption, "train"
+    elif "annotations" in content:
+        name = picture_names(content)
         for record in content["annotations"]:
-            yield record["image_id"], record["caption"], "train"
+            yield name(record["image_id"]), record["caption"], "train"
     else:
         for record in content["images"]:
-            split = record["split"].replace("restval", "train")
+            split = canonical_split(record["split"])
             for sentence in record["sentences"]:
                 yield record.get("cocoid", record["filename"]), sentence["raw"], split
 
@@ -934,7 +1086,7 @@ def _json_captions(path):
 def _tsv_captions(path):
     # Not the csv module: it would swallow lines after an unpaired quotation mark.
     with open_text(path) as file:
-        for line in file:
+        for line in filter(str.strip, file):
             image, text = line.rstrip("\r\n").split("\t")
             if text.startswith("http") and not image.startswith("http"):
                 image, text = text, image
@@ -967,18 +1119,21 @@ def import_features(paths, folder):
     Two passes with one line in memory at a time: the first counts, the second writes. A broken line
     ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
-    rows, most = {}, 0
-    for image_id, record in read_tsv(paths):
-        rows.setdefault(image_id, len(rows))
-        most = max(most, len(record["features"]))
+    rows, most, lines = {}, 0, 0
+    for lines, (image_id, record) in enumerate(read_tsv(paths), 1):
+        if record:
+            rows.setdefault(image_id, len(rows))
+            most = max(most, len(record["features"]))
     if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
+    say(f"{lines:,} lines hold {len(rows):,} images; {lines - len(rows):,} lines are left out: of "
+        "an image that came before, or without regions")
     size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
     writer = FeatureStore.create(folder, rows, most, size, num_classes, detector="vg",
         source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
-        row = rows.pop(image_id, None)  # None: a duplicate; the image's first line counts
+        row = rows.pop(image_id, None) if record else None  # None: a duplicate, too
         if row in pending:
             try:
                 writer.write(row, **record)
@@ -988,7 +1143,7 @@ def import_features(paths, folder):
 
 
 def read_tsv(paths):
-    """Yield (image id, keyword arguments of StoreWriter.write) of each line with a region.
+    """Yield (image id, keyword arguments of StoreWriter.write; None without a region) of each line.
 
     All lines of all files must have as many numbers per region as the first: a store has one shape
     per array. class_probs is (n, 0) where a file has none.
@@ -997,11 +1152,13 @@ def read_tsv(paths):
     for path in paths:
         what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
         with reading(path, what, "line") as at, open_text(path) as file:
-            for at.entry, line in enumerate(progress(file, str(path)), 1):
+            lines = filter(str.strip, progress(file, str(path)))
+            for at.entry, line in enumerate(lines, 1):
                 cells = line.rstrip("\r\n").split("\t")
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
                 if not n:
+                    yield canonical_id(cells["id"]), None
                     continue
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.
@@ -1280,9 +1437,8 @@ def check(folder, *files):
         raise BadInput(f"{folder}: no image could be used: see {folder}/failed.txt")
     for path in files:
         captions = Captions(read_captions(path))
-        found = (store.rows(captions.ids) >= 0).sum()
-        print(f"{path}: {len(captions):,} captions, {found:,} of them of images with features; the "
-            f"first: {[*captions[:1]]}")
+        store.find(captions.ids, f"{path}: captions")
+        print(f"    the first: {captions[0]}")
 
 
 def main(argv=None):

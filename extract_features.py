@@ -44,7 +44,6 @@ trained here. It keeps 1 to 8 regions: a scene has at most 6 things.
 
 import argparse
 import contextlib
-import glob
 import math
 import os
 import sys
@@ -57,7 +56,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torchvision.models import detection, resnet
 from torchvision.ops import (Conv2dNormActivation, FrozenBatchNorm2d, MultiScaleRoIAlign, box_iou,
@@ -65,9 +64,10 @@ from torchvision.ops import (Conv2dNormActivation, FrozenBatchNorm2d, MultiScale
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput, FeatureStore, Scene,
-    WORLD_SIZE, canonical_id, flag, load_ahead, only_run_in, progress, read_json, reading, run,
-    save_png, say, start_processes, write_whole)
+from data import (COUNT, NATURAL, PICTURE_SUFFIXES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
+    FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, load_ahead,
+    only_run_in, picture_names, progress, read_json, reading, run, save_png, say, say_found,
+    start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 # Two networks, of torchvision's parts. The table DETECTORS is at the end of section 3.
@@ -371,15 +371,28 @@ def picture_regions(model, path, num_regions):
 # --- 5. Pictures and boxes ------------------------------------------------------------------------
 # A picture's name is its id, which links it to its captions. An unusable picture fails alone.
 
-SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split()
+# Cameras and editors leave notes of many megabytes in a PNG; Pillow would refuse the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def open_picture(path):
-    """A PIL image, RGB and upright, from a file in grey, palette, CMYK, 16 bits or EXIF-rotated."""
+    """A PIL image, RGB and upright, from a file in grey, palette, CMYK, EXIF-rotated, or with 16 or
+    32 bits per pixel, integers or floats.
+    """
     with reading(path, "a picture that can be read"):
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):  # 16 bits per pixel: `convert` would clip, not scale
+        image = Image.open(path)
+        with contextlib.suppress(Exception):  # a broken EXIF block: the picture stays as it lies
+            image = ImageOps.exif_transpose(image)
+        if "16" in image.mode:  # bits per pixel: `convert` would clip, not scale
             image = Image.fromarray(np.uint8(np.asarray(image) // 256))
+        elif image.mode in "IF":  # 32 bits, integers or floats, of a range that no file tells
+            pixels = np.asarray(image, float)
+            top = pixels.max()
+            if not 0 <= pixels.min() <= top < np.inf:
+                raise ValueError("pixels below 0, or not numbers")
+            # 0 to 1, 0 to 255, each with what resampling adds; else the brightest pixel is white.
+            white = next((white for white in (1, 255) if top <= 1.3 * white), top)
+            image = Image.fromarray(np.uint8((pixels / white).clip(max=1) * 255.999))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
         raise BadInput(f"{path}: a strip of {image.size} pixels, too thin for a detector")
@@ -387,11 +400,9 @@ def open_picture(path):
 
 
 def find_pictures(source):
-    """[path] of a picture, or of those below a folder; links count, hidden files do not."""
-    paths = [source]
-    if source.is_dir():
-        paths = sorted(source / name for name in glob.glob("**", root_dir=source, recursive=True))
-    return [path for path in paths if path.suffix.lower() in SUFFIXES]
+    """[path] of a picture, or of those below a folder (see files_below)."""
+    paths = files_below(source) if source.is_dir() else [source]
+    return [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 def read_boxes(path):
@@ -403,6 +414,7 @@ def read_boxes(path):
     records = read_json(path)
     boxes = defaultdict(list)
     with reading(path, "detections (image_id, box, score) or annotations (image_id, bbox)") as at:
+        name = picture_names(records if isinstance(records, dict) else {})
         if isinstance(records, dict):
             records = records["annotations"]
         surest = sorted(enumerate(records), key=lambda item: -item[1].get("score", 0))  # stable
@@ -410,8 +422,18 @@ def read_boxes(path):
             x, y, w, h = record.get("box") or record["bbox"]
             if not math.hypot(x, y, w, h) < 1e6:  # also NaN: RoI pooling would index memory with it
                 raise ValueError(f"a box of {[x, y, w, h]}")
-            boxes[canonical_id(record["image_id"])].append([x, y, x + w, y + h])
+            boxes[canonical_id(name(record["image_id"]))].append([x, y, x + w, y + h])
     return {image_id: np.float32(each) for image_id, each in boxes.items()}
+
+
+def clip_boxes(boxes, size):
+    """Boxes (n, 4) cut to a picture of size (W, H) where they leave it by more than a pixel, which
+    is rounding. BadInput for a box that lies outside altogether.
+    """
+    if (boxes[:, :2] >= size).any() or (boxes[:, 2:] <= 0).any():
+        raise BadInput(f"a box outside its picture of {size} pixels")
+    inside = boxes.clip(0, size + size)  # x by W, y by H, twice
+    return np.where(abs(boxes - inside) > 1, inside, boxes)
 
 
 # --- 6. Extraction --------------------------------------------------------------------------------
@@ -433,10 +455,11 @@ def fill(writer, model, sources, load, batch, boxes=None, precision="fp32", work
         try:
             if isinstance(images, BadInput):
                 raise images
-            given = boxes and boxes[canonical_id(sources[rows[0]])]
+            size = (images.shape[3], images.shape[2])
+            given = boxes and clip_boxes(boxes[canonical_id(sources[rows[0]])], size)
             found = regions(model, images / 255, writer.meta["num_regions"], given, precision)
             for row, (places, features, _) in zip(rows, found):
-                writer.write(row, features, places, (images.shape[3], images.shape[2]))
+                writer.write(row, features, places, size)
         except BadInput as error:
             if batch > 1:  # a scene is sound: the detector is not
                 raise
@@ -464,12 +487,14 @@ def extract(args):
     With --gpus, the first process starts others, which come here too, and completes the store.
     """
     paths, boxes, most = find_pictures(args.images), None, 36
+    if not paths:
+        raise BadInput(f"{args.images}: found no pictures")
     if args.boxes:
         boxes = read_boxes(args.boxes)
+        ids, known = encode_ids(boxes), encode_ids(paths)
+        say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
         paths = [path for path in paths if canonical_id(path) in boxes]
-        most = max(map(len, boxes.values()), default=0)
-    if not paths:
-        raise BadInput(f"{args.images}: found no pictures, or none with an id of {args.boxes}")
+        most = max(map(len, boxes.values()))
     model = build_detector(args.detector, args.weights, args.classes)
     writer = FeatureStore.create(args.out, paths, args.regions or most, precision=args.precision,
         boxes_file=args.boxes and args.boxes.name, **model.about)

@@ -25,7 +25,7 @@ and the paper's settings, without it the toy world. Every task is one class that
 examples, model, loss and scores; the loop, the processes, stopping and resuming are train.fit's. A
 run prints one line per evaluation, and at the end a table:
 
-    step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | held-out 0.969 | 1430 expressions/s, 9 s
+    step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | val 0.969 | 1430 expressions/s, 9 s
     val                                         hard            soft
       accuracy                                 0.994           0.994
 
@@ -42,6 +42,7 @@ Assumptions and deviations: A8 (heads, losses), A11 (targets), D3 (settings of t
 """
 
 import argparse
+import contextlib
 import pickle
 import re
 import sys
@@ -51,17 +52,18 @@ from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, load_data, match_scores, parse_settings, recall_at, say, send, share_of, stack,
-    to_device, total)
+    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, to_device,
+    total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, FeatureStore, Scene,
-    WordPiece, canonical_id, flag, load_ahead, model_inputs, normalise_boxes, pad, progress,
-    read_captions, read_json, reading, region_inputs, run, save_png, write_json)
+from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
+    FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, flag,
+    load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading,
+    region_inputs, run, save_png, say, say_found, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -153,6 +155,8 @@ def normalise_answer(answer):
 def accuracy_table(answers):
     """{answer: official accuracy} of the annotators' answers (all others score 0), and how answers
     are compared: the function strip_answer if all annotators agree, normalise_answer otherwise.
+    The official rule is for ten annotators. Of any other number, the accuracy of an answer is the
+    share of the annotators who gave it, and all are normalised.
 
     Officially each annotator is left out once, and a prediction scores min(1, matches among the
     others / 3); the result is the mean. With n matches among N that is
@@ -160,11 +164,13 @@ def accuracy_table(answers):
     >>> accuracy_table(["red"] * 3 + ["a pink"] * 7)[0] == {"red": 0.9, "pink": 1.0}
     True
     """
+    people = len(answers)
     agreed = len(set(map(strip_answer, answers))) == 1
-    compared = strip_answer if agreed else normalise_answer
-    table, people = Counter(map(compared, answers)), len(answers)
+    compared = strip_answer if agreed and people == 10 else normalise_answer
+    table = Counter(map(compared, answers))
     for answer, n in table.items():
-        table[answer] = ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
+        official = ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
+        table[answer] = official if people == 10 else n / people
     return table, compared
 
 
@@ -225,19 +231,19 @@ class Task:
         self.examples = self  # as fit calls them
         self.missing, self.held_out = {}, {}
         for name, items in splits.items():
-            rows = store.rows([item["image_id"] for item in items])
+            if not items:
+                continue
+            rows = store.find([item["image_id"] for item in items], f"{name}: {self.unit}")
             found = [item for item, row in zip(items, rows) if row >= 0]
-            missing = self.missing[name] = len(items) - len(found)
-            if missing:
-                say(f"{name}: {missing} of {len(items)} {self.unit} have no features")
-            if name == "train" or self.needs_features:
-                items = found
-            if items:
-                self.held_out[name] = items
+            self.missing[name] = len(items) - len(found)
+            self.held_out[name] = found if name == "train" or self.needs_features else items
         self.items = self.held_out.pop("train", [])[: args.limit]
         if not self.items:
-            raise BadInput(f"no training {self.unit} whose image is in {store.folder}; expected "
-                f"{self.files}")
+            raise BadInput(f"no training {self.unit} for {store.folder}; expected {self.files}")
+        self.watched = "val" if "val" in self.held_out else "train"
+        if not self.held_out:
+            say(f"no held-out {self.unit}: scores are of the {self.unit} that it is trained on")
+        self.captions = Captions((item["image_id"], item["text"]) for item in self.items)
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
         self.labels = labels or self.vocabulary(splits["train"])
@@ -334,14 +340,13 @@ class Task:
         return means, switches, predictions
 
     def evaluate(self, model):
-        """Hard scores and what the switches chose, on the split val, without one on train."""
-        items = self.held_out.get("val", self.items)[: self.looked_at]
+        """Hard scores and what the switches chose, on the split that is watched."""
+        items = self.held_out.get(self.watched, self.items)[: self.looked_at]
         return self.evaluate_items(model, items)[:2]
 
-    @staticmethod
-    def headline(scores):
-        """The score in the printed line: the task's first."""
-        return f"held-out {next(iter(scores.values())):.3f}"
+    def headline(self, scores):
+        """The score in the printed line: the task's first, and of which split it is."""
+        return f"{self.watched} {next(iter(scores.values())):.3f}"
 
 
 class VQA(Task):
@@ -360,24 +365,44 @@ class VQA(Task):
     @staticmethod
     def from_folder(folder):
         """The splits of a folder with any of VQA v2's JSON files, recognised by their content:
-        train2014 becomes train; a subset without annotations keeps its name, for a submission. "" +
-        x raises BadInput unless x is text.
+        train2014 becomes train. A test subset without annotations keeps its name, for a submission;
+        other questions without any are left out. Ids may be numbers or text. "" + x raises BadInput
+        unless x is text.
         """
-        asked, truths, splits = [], {}, defaultdict(list)
-        for path in sorted(folder.glob("*.json")):
+        asked, truths, splits = {}, {}, defaultdict(list)
+        for path in sorted(folder.glob("[!.]*.json")):
             content = read_json(path)
             with reading(path, "questions or annotations of VQA v2") as at:
+                name = picture_names(content)
                 for at.entry, x in enumerate(content.get("questions", [])):
-                    asked.append(("" + content["data_subtype"], dict(image_id=x["image_id"],
-                        text="" + x["question"], question_id=int(x["question_id"]), answers=[])))
+                    item = dict(image_id=name(x["image_id"]), text="" + x["question"],
+                        question_id=x["question_id"], answers=[])
+                    # test-dev2015 asks some of test2015's questions again.
+                    known, subsets = asked.setdefault(str(x["question_id"]), (item, []))
+                    if item != known or content["data_subtype"] in subsets:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                    subsets.append("" + content["data_subtype"])
                 for at.entry, x in enumerate(content.get("annotations", [])):
-                    answers = ["" + given["answer"] for given in x["answers"]]
-                    truths[int(x["question_id"])] = dict(answers=answers,
+                    truth = dict(answers=["" + given["answer"] for given in x["answers"]],
                         majority="" + x["multiple_choice_answer"],
                         answer_type="" + x["answer_type"], question_type="" + x["question_type"])
-        for subset, item in asked:
-            item |= truths.get(item["question_id"], {})
-            splits[subset.rstrip("0123456789") if item["answers"] else subset].append(item)
+                    if truths.setdefault(str(x["question_id"]), truth) is not truth:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                if not {"questions", "annotations"} & content.keys():
+                    say(f"{path}: has no questions and no annotations, so it is not read")
+        ids = np.array([number.encode() for number in asked], dtype=bytes)
+        known = np.array([number.encode() for number in truths], dtype=bytes)
+        say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
+        unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
+        if unusual:
+            say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
+        with reading(folder, "questions of VQA v2"):
+            for number, (item, subsets) in asked.items():
+                for subset in subsets:
+                    if number in truths:
+                        splits[canonical_split(subset)].append(item | truths[number])
+                    elif subset.startswith("test"):
+                        splits[subset].append(item)
         return splits
 
     @staticmethod
@@ -442,9 +467,9 @@ class Retrieval(Task):
     def from_folder(folder):
         """The splits of the caption files in a folder. Raises BadInput."""
         splits = defaultdict(list)
-        for path in folder.glob("*.json"):
-            for split in ("train", "val", "test"):
-                splits[split] += [dict(image_id=i, text=t) for i, t in read_captions(path, split)]
+        for path in sorted(folder.glob("[!.]*.json")):
+            for image_id, text, split in caption_records(path):
+                splits[split].append(dict(image_id=image_id, text=text))
         return splits
 
     @staticmethod
@@ -457,6 +482,9 @@ class Retrieval(Task):
 
     def __init__(self, *args):
         super().__init__(*args)
+        for name, missing in self.missing.items():
+            if missing and len(images_of(args[2][name])[0]) == 5000:
+                say(f"{name}: without all of its 5,000 images there are no 1K recalls")
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
             raise BadInput(f"{self.store.folder}: captions of fewer than three images, too few")
@@ -471,8 +499,10 @@ class Retrieval(Task):
         means = F.normalize(torch.tensor(np.stack(means), device=device()))
         nearest = []
         for block in means.split(1000):
-            # The nearest is the image itself; the second is the nearest other one.
-            nearest += (block @ means.T).topk(2).indices[:, 1].tolist()
+            similarity = block @ means.T
+            # The image itself, and copies of it under other names, are no negatives.
+            similarity[similarity > 0.99999] = -1
+            nearest += similarity.argmax(dim=1).tolist()
         return nearest
 
     def __getitem__(self, key):
@@ -513,7 +543,7 @@ class Retrieval(Task):
             seen, self.max_tokens, tau)
         own, ks = torch.tensor(own), (1, 5, 10)
         recalls = recall_at(scores, own, ks)
-        if len(images) == 5000:  # COCO: the 1K protocol is the mean over five folds
+        if len(images) == 5000:  # COCO's 1K protocol is the mean over five folds of all its images
             folds = [recall_at(fold[own // 1000 == k], own[own // 1000 == k] % 1000, ks)
                 for k, fold in enumerate(scores.split(1000, dim=1))]
             recalls |= {f"1K {name}": np.mean([fold[name] for fold in folds]) for name in recalls}
@@ -545,22 +575,32 @@ class Refer(Task):
 
     @staticmethod
     def from_folder(folder):
-        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both)."""
+        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both); those
+        of RefCOCOg have another name of the file, and test alone.
+        """
         boxes, splits = {}, defaultdict(list)
         path = folder / "instances.json"
         with reading(path, "RefCOCO's instances") as at:
-            for at.entry, a in enumerate(read_json(path)["annotations"]):
+            instances = read_json(path)
+            name = picture_names(instances)
+            for at.entry, a in enumerate(instances["annotations"]):
                 x, y, w, h = map(float, a["bbox"])
                 boxes[a["id"]] = [x, y, x + w, y + h]
-        path = folder / "refs(unc).p"
+        paths = [*folder.glob("refs*.p")]
+        if len(paths) != 1:
+            raise BadInput(f"{folder}: expected one file refs(unc).p, or (umd) or (google); found "
+                f"{len(paths)}")
+        path = paths[0]
         with reading(path, "a pickle of RefCOCO's plain lists, dicts and strings") as at:
             with open(path, "rb") as file:
                 refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
             for at.entry, ref in enumerate(refs):
                 for s in ref["sentences"]:
-                    splits[ref["split"]].append(dict(image_id=ref["image_id"], text="" + s["sent"],
+                    splits[canonical_split(ref["split"])].append(dict(
+                        image_id=name(ref["image_id"]), text="" + s["sent"],
                         box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"]))
-        splits["test"] = splits["testA"] + splits["testB"]
+        if "testA" in splits:
+            splits["test"] += splits["testA"] + splits["testB"]
         return splits
 
     @staticmethod
@@ -668,7 +708,7 @@ def load_task(kind, args):
     if args.data is None:
         if kind is Refer and args.boxes == "gt":
             raise BadInput("--boxes gt: the toy world has detected boxes only")
-        store = load_data(None).store
+        store, *_ = toy_world()
         training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)
         held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
         return store, kind.from_scenes(training, held_out)
@@ -698,7 +738,10 @@ def evaluate_splits(args, task):
         write_json(args.out / "result.json",
             vars(args) | {"without_features": task.missing, "results": results})
         if "val" in predictions:
-            draw_examples(args, task, predictions["val"])
+            try:
+                draw_examples(args, task, predictions["val"])
+            except Exception as error:  # hours of training may lie before it
+                say(f"{args.out}/examples.png could not be drawn: {error!r}")
     say(f"the results are in {args.out}")
     return results
 
@@ -711,12 +754,16 @@ ZOOM = 4  # scenes are drawn larger for people: a circle of 14 pixels would look
 
 
 def picture_of(image_id, folder):
-    """A picture of the data folder's images/, or grey without one; folder None: a drawn scene."""
+    """A picture of the data folder's images/, opened as extraction does; grey without one, or if it
+    cannot be opened. folder None: a drawn scene.
+    """
+    from extract_features import find_pictures, open_picture
     if folder is None:
         return Scene(int(image_id)).draw(ZOOM)
-    for path in (folder / "images").rglob("*.*"):
-        if canonical_id(path.name) == canonical_id(image_id):
-            return Image.open(path).convert("RGB")
+    with contextlib.suppress(BadInput):
+        for path in find_pictures(folder / "images"):
+            if canonical_id(path) == canonical_id(image_id):
+                return open_picture(path)
     return Image.new("RGB", (640, 640), "grey")
 
 

@@ -1,10 +1,11 @@
 r"""switchbert.py: a BERT whose layers learn how text and vision attend to each other
 =================================================================================
 
-Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over words
-and image regions jointly; ViLBERT alternates layers that attend within a modality with layers that
-attend across; LXMERT attends within first and across later. Each fixes this path by hand. In
-Switch-BERT every layer learns it, separately for text and vision, and which earlier layer to read.
+Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over
+words and image regions jointly; ViLBERT alternates layers that attend within a modality with
+layers that attend across; LXMERT attends within first and across later. Each fixes this path
+by hand. In Switch-BERT every layer learns it, separately for text and vision, and which
+earlier layer to read.
 
     input_ids (B, T)                        region_features (B, R, F), region_boxes (B, R, 5)
         | word + position + type                | prepend the mean region: the global region
@@ -28,17 +29,22 @@ Switch-BERT every layer learns it, separately for text and vision, and which ear
 
     Every s and every g has its own gate, which decides for text and for vision separately:
 
-        mean text state, mean vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
+        mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
-Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads, D
-hidden, d = D / H head size, P pooled, F region feature, C region classes, V vocabulary. Masks are
-1 = real, 0 = padding, everywhere.
+    What depends on the masks alone (which token is text, the rows that average, padding) is
+    the Layout. It is computed once per forward pass and handed to every layer.
+
+Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads,
+D hidden, d = D / H head size, M options of a switch, l a layer's number from 0, P pooled, F
+region feature, C region classes, V vocabulary. Masks are 1 = real, 0 = padding, everywhere.
+Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one of
+them: its weights are one-hot).
 
 Map of the file (* = read these first)
 
     1. Configuration      sizes, and which switches are learned or frozen
     2. Switches         * Gumbel-softmax, its temperature, and the gate that feeds it
-    3. Switch-Attention * three ways of attending in one softmax
+    3. Switch-Attention * three ways of attending in one softmax; the Layout
     4. Layers           * Switch-Input Block, BERT layer
     5. Embeddings         words, regions and the global region
     6. The encoder      * SwitchBert
@@ -50,8 +56,8 @@ Map of the file (* = read these first)
     out = model(**batch, temperature=temperature(pairs_seen))      # batch: see data.collate
     out.loss.backward()
 
-Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1 to A8,
-A10 (how switches start) and A12 (boxes).
+Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1
+to A8, A10 (how switches start) and A12 (boxes).
 """
 
 import json
@@ -59,10 +65,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Names and indices that code, metrics and pictures share.
 MODALITIES = ("text", "vision")
@@ -72,9 +80,9 @@ INTRA, INTER, JOINT = 0, 1, 2
 MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
 
 # --- 1. Configuration -----------------------------------------------------------------------------
-# Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model form a
-# path: two letters per layer, text first, each I (own modality, INTRA), X (across, INTER) or J
-# (both, JOINT). A path shorter than the model repeats.
+# Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model
+# form a path: two letters per layer, text first, each I (own modality, INTRA), X (across,
+# INTER) or J (both, JOINT). A path shorter than the model repeats.
 
 FROZEN = {
     "intra": "II",  # two encoders that never meet
@@ -87,7 +95,7 @@ LETTERS = "IXJ"  # in the order of MODES
 
 
 def frozen_modes(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer. LEARNED: joint, which only "input" uses.
+    """[(mode of text, mode of vision)] of every layer. LEARNED: joint, as "input" uses it.
 
     >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
@@ -103,7 +111,7 @@ def frozen_modes(switches, num_layers):
 
 @dataclass
 class SwitchBertConfig:
-    """Sizes and switches. The defaults are the paper's model: BERT-base, Visual Genome regions."""
+    """Sizes and switches. The defaults are the paper's: BERT-base, Visual Genome regions."""
 
     vocab_size: int = 30522
     hidden_size: int = 768  # D
@@ -146,22 +154,23 @@ class SwitchBertConfig:
 
 
 # --- 2. Switches ----------------------------------------------------------------------------------
-# A switch turns a gate's logits into weights that sum to 1. In training they are soft and noisy, so
-# that every option gets a gradient; as the temperature falls, they close: approach one-hot.
+# A switch turns a gate's logits into weights that sum to 1. In training it is soft and noisy,
+# so that every option gets a gradient. As the temperature falls it becomes all but hard.
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
 
 def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
-    """Temperature of the Gumbel-softmax after n = pairs_seen: max(final, initial e^(-rate n)).
+    """The Gumbel-softmax's temperature after n = pairs_seen: max(final, initial e^(-rate n)).
 
         pairs_seen   0      100,000   1,000,000   3,000,000   3,218,876 and later
         temperature  5.000  4.524     1.839       0.249       0.200
 
     ASSUMPTION A5: the paper's anneal_rate 1e-6 [supp. 2] counts training pairs, not optimiser
-    steps. The floor is then reached at n = ln(initial / final) / rate = 3.22 million, one epoch of
-    Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*: counted in
-    steps, training would end at 4.4, with every switch still close to an even mixture.
+    steps. The floor is then reached at n = ln(initial / final) / rate = 3.22 million, one
+    epoch of Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*:
+    counted in steps, training would end at 4.4, with every switch still close to an even
+    mixture.
     """
     return max(final, initial * math.exp(-rate * pairs_seen))
 
@@ -169,12 +178,13 @@ def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
 def switch(logits, temperature, training, start=0.0):
     """Turn gate logits (..., M) into weights (..., M) that sum to 1.
 
-    Training: Gumbel-softmax [Jang et al. 2017]. If all G_j are independent Gumbel(0, 1), then
+    temperature None: hard, the best option is one-hot. A number: soft, the mixture
+    softmax(logits / temperature + start); in training with noise, the Gumbel-softmax [Jang et
+    al. 2017]. If all G_j are independent Gumbel(0, 1), then
         P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
     so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
-    temperature has. Evaluation: no noise. temperature None: the best option, one-hot; a number:
-    the mixture softmax(logits / temperature + start). start (M,): log odds that the temperature
-    does not scale; for None they are added at the final one. Logits (2, 1, 0) without noise:
+    temperature has. start (M,): log odds that the temperature does not scale; for None they
+    are added at the final one. Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -184,38 +194,29 @@ def switch(logits, temperature, training, start=0.0):
     >>> switch(torch.tensor([2.0, 1.0, 0.0]), None, training=False)
     tensor([1., 0., 0.])
     """
-    logits = logits.float()  # gates are tiny and steer everything: never in bf16
+    if temperature is None:
+        odds = logits / FINAL_TEMPERATURE + start
+        return F.one_hot(odds.argmax(dim=-1), odds.shape[-1]).to(odds.dtype)
     if training:
-        # -log(E) of an exponential variable E is Gumbel(0, 1); exponential_() never returns 0.
-        logits = logits - torch.empty_like(logits).exponential_().log()
-    odds = logits / (temperature or FINAL_TEMPERATURE) + start
-    if temperature is not None:
-        return torch.softmax(odds, dim=-1)
-    return F.one_hot(odds.argmax(dim=-1), odds.shape[-1]).to(odds.dtype)
+        # -log(E) of an exponential variable E is Gumbel(0, 1):
+        # P(-log(E) < x) = P(E > e^-x) = exp(-e^-x). On Apple's GPUs a draw can be 0.
+        draws = torch.empty_like(logits).exponential_().clamp(min=1e-30)
+        logits = logits - draws.log()
+    return torch.softmax(logits / temperature + start, dim=-1)
 
 
-def modality_of(length, num_text, device):
-    """(L,) the modality of each token of the sequence [text | vision]: 0 = TEXT, 1 = VISION.
-
-    As an index it gives every token the decision of its modality: weights[:, kind].
-    >>> modality_of(7, 3, "cpu")
-    tensor([0, 0, 0, 1, 1, 1, 1])
-    """
-    return (torch.arange(length, device=device) >= num_text).long()
-
-
-def masked_mean(states, mask):
-    """Mean of the real states: (B, n, D), mask (B, n) -> (B, D); zeros where none is real."""
-    weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B, n)
-    return (weights.to(states.dtype)[:, None] @ states).squeeze(1)  # (B, D)
+def full_precision(states):
+    """A context in which autocast, if it is on, does not round products to bf16."""
+    return torch.autocast(states.device.type, enabled=False)
 
 
 class Gate(nn.Module):
     """A linear layer on the mean states of both modalities, and the switch that it feeds.
 
-    ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
-    forward(states (B, L, D), mask (B, L), num_text, temperature) -> (B, 2, M) weights over M
-    options, in rows TEXT and VISION. start: the head start of the last option, in log odds.
+    ASSUMPTION A3: it reads both means, and decides per sample, for text and vision apart.
+    forward(states (B, L, D), averages (B, 2, L) of the Layout, temperature) -> weights
+    (B, 2, M) of M options, in rows TEXT and VISION. start: the head start of the last option,
+    in log odds.
     """
 
     def __init__(self, hidden_size, num_options, start=0.0):
@@ -224,71 +225,128 @@ class Gate(nn.Module):
         start = start * F.one_hot(torch.tensor(num_options - 1), num_options)  # (M,)
         self.register_buffer("start", start, persistent=False)
 
-    def forward(self, states, mask, num_text, temperature):
-        text = masked_mean(states[:, :num_text], mask[:, :num_text])
-        vision = masked_mean(states[:, num_text:], mask[:, num_text:])
-        summary = torch.cat([text, vision], dim=-1)  # (B, 2D)
-        with torch.autocast(summary.device.type, enabled=False):
-            logits = self.linear(summary.float()).view(-1, 2, len(self.start))  # (B, 2, M)
+    def forward(self, states, averages, temperature):
+        with full_precision(states):  # gates are tiny and steer everything
+            summary = (averages @ states.float()).flatten(1)  # (B, 2D)
+            logits = self.linear(summary).view(-1, 2, len(self.start))  # (B, 2, M)
         return switch(logits, temperature, self.training, self.start)
 
 
 # --- 3. Switch-Attention --------------------------------------------------------------------------
-# Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among three
-# modes, separately for text and vision queries:
+# Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among
+# three modes, separately for text and vision queries:
 #
-#     intra   the query's own modality          inter   the other one          joint   all tokens
+#     intra   the query's own modality       inter   the other one       joint   all tokens
 #
-# A switch g = (g_intra, g_inter, g_joint) says how open a query is to the keys of each modality:
+# Its switch g = (g_intra, g_inter, g_joint) says how open a key is to a query, by adding up the
+# modes that let the query see it:
+#
+#     open(q, k)  =  sum over modes m of  g_m [mode m lets q see k]
 #
 #                    text key              vision key
 #     text query     g_intra + g_joint     g_inter + g_joint
 #     vision query   g_inter + g_joint     g_intra + g_joint
 #
-# ASSUMPTION A2: the modes share queries, keys, values and one softmax over all keys, in which
-# a key is weighted by how open the query is to it:
+# Padding is closed. ASSUMPTION A2: the modes share queries, keys, values and one softmax over
+# all keys, in which a key counts as much as it is open. s(q, k) = q . k / sqrt(d) is a score:
 #
-#     weight of key k for query q  =  open(q, k) exp(s(q, k)) / sum over all k' of the same
+#     weight of key k for query q  =  open(q, k) e^s(q, k) / sum over all k' of the same
 #
-# A closed switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes it
-# 2/3 everywhere, which cancels: training begins close to joint attention. log(open) is a bias added
-# to the scores, so all of it costs what plain attention does.
+# A hard switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes
+# it 2/3 everywhere, which cancels: training begins close to joint attention. (To mix three
+# softmaxes by g instead was measured, and is no better.)
+#
+# Because open e^s = e^(s + log open), a factor on a weight is a bias on its score. So this is
+# plain attention with a bias, for which torch has one fused operation. The bias has four
+# values per pair, one for each cell of the table; the Layout spreads them over the L x L
+# pairs of tokens.
+
+# The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so the
+# key has weight 0, however high its score. It is not -inf, which turns into NaN where it meets
+# a 0 in a product, and not the lowest float32, which bf16 rounds to -inf.
+CLOSED = -1e30
 
 
-def open_to(modes):
-    """How open text and vision queries are to text and vision keys: (B, 2, 3) -> (B, 2, 2).
+class Layout(NamedTuple):
+    """What masks alone say about the sequence [text | vision], and the table of modes."""
 
-    >>> open_to(torch.tensor([[[0.0, 0.0, 1.0], [0.2, 0.5, 0.3]]]))  # text joint, vision mixed
-    tensor([[[1.0000, 1.0000],
-             [0.8000, 0.5000]]])
+    member: Tensor  # (L, 2): the modality of each token, one-hot
+    averages: Tensor  # (B, 2, L): rows that average the real tokens of TEXT and of VISION
+    padding: Tensor  # (B, 1, L): 0 for a real key, CLOSED for padding
+    sees: Tensor  # (2, 3, 2): 1 where a query's modality sees, in a mode, a key's modality
+
+
+def layout_of(mask, num_text):
+    """The Layout of a mask (B, L), 1 = real, whose first num_text tokens are text."""
+    is_vision = torch.arange(mask.shape[1], device=mask.device) >= num_text  # (L,)
+    member = F.one_hot(is_vision.long(), 2).float()  # (L, 2)
+    averages = averaging(member.T * mask[:, None])  # (B, 2, L)
+    padding = CLOSED * (mask[:, None] == 0)  # (B, 1, L)
+    own = torch.eye(2, device=mask.device)  # what INTRA lets text and vision see
+    sees = torch.stack([own, 1 - own, torch.ones_like(own)], dim=1)  # in the order of MODES
+    return Layout(member, averages, padding, sees)
+
+
+def averaging(mask):
+    """Rows that average the real tokens of a mask: (..., L) -> (..., L); zeros if none is.
+
+    >>> averaging(torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    tensor([[0.5000, 0.5000, 0.0000],
+            [0.0000, 0.0000, 0.0000]])
     """
-    intra, inter, joint = modes.float()[..., None].unbind(dim=2)  # (B, 2, 1) each
-    same = torch.eye(2, dtype=torch.bool, device=modes.device)  # (2, 2): own modality?
-    return torch.where(same, intra + joint, inter + joint)  # (B, 2, 2)
+    return mask / mask.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-def switch_attention(query, key, value, mask, num_text, modes, dropout=None):
-    """Attention of every token, each modality in its own mixture of modes: (B, H, L, d). [abstract]
+def open_to(modes, layout):
+    """How open text and vision keys are to text and vision queries: (B, 2, 3) -> (B, 2, 2).
 
-    query, key, value: (B, H, L, d); the first num_text tokens are text, the others vision.
-    mask: (B, L), 1 = real. modes: (B, 2, 3), rows TEXT and VISION, columns INTRA, INTER, JOINT.
-    dropout: a module for the attention weights, or None. A query that is open to no real
-    key attends to nothing: its output is zero.
+    >>> layout = layout_of(torch.ones(1, 2), num_text=1)
+    >>> open_to(torch.tensor([[[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]]), layout)  # vision is joint
+    tensor([[[0.5000, 0.8000],
+             [1.0000, 1.0000]]])
     """
-    kind = modality_of(query.shape[2], num_text, mask.device)  # (L,)
-    opened = open_to(modes)[:, kind][:, :, kind] * mask[:, None, :]  # (B, L, L), 0 for padding
-    # The lowest float, not -inf: the softmax of a row of -inf alone would be NaN. The clamp keeps
-    # the gradient of the logarithm, 1 / open, finite.
-    bias = opened.clamp(min=1e-18).log().masked_fill(opened == 0, torch.finfo(torch.float32).min)
-    scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-1, -2)  # (B, H, L, L)
-    weights = (scores.float() + bias[:, None]).softmax(dim=-1)  # (B, H, L, L)
-    weights = weights if dropout is None else dropout(weights)
-    context = weights.to(value.dtype) @ value  # (B, H, L, L) x (B, H, L, d) -> (B, H, L, d)
-    return context * (opened > 0).any(dim=-1)[:, None, :, None]  # (B, 1, L, 1)
+    return (modes[..., None] * layout.sees).sum(dim=2)  # (B, 2, 3, 1) x (2, 3, 2), over modes
+
+
+def switch_bias(modes, layout):
+    """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, 3) -> (B, L, L)"""
+    opened = open_to(modes, layout)  # (B, 2, 2)
+    # The clamp keeps the gradient of the logarithm, 1 / open, finite.
+    bias = opened.clamp(min=1e-18).log().masked_fill(opened == 0, CLOSED)  # (B, 2, 2)
+    with full_precision(modes):
+        return layout.member @ bias @ layout.member.T + layout.padding  # (B, L, L)
+
+
+def switch_attention(query, key, value, modes, layout, dropout=0.0):
+    """Attention of every token, each modality in its own modes: (B, H, L, d). [abstract]
+
+    query, key, value (B, H, L, d); modes (B, 2, 3), rows TEXT and VISION, columns INTRA,
+    INTER, JOINT; dropout: the share of attention weights that is dropped.
+
+    A word and a region with equal scores and the values 1 and 0. The word's switch is that of
+    open_to's example: .5 e^0 / (.5 e^0 + .8 e^0) = .3846. The region attends jointly: .5.
+    >>> layout = layout_of(torch.ones(1, 2), num_text=1)
+    >>> modes = torch.tensor([[[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]])
+    >>> query = key = torch.zeros(1, 1, 2, 1)
+    >>> value = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
+    >>> switch_attention(query, key, value, modes, layout).flatten()
+    tensor([0.3846, 0.5000])
+    """
+    bias = switch_bias(modes, layout).to(query.dtype)  # as the fused operation wants it
+    return F.scaled_dot_product_attention(query, key, value, bias.unsqueeze(1), dropout)
+
+
+def attention_weights(query, key, modes, layout):
+    """The definition: the weights (B, H, L, L) by which switch_attention averages values.
+
+    For tests and pictures. The fused operation computes the same, but does not keep them.
+    """
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
+    return (scores + switch_bias(modes, layout).unsqueeze(1)).softmax(dim=-1)
 
 
 class SwitchAttention(nn.Module):
-    """Multi-head switch-attention. ASSUMPTION A6: modalities share its weights, as in UNITER."""
+    """Multi-head switch-attention. ASSUMPTION A6: modalities share its weights (UNITER)."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,52 +354,67 @@ class SwitchAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = config.attention_probs_dropout_prob
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, states, mask, num_text, modes):
-        """states (B, L, D), mask (B, L), modes (B, 2, 3) -> (B, L, D)"""
-        b, n, _ = states.shape
-        q, k, v = (
-            project(states).view(b, n, self.num_heads, -1).transpose(1, 2)  # (B, H, L, d)
-            for project in (self.query, self.key, self.value))
-        context = switch_attention(q, k, v, mask, num_text, modes, self.dropout)
-        return self.dense(context.transpose(1, 2).reshape(b, n, -1))  # (B, L, D)
+    def heads(self, projected):
+        """(B, L, D) -> (B, H, L, d)"""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, states, modes, layout):
+        """states (B, L, D), modes (B, 2, 3) -> (B, L, D)"""
+        query = self.heads(self.query(states))
+        key = self.heads(self.key(states))
+        value = self.heads(self.value(states))
+        dropout = self.dropout * self.training
+        context = switch_attention(query, key, value, modes, layout, dropout)  # (B, H, L, d)
+        return self.dense(context.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
 # --- 4. Layers ------------------------------------------------------------------------------------
-# A layer first decides which depths to read (Switch-Input), then how to attend (Switch-Attention).
-# The gate for depths reads the newest states; the gate for modes reads Switch-Input's mixture.
+# A layer first decides which depths to read (Switch-Input), then how to attend
+# (Switch-Attention). The gate for depths reads the newest states, the gate for modes their
+# mixture.
+
+
+def mixture(shares, *depths):
+    """Each token's own weighted sum of depths: sum over i of shares[..., i] depths[i].
+
+    shares (B, L, l+1), l+1 depths (B, L, D) -> (B, L, D), as one product for all of them.
+    """
+    stack = torch.stack(depths, dim=2)  # (B, L, l+1, D)
+    return (shares.unsqueeze(2) @ stack).squeeze(2)  # (B, L, 1, l+1) x (B, L, l+1, D)
 
 
 class SwitchInput(nn.Module):
     """Switch-Input Block before layer l > 0: each modality picks among depths 0..l. [supp. 1]
-    ASSUMPTION A4: the input is a mixture of the outputs of all depths, weighted by its own gate.
+    ASSUMPTION A4: the input is a mixture of the outputs of all depths, by its own gate.
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature: it has
-        # weight e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as the ordinary
-        # stack and departs from it where that pays. With a start of 3, gates soon read older
-        # depths; MRC and VQA got worse (tests/ABLATION.md).
+        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature:
+        # it has weight e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as
+        # the ordinary stack and departs from it where that pays. With a start of 3, gates
+        # soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
         self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
-    def forward(self, depths, mask, num_text, temperature):
+    def forward(self, depths, layout, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
-        weights = self.gate(depths[-1], mask, num_text, temperature)  # (B, 2, l+1)
-        kind = modality_of(mask.shape[1], num_text, mask.device)
-        shares = weights[:, kind].to(depths[0].dtype).split(1, dim=2)  # (B, L, 1) each
-        # One fused pass per depth; stacked for a single product, they would be copied first.
-        mixed = shares[0] * depths[0]
-        for share, states in zip(shares[1:], depths[1:]):
-            mixed = torch.addcmul(mixed, share, states)
+        newest = depths[-1]
+        weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
+        with full_precision(newest):
+            shares = layout.member @ weights  # (B, L, l+1): each token, that of its modality
+        # The backward pass needs the stack again. To keep those of twelve layers would take
+        # 15 MB per pair, where all the rest takes 64: checkpoint stacks the depths anew.
+        mixed = checkpoint(mixture, shares.to(newest.dtype), *depths, use_reentrant=False,
+            preserve_rng_state=False)
         return mixed, weights
 
 
 class SwitchBertLayer(nn.Module):
-    """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it. A switch
-    that is not learned is constant: the newest depth, the modes of frozen_modes.
+    """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
+    A switch that is not learned is constant: the newest depth, the modes of frozen_modes.
     """
 
     def __init__(self, config, layer):
@@ -360,27 +433,28 @@ class SwitchBertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, depths, mask, num_text, temperature):
-        """The states (B, L, D) of depths 0..l, the newest last -> those of depth l+1, the modes
-        (B, 2, 3) and the weights of the depths (B, 2, l+1).
+    def forward(self, depths, layout, temperature):
+        """The states (B, L, D) of depths 0..l, the newest last -> those of depth l+1, the
+        modes (B, 2, 3) and the weights of the depths (B, 2, l+1).
         """
         if self.switch_input:
-            states, depth_weights = self.switch_input(depths, mask, num_text, temperature)
+            states, depth_weights = self.switch_input(depths, layout, temperature)
         else:
             states = depths[-1]
-            depth_weights = mask.new_zeros((len(mask), 2, len(depths)), dtype=torch.float32)
+            shape = (len(states), 2, len(depths))
+            depth_weights = states.new_zeros(shape, dtype=torch.float32)
             depth_weights[..., -1] = 1
-        return *self.block(states, mask, num_text, temperature), depth_weights
+        return *self.block(states, layout, temperature), depth_weights
 
-    def block(self, states, mask, num_text, temperature):
+    def block(self, states, layout, temperature):
         """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, 3). `train.py
         --compile` compiles it.
         """
         if self.mode_gate:
-            modes = self.mode_gate(states, mask, num_text, temperature)
+            modes = self.mode_gate(states, layout.averages, temperature)
         else:
-            modes = self.constant_modes.expand(len(mask), 2, 3)
-        attended = self.attention(states, mask, num_text, modes)
+            modes = self.constant_modes.expand(len(states), 2, 3)
+        attended = self.attention(states, modes, layout)
         states = self.attention_norm(states + self.dropout(attended))
         processed = self.output(F.gelu(self.intermediate(states)))
         return self.output_norm(states + self.dropout(processed)), modes
@@ -410,10 +484,10 @@ class TextEmbeddings(nn.Module):
 class RegionEmbeddings(nn.Module):
     """linear(feature) + linear(box), LayerNorm, dropout, with the global region in front (A7).
 
-    ASSUMPTION A12: both parts are normalised before they are added, as in UNITER, and boxes enter
-    as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a fifteenth as long
-    as the feature layer's and mostly alike: on the toy world the model learned nothing about boxes.
-    Inputs as SwitchBert's; returns (B, 1+R, D).
+    ASSUMPTION A12: both parts are normalised before they are added, as in UNITER, and boxes
+    enter as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a
+    fifteenth as long as the feature layer's and mostly alike: on the toy world the model
+    learned nothing about boxes. Inputs as SwitchBert's; returns (B, 1+R, D).
     """
 
     def __init__(self, config):
@@ -424,8 +498,8 @@ class RegionEmbeddings(nn.Module):
         self.box_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # The box of the global region, the whole picture. A buffer moves with the model; a tensor
-        # made from a list in `forward` would make the GPU wait in every step.
+        # The box of the global region, the whole picture. A buffer moves with the model; a
+        # tensor made from a list in `forward` would make the GPU wait in every step.
         self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
@@ -435,7 +509,7 @@ class RegionEmbeddings(nn.Module):
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
         # The global region [A7: VOLTA's] is a mean that does not leak a masked region.
-        mean = masked_mean(features, visible)[:, None]  # (B, 1, F)
+        mean = averaging(visible)[:, None] @ features  # (B, 1, F)
         whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
         content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
         place = self.box_norm(self.box(2 * torch.cat([whole, region_boxes], dim=1) - 1))
@@ -455,29 +529,29 @@ class Pooler(nn.Module):
 
 
 # --- 6. The encoder -------------------------------------------------------------------------------
-# Text and vision become one sequence [text | global region | regions]. Every layer appends its
-# states to the list of depths that the layers above may read.
+# Text and vision become one sequence [text | global region | regions]. Every layer appends
+# its states to the list of depths that the layers above may read.
 
 
 @dataclass
 class SwitchBertOutput:
     """What the encoder returns."""
 
-    text_states: torch.Tensor  # (B, T, D)
-    region_states: torch.Tensor  # (B, R, D), without the global region
-    pooled: torch.Tensor  # (B, P)
-    modes: torch.Tensor  # (B, layers, 2, 3): weights of INTRA, INTER, JOINT, for TEXT and VISION
+    text_states: Tensor  # (B, T, D)
+    region_states: Tensor  # (B, R, D), without the global region
+    pooled: Tensor  # (B, P)
+    modes: Tensor  # (B, layers, 2, 3): weights of INTRA, INTER, JOINT, for TEXT and VISION
     depths: list  # for each layer (B, 2, l+1): the weights of depths 0..l in its input
 
 
 class SwitchBert(nn.Module):
     """The Switch-BERT encoder. [supp. 1, Fig. 1]
 
-    forward(input_ids (B, T), text_mask (B, T), region_features (B, R, F), region_boxes (B, R, 5),
-    region_mask (B, R), temperature=None, region_hidden=None) -> SwitchBertOutput
-    Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area share. region_hidden (B, R)
-    bool: True = masked, its feature is not seen. temperature: see switch; in training None is 1.0,
-    where finetuning starts.
+    forward(input_ids (B, T), text_mask (B, T), region_features (B, R, F),
+    region_boxes (B, R, 5), region_mask (B, R), temperature=None, region_hidden=None)
+    -> SwitchBertOutput. Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area
+    share. region_hidden (B, R) bool: True = masked, its feature is not seen. temperature: see
+    switch; in training None is 1.0, where finetuning starts.
     """
 
     def __init__(self, config):
@@ -497,13 +571,19 @@ class SwitchBert(nn.Module):
         text = self.text_embeddings(input_ids)  # (B, T, D)
         vision = self.region_embeddings(
             region_features, region_boxes, region_mask, region_hidden)  # (B, 1+R, D)
-        depths = [torch.cat([text, vision], dim=1)]  # (B, L, D)
+        states = torch.cat([text, vision], dim=1)  # (B, L, D)
         global_mask = torch.ones_like(region_mask[:, :1])
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
-        num_text, modes, depth_weights = text.shape[1], [], []
+        num_text = text.shape[1]
+        layout = layout_of(mask, num_text)
+        # Under autocast a GPU's LayerNorm returns float32. Depths are kept as products are: bf16.
+        device = states.device.type
+        rounds = torch.is_autocast_enabled(device)
+        precision = torch.get_autocast_dtype(device) if rounds else states.dtype
+        depths, modes, depth_weights = [], [], []
         for layer in self.layers:
-            states, mode, weights = layer(depths, mask, num_text, temperature)
-            depths.append(states)
+            depths.append(states.to(precision))
+            states, mode, weights = layer(depths, layout, temperature)
             modes.append(mode)
             depth_weights.append(weights)
         text, vision = states[:, :num_text], states[:, num_text:]
@@ -528,8 +608,8 @@ def init_weights(module, std):
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
 #     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
 #
-# c is the detector's distribution over C classes, p the model's: MRC is KL(c || p), summed over
-# classes as in VOLTA. Of a mismatched pair no word or region is predicted.
+# c is the detector's distribution over C classes, p the model's: MRC is KL(c || p), summed
+# over classes as in VOLTA. Of a mismatched pair no word or region is predicted.
 
 
 class Transform(nn.Sequential):
@@ -540,11 +620,11 @@ class Transform(nn.Sequential):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
 
 
-def word_loss(logits, labels):
-    """Sum of -log p(label) over K places: logits (K, V), labels (K,). MLM, and ITM with V = 2.
+def label_loss(logits, labels):
+    """Sum of -log p(label) over K places: logits (K, V), labels (K,). MLM; ITM with V = 2.
 
-    A pair that matches, with logits (0, 2) for (MISMATCH, MATCH): -log(e^2 / (1 + e^2)) = 0.127.
-    >>> round(word_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([MATCH])).item(), 3)
+    A pair that matches, logits (0, 2) for (MISMATCH, MATCH): -log(e^2 / (1 + e^2)) = 0.127.
+    >>> round(label_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([MATCH])).item(), 3)
     0.127
     """
     return F.cross_entropy(logits.float(), labels, reduction="sum")  # K = 0: 0, not NaN
@@ -563,21 +643,22 @@ def region_loss(logits, targets):
 
 @dataclass
 class PretrainingOutput:
-    """The three losses of a batch as sums and counts, so that parts of a batch add up exactly.
+    """The three losses of a batch as sums and counts, so that parts of it add up exactly.
 
     sums (3,) float32, counts three integers: of MLM (pieces), MRC (regions) and ITM (pairs).
     correct (2,): the number of pieces and of pairs predicted right.
     """
 
-    sums: torch.Tensor
+    sums: Tensor
     counts: tuple
-    correct: torch.Tensor
+    correct: Tensor
     encoder: SwitchBertOutput
 
     @property
     def losses(self):
         """(3,): the mean of each loss; zero, not NaN, where nothing was masked."""
-        return self.sums / self.sums.new_tensor(self.counts).clamp(min=1)
+        # Divided by plain numbers: to copy a list to the GPU, the host would wait for it.
+        return torch.stack([each / max(1, n) for each, n in zip(self.sums, self.counts)])
 
     @property
     def loss(self):
@@ -596,8 +677,8 @@ class SwitchBertForPretraining(nn.Module):
         self.config = config
         self.bert = SwitchBert(config)
         self.mlm_transform = Transform(config)
-        # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word embeddings
-        # (tied weights); only the bias is new.
+        # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word
+        # embeddings (tied weights); only the bias is new.
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         # DistributedDataParallel fails on a parameter without gradient: no classes, no head.
         classes = config.num_region_classes
@@ -617,19 +698,20 @@ class SwitchBertForPretraining(nn.Module):
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
             temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # Output layers run on predicted places only, 15 % of half of the pairs, given as indices:
-        # for a mask, the GPU would have to wait until its places are counted.
+        # Output layers run on predicted places only, 15 % of half of the pairs, given as
+        # indices: for a mask, the GPU would have to wait until its places are counted.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
-        mlm_sum = word_loss(words, mlm_labels)
+        mlm_sum = label_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
         if mrc_targets is not None:
             states = self.mrc_transform(out.region_states.flatten(0, 1)[mrc_positions])  # (K', D)
             mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
         itm = self.itm_classifier(self.itm_dropout(out.pooled))  # (B, 2)
-        right = [(scores.argmax(dim=-1) == labels).sum()
-            for scores, labels in ((words, mlm_labels), (itm, itm_labels))]
-        return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, word_loss(itm, itm_labels)]),
-            (len(words), len(mrc_positions), len(itm)), torch.stack(right).float(), out)
+        words_right = (words.argmax(dim=-1) == mlm_labels).sum()
+        pairs_right = (itm.argmax(dim=-1) == itm_labels).sum()
+        return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, label_loss(itm, itm_labels)]),
+            (len(words), len(mrc_positions), len(itm)),
+            torch.stack([words_right, pairs_right]).float(), out)
 
 
 class TaskModel(nn.Module):
@@ -663,8 +745,8 @@ class SwitchBertForVQA(TaskModel):
         wide = 2 * config.hidden_size
         super().__init__(config, nn.Linear(config.pooler_size, wide), nn.GELU(),
             nn.LayerNorm(wide, eps=config.layer_norm_eps), nn.Linear(wide, num_answers))
-        # Every answer starts at probability 1/A: sigmoid(-log(A - 1)) = 1/A. From 1/2, hundreds of
-        # steps would only push answers down [focal loss, Lin et al. 2017, 4.1].
+        # Every answer starts at probability 1/A: sigmoid(-log(A - 1)) = 1/A. From 1/2,
+        # hundreds of steps would only push answers down [focal loss, Lin et al. 2017, 4.1].
         nn.init.constant_(self.classifier[-1].bias, -math.log(max(1, num_answers - 1)))
 
 
@@ -678,9 +760,9 @@ class SwitchBertForRetrieval(TaskModel):
     def from_pretraining(cls, config, weights):
         """A model that starts where pretraining ended; weights: the pretrained state dict.
 
-        The score is then the matching head's log odds of MATCH: log(p1 / p0) = logit_1 - logit_0,
-        a linear layer whose weights are the difference of the two rows. So the model can rank
-        without finetuning (zero-shot retrieval), and finetuning starts from there.
+        The score is then the matching head's log odds of MATCH: log(p1 / p0) = logit_1 -
+        logit_0, a linear layer whose weights are the difference of the two rows. So the model
+        can rank without finetuning (zero-shot retrieval), and finetuning starts from there.
         """
         model = cls(config)
         for name in ("weight", "bias"):
@@ -697,7 +779,7 @@ class SwitchBertForRetrieval(TaskModel):
 class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding gets the lowest float, so arg max never picks it. For binary cross entropy against IoU.
+    Padding gets the lowest float, so arg max never picks it. For binary cross entropy with IoU.
     """
 
     def __init__(self, config):
@@ -731,7 +813,7 @@ BERT_NAMES = {
 }
 # Entries of config.json that must equal the model's. More positions are allowed, and cut off.
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "intermediate_size")
+    "intermediate_size", "layer_norm_eps")
 BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # redundant entries
 
 
@@ -744,10 +826,11 @@ def load_bert(model, folder):
     the file has. Raises ValueError if a size does not fit; for a damaged file, its reader's error.
     """
     folder = Path(folder)
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    expected = {size: getattr(model.config, size) for size in BERT_SIZES} | {"hidden_act": "gelu"}
+    theirs = {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
+    expected = theirs | {size: getattr(model.config, size) for size in BERT_SIZES}
+    theirs |= json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in expected.items():
-        if theirs.get(name, "gelu") != value:
+        if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
     own, found, unexpected = model.state_dict(), {}, []
     prefix = "bert." if isinstance(model, SwitchBert) else ""

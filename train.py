@@ -81,8 +81,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
-    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab, collate,
-    flag, load_ahead, model_inputs, on_stop, only_run_in, progress, read_captions, reading,
+    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
+    caption_records, class_targets, collate, flag, load_ahead, model_inputs, on_stop, only_run_in,
+    progress, reading, region_inputs, run, save_png, say, start_processes, write_json, write_whole)
     region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
@@ -111,7 +112,8 @@ def parse_args(argv):
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
     flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: DATA/bert, if any")
     add_run_flags(p, Path("runs/pretrain"))
-    return parse_settings(p, argv, lambda args: FULL if args.data else TOY, "pretraining")
+    return parse_settings(p, argv, lambda args: TOY if args.data is None else
+        FULL | {"bert": next(args.data.glob("bert"), None)}, "pretraining")
 
 
 def add_run_flags(p, out):
@@ -127,7 +129,7 @@ def add_run_flags(p, out):
     flag(p, "--limit", COUNT, None, "train on this many examples at most")
     flag(p, "--seed", NATURAL, 0, "seed of everything random")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
-    flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, same result")
+    flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, other noise")
     flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
         "loading processes per process; on a CPU, which has enough to do, none")
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
@@ -174,7 +176,8 @@ def pretrain(args, checkpoint=None):
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. The task: its regions, captions and words, its model, losses and evaluation.
-    task = Pretraining(args, load_data(args.data), checkpoint)
+    words = checkpoint and checkpoint["vocab"]
+    task = Pretraining(args, load_data(args.data, args.bert, words), checkpoint)
     # 2. Training.
     scores = fit(args, task, checkpoint)
     if scores is None:
@@ -184,7 +187,7 @@ def pretrain(args, checkpoint=None):
         scores |= zero_shot(args, task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
-    say(f"{args.out}: {', '.join(sorted(os.listdir(args.out)))}")
+    say(f"{args.out}: {', '.join(sorted(path.name for path in args.out.glob('[!.]*')))}")
     say(f"done in {time.time() - started:.0f} s")
     return scores
 
@@ -208,7 +211,8 @@ class Pretraining:
         self.masked, self.whole = (PretrainingDataset(store, held_out, tokenizer,
             seed=args.seed + 1, blind=args.blind, masking=masking, name="held-out captions")
             for masking in (True, False))
-        for why, count in self.examples.skipped.items():
+        self.missing = self.examples.skipped
+        for why, count in self.missing.items():
             if count:
                 say(f"left out: {count} captions {why}")
         if not store.num_region_classes:
@@ -219,25 +223,20 @@ class Pretraining:
         self.model = SwitchBertForPretraining(config)
         if checkpoint:
             check_fits(checkpoint, store, "num_region_classes")
-            if checkpoint["vocab"] != tokenizer.pieces:
-                raise BadInput("the vocabulary is not the checkpoint's; use the vocabulary or the "
-                    "captions that it was trained with")
-        elif args.bert or args.data and (args.data / "bert").is_dir():
-            bert = args.bert or args.data / "bert"
-            with reading(bert, "a Hugging Face BERT of this model's size"):
-                missing, unused = load_bert(self.model, bert)  # A6
-            say(f"started from {bert}; new in this model: {len(missing)} parameters; not used of "
-                f"BERT: {', '.join(unused) or 'nothing'}")
+        elif args.bert:
+            with reading(args.bert, "a Hugging Face BERT of this model's size"):
+                missing, unused = load_bert(self.model, args.bert)  # A6
+            say(f"started from {args.bert}; new in this model: {len(missing)} parameters; not used "
+                f"of BERT: {', '.join(unused) or 'nothing'}")
 
     @staticmethod
     def counts(batch):
         """(3,): predicted words, predicted regions, pairs."""
         return torch.tensor([len(batch[k]) for k in ("mlm_labels", "mrc_positions", "itm_labels")])
 
-    @staticmethod
-    def sums(model, batch, tau):
+    def sums(self, model, batch, tau):
         """(3,): the three losses, summed; and the encoder's output."""
-        out = model(**batch, temperature=tau)
+        out = model(**class_targets(batch, self.store), temperature=tau)
         return out.sums, out.encoder
 
     def evaluate(self, model):
@@ -291,6 +290,11 @@ def fit(args, task, checkpoint=None):
     # interval: the sums of this process's losses since the last evaluation.
     first, interval = 0, torch.zeros(len(task.loss_names), device=device())
     if checkpoint:
+        known = checkpoint.get("examples", task.examples.captions.checksum)
+        if known != task.examples.captions.checksum:
+            raise BadInput(f"{task.store.folder.parent}: the run that is resumed had other "
+                f"{task.unit}, {known[0]:,} of them, here are {len(task.examples):,}; give it "
+                "its own, or start a new run with another --out")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -306,7 +310,7 @@ def fit(args, task, checkpoint=None):
     if WORLD_SIZE > 1:
         trained = DistributedDataParallel(model)
         trained.broadcast_buffers = False  # they are constants
-    if task.evaluates_at_start or first == steps:
+    if task.evaluates_at_start or first >= steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
@@ -543,7 +547,8 @@ def evaluate(model, dataset, batch_size=200):
     found, counts = torch.zeros(5, device=device()), torch.zeros(3)
     switches = SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
-        out = model(**to_device(collate([dataset[i] for i in part])))
+        batch = to_device(collate([dataset[i] for i in part]))
+        out = model(**class_targets(batch, dataset.store))
         found += torch.cat([out.sums, out.correct])  # three losses, hits among words and pairs
         counts += torch.tensor(out.counts)
         switches.add(out.encoder)
@@ -618,43 +623,105 @@ NUM_HELD_OUT = 400  # scenes for the losses and accuracies; the first 100 of the
 Data = namedtuple("Data", "store captions held_out_captions tokenizer")
 
 
-def load_data(folder):
-    """The Data of a folder, or of the toy world if it is None. A folder holds features/ (a store),
-    captions (*.tsv, *.json, or folders written by img2dataset, any number), and a vocabulary,
-    vocab.txt or bert/vocab.txt. Without either, one is built from the captions: the same captions
-    give the same words, so a run can be resumed.
+def load_data(folder, bert=None, words=None):
+    """The Data of a folder, or of the toy world if it is None. A folder holds features/ (a store)
+    and captions (*.tsv, *.json, or folders of pictures and texts, any number). Words are those of a
+    resumed checkpoint (words: its pieces), or see find_words.
     """
     if folder is None:
-        return toy_world()
-    store, (training, held_out) = FeatureStore(folder / "features"), split_captions(folder)
-    files = [*folder.glob("vocab.txt"), *folder.glob("bert/vocab.txt")]
-    words = files[0] if files else build_vocab(text for _, text in training)
-    return Data(store, training, held_out, WordPiece(words))
+        store, training, held_out, texts = toy_world()
+    else:
+        store = FeatureStore(folder / "features")
+        training, held_out = split_captions(folder, store)
+        texts = (text for _, text in training)
+    tokenizer = WordPiece(words) if words else find_words(folder, bert, texts)
+    return Data(store, training, held_out, tokenizer)
 
 
-def split_captions(folder):
-    """(training, held-out) captions of all files in a folder. Held out are 1,000 `val` captions of
-    files with splits; without any, captions of the 1 % of images, at least 5, whose ids have the
-    smallest crc32: that does not depend on the order of files.
+def find_words(folder, bert, texts):
+    """The WordPiece of a new run: vocab.txt of the BERT that it starts from (bert: its folder, or
+    None), whose weights know no other words; else of the data folder; else built from these texts,
+    always to the same words.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".tsv", ".json")
-        or path.name not in ("features", "bert") and any(path.glob("**/*.txt")))
-    if not files:
+    places = [place for place in (bert, folder) if place and (place / "vocab.txt").exists()]
+    if bert and not places:
+        raise BadInput(f"{bert}: expected vocab.txt, the words of its weights")
+    found = [WordPiece(place / "vocab.txt") for place in places] or [WordPiece(build_vocab(texts))]
+    if found[0].pieces != found[-1].pieces:
+        raise BadInput(f"vocab.txt differs in {bert} and {folder}; remove that of {folder}")
+    return found[0]
+
+
+def split_captions(folder, store):
+    """(training, held-out) captions of all files in a folder. Held out are 1,000 `val` captions of
+    files with splits; without any, captions of the 1 % of images with features, at least 5, whose
+    ids have the smallest crc32: that does not depend on the order of files.
+    """
+    paths = sorted(path for path in folder.glob("[!.]*")
+        if path.name not in ("features", "bert", "vocab.txt"))
+    sources, splits, unread = [], [], []
+
+    def pairs():
+        """Yield (image id, caption); sources and splits say where each one comes from."""
+        for number, path in enumerate(paths):
+            if path.is_dir() or path.suffix.lower() in (".tsv", ".json"):
+                for image_id, text, split in caption_records(path):
+                    sources.append(number)
+                    splits.append(split)
+                    yield image_id, text
+            if sources[-1:] != [number]:
+                unread.append(path.name)
+
+    captions = Captions(pairs())
+    if unread:
+        say(f"{folder}: no captions are read from {', '.join(unread)}")
+    if not sources:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
-    training, held_out = (Captions(pair for path in files for pair in read_captions(path, split))
-        for split in ("train", "val"))
-    if not len(held_out):
-        codes = np.fromiter(map(zlib.crc32, training.ids), np.uint32)
-        images = np.unique(codes)
-        chosen = np.isin(codes, images[: max(5, len(images) // 100)])
-        training, held_out = training[~chosen], training[chosen]
-    return training, held_out[:1000]
+    sources = np.array(sources)
+    check_names(captions, sources, paths)
+    found = np.zeros(len(captions), bool)
+    for number in np.unique(sources):
+        mine = sources == number
+        found[mine] = store.find(captions.ids[mine], f"{paths[number]}: captions") >= 0
+    in_training = np.array([split == "train" for split in splits])
+    held_out = np.array([split == "val" for split in splits])
+    if held_out.any():
+        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of any other file
+    else:
+        codes = np.fromiter(map(zlib.crc32, captions.ids), np.uint32)
+        images = np.unique(codes[in_training & found])
+        held_out = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
+        in_training &= ~held_out
+    training, held_out = captions[in_training], captions[held_out][:1000]
+    unused = len(captions) - len(training) - len(held_out)
+    if unused:
+        say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or training "
+            "captions of its images")
+    return training, held_out
+
+
+def check_names(captions, sources, paths):
+    """Raise BadInput if two captions that may be of different pictures have the same image id.
+
+    Numbers in the names of a folder are often counters (img2dataset): in another source the same
+    number means another picture, and so does any name in another folder. Tables and JSON files may
+    well share images. sources (N,): the index in paths of each caption's source.
+    """
+    order = np.argsort(captions.ids, kind="stable")
+    ids, sources = captions.ids[order], sources[order]
+    of_folder = np.array([path.is_dir() for path in paths])[sources]
+    one, both = of_folder[1:] | of_folder[:-1], of_folder[1:] & of_folder[:-1]
+    clash = (ids[1:] == ids[:-1]) & (both | one & np.strings.isdigit(ids[1:]))
+    for k in np.flatnonzero(clash):
+        raise BadInput(f"{paths[sources[k]]} and {paths[sources[k + 1]]} both have a picture "
+            f"{ids[k].decode()}; if these are two, rename one and extract its features anew")
 
 
 def toy_world():
-    """Data of the toy world; trains the detector and fills the feature store if they are missing. A
-    scene's id is its number, which is also its seed. No model is trained on held-out scenes.
+    """(store, training pairs, held-out pairs, texts for a vocabulary) of the toy world; trains the
+    detector and fills the store if they are missing. A scene's id is its number, which is also its
+    seed. No model is trained on held-out scenes.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
@@ -665,19 +732,23 @@ def toy_world():
         store = FeatureStore(features)
     except BadInput:  # none, or a half-written one
         from extract_features import extract_scenes, toy_detector  # needs torchvision
-        detector = toy_detector(features.with_name("detector.pt"), training)
-        store = extract_scenes(detector, [*training, *held_out], features)
+        with only_run_in(features.parent):
+            detector = toy_detector(features.with_name("detector.pt"), training)
+            store = extract_scenes(detector, [*training, *held_out], features)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-    # Finetuning uses these words too: so the vocabulary also covers questions and expressions.
-    texts = []
-    for scene in map(Scene, training[:1000]):
-        texts += scene.captions()
-        texts += [f"{question} {answer}" for question, answer, _ in scene.questions()]
-        texts += [expression for expression, _, _ in scene.expressions()]
-    return Data(store, [(n, text) for n in training for text in Scene(n).captions(4)],
-        [(n, text) for n in held_out for text in Scene(n).captions(2)],
-        WordPiece(build_vocab(texts)))
+    return (store, [(n, text) for n in training for text in Scene(n).captions(4)],
+        [(n, text) for n in held_out for text in Scene(n).captions(2)], toy_texts(training[:1000]))
+
+
+def toy_texts(numbers):
+    """Yield texts of scenes for a vocabulary; finetuning uses it too, so questions as well."""
+    for scene in map(Scene, numbers):
+        yield from scene.captions()
+        for question, answer, _ in scene.questions():
+            yield f"{question} {answer}"
+        for expression, _, _ in scene.expressions():
+            yield expression
 
 
 # --- 7. Processes ---------------------------------------------------------------------------------
@@ -774,7 +845,8 @@ def save_checkpoint(args, task, optimizer, step, interval):
             "settings": {key: vars(args)[key] for key in FIXED if key in args},
             "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
             "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
-            "interval": interval, "optimizer": optimizer.state_dict()}
+            "examples": task.examples.captions.checksum, "interval": interval,
+            "optimizer": optimizer.state_dict()}
         write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
 
 
@@ -817,12 +889,20 @@ def begin_record(args, task, first, steps):
         n = 1
         while Path(f"{out}-{n}").exists():
             n += 1
-        out.rename(f"{out}-{n}")
-        say(f"the run that was in {out} is now in {out}-{n}")
+        try:
+            earlier = out.rename(f"{out}-{n}")
+        except OSError as error:  # a mounted folder
+            raise BadInput(f"{out} holds a run and cannot be renamed ({error}); continue it with "
+                f"--resume, or begin a new one with --out {out}/new") from None
+        say(f"the run that was in {out} is now in {earlier}")
+        out.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            (earlier / ".lock").replace(out / ".lock")  # this process holds it
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
-        "data": task.store.folder, "examples": len(task.examples), "torch": torch.__version__})
+        "data": task.store.folder, "examples": len(task.examples), "left_out": task.missing,
+        "torch": torch.__version__})
     say(f"{task.name}{' without pictures' * args.blind}: {len(task.examples)} {task.unit}, "
         f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {steps} steps of "
         f"{args.batch}, {args.precision}, on {device().type}; processes: {WORLD_SIZE}, threads: "

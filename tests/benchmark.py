@@ -3,6 +3,8 @@
 A figure in seconds says more of the machine than of the code; a ratio of two that took turns within
 a second of each other says something of the code on any machine. Let nothing else run beside it.
 
+    count      operations of a training step and the bytes that they move, counted without running
+               them: the same on every machine (half a minute)
     train      a training step with learned switches against frozen ones, a plain torch.nn BERT and
                the bare matrix products; growth, padding, loading, memory (10 minutes on 2 cores)
     corpus     3.3 and 12.4 million captions: seconds and memory before the first step, and in
@@ -10,18 +12,23 @@ a second of each other says something of the code on any machine. Let nothing el
     store      reading a feature store against plain copies in memory, .npz files, pickled records
     extract    extraction from picture files against the bare network, at its real size
     gpu        all of it that a GPU can show, and the runs of the README, in ten minutes
-    tiny       `train`, `corpus` and `gpu` at sizes that mean nothing: do they work?
+    tiny       `count`, `train`, `corpus` and `gpu` at sizes that mean nothing: do they work?
 
 --json FILE writes all figures.
 
 The levers, each explained where it stands in the code, with a test that it equals the plain form.
 Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6231a4c.
 
-    attention as one softmax     forward and backward at base size (16 pairs, 75 tokens) 10.5 ms; as
-                                 one exponential with two sums 13.4; torch's fused attention without
-                                 any modes 12.6. Toy size: 1.6, 1.9 and 2.2 ms
-    Switch-Input by addcmul      a layer of 12, forward and backward: 5.4 ms; multiplied and added
-                                 5.8; stacked for one product 7.7. A layer of 48: 15.9, 18.4 and 90
+    switches as a bias, an       operations of a step: fp32 1,795 instead of 2,659 (frozen single
+    average and a product        1,163, 1,226), bf16 2,346 instead of 3,356 (1,622, 1,739); GB
+                                 outside matrix products, bf16, 256 pairs: 98 instead of 164 (76,
+                                 86). Counted; `instead of` is commit 928b854
+    fused attention              on a CPU, where it is not fused, forward and backward at base size
+                                 (16 pairs, 75 tokens) 32.4 ms; as 928b854 wrote it 32.5; the
+                                 explicit softmax 28.7. Measured on a slower machine, as below
+    Switch-Input as a product    a layer of 12, forward and backward: 67 ms, a chain of addcmul 62;
+                                 if the stack were kept 56, and 15 MB per pair more in all layers.
+                                 A layer of 48: 258, 238 and 164
     batches of like length       captions of 12 pieces: 1.93 x the pairs per second of padding to
                                  38, 1.43 x in batches drawn at random; .7 % of the text is padding
     masked places as positions   no `nonzero` and no tensor of a Python list: nothing to wait for on
@@ -35,10 +42,12 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
                                  bins in the detector, no blind run at its end, faster retrieval
     channels_last, fused AdamW   the toy detector: a fifth and a fourteenth
 
-All of `train` at base size, frozen `single` = 1: learned 1.00, attention .97, input .97, dual .96,
-late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare matrix products .82 (so learned is 1.23
-of them). A layer of 48 costs 1.10 of a layer of 12. Kept for the backward pass: 65 MB per pair
-(single 62). Loaded in the same process, 5,500 pairs per second; a step makes 4.3.
+All of `train` at base size, frozen `single` = 1. Of 928b854, on the EPYC: learned 1.00,
+attention .97, input .97, dual .96, late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare
+matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Loaded
+in the same process, 5,500 pairs per second; a step makes 4.3. Now, on the slower machine (two
+shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there 1.19), which is 1.51 of the
+bare products (1.57). Kept for the backward pass: 64 MB per pair (single 62).
 """
 
 import argparse
@@ -59,6 +68,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,6 +111,82 @@ def show(title, unit, numbers):
     print(f"\n{title} ({unit})")
     for name, number in numbers.items():
         print(f"    {name:45s}{number:12.3f}")
+
+
+# --- count ----------------------------------------------------------------------------------------
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that torch dispatches, and the bytes that they read and write.
+
+    A view is no operation. A matrix product is one, but its bytes do not count: its time is that
+    of its arithmetic. Elsewhere a GPU waits for its memory, so bytes are time; and its host needs
+    some microseconds for an operation of any size. Fused attention counts as its parts, as on a
+    CPU with dropout; on a GPU it is one operation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        aliases = [value.alias_info for value in operation._schema.returns]
+        is_view = any(alias and not alias.is_write for alias in aliases)
+        if is_view or name == "_unsafe_view" or operation.namespace == "prim":
+            return result
+        self.operations += 1
+        if name not in PRODUCTS:
+            for value in tree_leaves((args, kwargs, result)):
+                if torch.is_tensor(value):
+                    # Of a number that is expanded to many places, one is read.
+                    self.bytes += min(value.nbytes, value.untyped_storage().nbytes())
+        return result
+
+
+def count_step(model, batch, dtype=None):
+    """Count of a forward and backward pass on the CPU."""
+    with Count() as count:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(**batch, temperature=1.0).loss
+        loss.backward()
+    return count
+
+
+def fake_model_and_batch(config, form):
+    """Of fake tensors, which have shapes but no numbers: for use within a FakeTensorMode."""
+    batch = {}
+    for name, of_a_pair in make_batch(config, **dict(form, pairs=1)).items():
+        shape = (form["pairs"] * len(of_a_pair), *of_a_pair.shape[1:])
+        batch[name] = torch.empty(shape, dtype=of_a_pair.dtype)
+    return SwitchBertForPretraining(config).train(), batch
+
+
+def count_fake_step(config, form, dtype=None):
+    """The Count of a step at any size, in two seconds, because nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_step(*fake_model_and_batch(config, form), dtype)
+
+
+def benchmark_count(folder, size="base", pairs=256):
+    """Operations, which do not depend on the number of pairs, and gigabytes."""
+    make, form = SIZES[size]
+    form = dict(form, pairs=pairs)
+    for precision, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        counts = {name: count_fake_step(make(switches=name), form, dtype)
+            for name in ("learned", "attention", "input", "single")}
+        single = counts["single"]
+        operations = {name: count.operations for name, count in counts.items()}
+        operations["learned, single = 1"] = operations["learned"] / single.operations
+        show(f"operations of a step, {size}, {precision}", "forward + backward", operations)
+        gigabytes = {name: count.bytes / 1e9 for name, count in counts.items()}
+        gigabytes["learned, single = 1"] = gigabytes["learned"] / gigabytes["single"]
+        show(f"moved outside matrix products, {size}, {precision}", f"GB, {pairs} pairs",
+            gigabytes)
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -198,12 +286,12 @@ def saved_for_backward(model, batch):
     blocks = {}
 
     def keep(tensor):
-        blocks[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        blocks[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch, temperature=1.0).loss
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
     del loss
     return sum(n for p, n in blocks.items() if p not in weights) / 1e6 / len(batch["itm_labels"])
 
@@ -568,7 +656,8 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
 
 
 def benchmark_tiny(folder):
-    """Do `train`, `corpus` and `gpu` work?"""
+    """Do `count`, `train`, `corpus` and `gpu` work?"""
+    benchmark_count(folder, "tiny", pairs=4)
     benchmark_train(folder, "tiny", rounds=1)
     benchmark_corpus(folder, counts=[60_000])
     (folder / "gpu").mkdir()
@@ -576,8 +665,9 @@ def benchmark_tiny(folder):
         pictures=0)
 
 
-BENCHMARKS = {"train": benchmark_train, "corpus": benchmark_corpus, "store": benchmark_store,
-    "extract": benchmark_extract, "gpu": benchmark_gpu, "tiny": benchmark_tiny}
+BENCHMARKS = {"count": benchmark_count, "train": benchmark_train, "corpus": benchmark_corpus,
+    "store": benchmark_store, "extract": benchmark_extract, "gpu": benchmark_gpu,
+    "tiny": benchmark_tiny}
 
 
 def main(argv=None):

@@ -2,6 +2,9 @@
 
 import argparse
 import base64
+import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -38,9 +41,35 @@ def write(path, content):
 
 @pytest.mark.parametrize("names, expected", [(("0", "000.jpg"), "0"),
     (("coco_train2014_000000391895.npz", "000391895.txt", 391895), "391895"),
-    (("a/b/dog_1.jpg", "dog_1", "dog_1.JPEG.png"), "dog_1"), (["v1.2 final"], "v1.2 final")])
+    (("a/b/dog_1.jpg", "dog_1", "dog_1.JPEG.png"), "dog_1"), (["v1.2 final"], "v1.2 final"),
+    (("a\\dog_1.jfif", " dog_1 ", "dog_1.jpg #3", "dog_1.jpg.txt"), "dog_1"),
+    (["room#1.jpg"], "room#1"), (["room#1", "room.jpg"], "room"),  # a name; a caption's number
+    (("cafe\u0301.HEIC", "caf\u00e9"), "caf\u00e9")])  # an accent in two characters and in one
 def test_every_spelling_of_an_image_id_becomes_one(names, expected):
     assert {canonical_id(name) for name in names} == {expected}
+
+
+@pytest.mark.parametrize("found, words", [("ab", "names: 2 of 2 found in here"),
+    ("abcd", "names: 2 of 4 found in here"),
+    ("abcde", "names: 2 of 5 found in here; those that did not meet: 'c' and 'x'"),
+    ("c", None)])
+def test_what_was_found_is_counted_and_shown_where_most_is_missing(capsys, found, words):
+    """'a', 'b' and 'x' are there. Of nothing found, the same sentence is an error."""
+    wanted, known = np.array([*found], "S"), np.array([*"abx"], "S")
+    arguments = "names", wanted, np.isin(wanted, known), "here", known
+    if words:
+        data.say_found(*arguments)
+        assert capsys.readouterr().out == words + "\n"
+    else:
+        with pytest.raises(BadInput, match="0 of 1 found in here; .*: 'c' and 'a'"):
+            data.say_found(*arguments)
+
+
+def test_a_file_that_git_lfs_has_not_fetched_is_named(tmp_path):
+    path = write(tmp_path / "bert/vocab.txt", "version https://git-lfs.github.com/spec/v1\noid 1\n")
+    for read in (lambda: WordPiece(path), lambda: FeatureStore(path.parent)):
+        with pytest.raises(BadInput, match="git-lfs has not fetched .*bert/vocab.txt yet: git lfs"):
+            read()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -105,6 +134,19 @@ def test_a_folder_is_held_by_one_process_until_that_one_ends_even_by_sigkill(tmp
         pass
 
 
+@pytest.mark.parametrize("error, held", [(errno.EAGAIN, True), (errno.EACCES, True),
+    (errno.EPERM, False), (errno.ENOLCK, False), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False)])
+def test_only_a_lock_that_is_held_means_a_second_run(tmp_path, monkeypatch, capsys, error, held):
+    """Network disks have none: the run says so, and goes on. The lock lies in the folder: that may
+    be all that is writable.
+    """
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(error, os.strerror(error))))
+    with pytest.raises(BadInput, match="another run") if held else contextlib.nullcontext():
+        with only_run_in(tmp_path / "run"):
+            assert [path.name for path in tmp_path.rglob("*")] == ["run", ".lock"]
+    assert held or "run: cannot be locked; start no second run" in capsys.readouterr().out
+
+
 START = """
 import os, sys, time
 if "RANK" not in os.environ:
@@ -155,6 +197,15 @@ def test_pieces_are_the_longest_matches_from_the_left(tmp_path):
     assert tokenizer.encode("play play play play", 4) == [2, 9, 9, 3]  # cut, specials counted
 
 
+@pytest.mark.parametrize("pieces, settings", [([*PIECES, "Play"], {}),
+    (PIECES, {"do_lower_case": False})])
+def test_a_cased_vocabulary_is_refused(tmp_path, pieces, settings):
+    path = write(tmp_path / "vocab.txt", "\n".join([*pieces, "<S>", "[unused1]"]))
+    write(tmp_path / "tokenizer_config.json", settings)
+    with pytest.raises(BadInput, match="vocab.txt: .*it is of a cased BERT"):
+        WordPiece(path)
+
+
 def test_a_built_vocabulary_is_specials_characters_and_frequent_words():
     texts = ["bb a dd"] * 2 + ["Dd!", "ca"]
     expected = [*data.SPECIALS, *"!abcd", "##!", "##a", "##b", "##c", "##d", "dd", "bb"]
@@ -183,6 +234,17 @@ def test_rows_of_many_images_are_the_rows_of_each_and_failed_images_have_none(tm
     rows = {"9": 2, "COCO_val2014_000000000200.jpg": 5, "zzz": -1, "b": -1, "zebra": 0, 10: 1,
         "": -1, "café": 3, "a": -1, 9: 2}
     assert store.rows(rows).tolist() == [*rows.values()]
+
+
+def test_a_store_keeps_the_names_it_was_written_with_and_is_asked_in_any_spelling(tmp_path):
+    """Earlier versions kept two-character accents, and suffixes that they did not know."""
+    ids = ["xxxxxxxx", "yyyyyyyy", "room#1.jpg", "room#2.jpg"]
+    folder = fill(make_writer(tmp_path, ids), range(4)).finish().folder
+    written = np.array(["cafe\u0301".encode(), b"b.jfif", b"room#1", b"room#2"], "S8")
+    np.save(folder / "ids.npy", written)
+    store = FeatureStore(folder)
+    assert store.rows(["caf\u00e9.jpg", "cafe\u0301", "b", "room#2.png"]).tolist() == [0, 0, 1, 3]
+    assert np.array_equal(store.ids, written)
 
 
 def test_distributions_over_classes_follow_from_the_detectors_last_layer(tmp_path):
@@ -315,6 +377,10 @@ def test_captions_read_like_the_list_of_pairs_that_they_hold(count):
     captions, odd = data.Captions(iter(pairs)), np.arange(count) % 2 == 1
     for same in (captions, captions[:], pickle.loads(pickle.dumps(captions))):
         assert list(same) == expected and len(same) == count
+        assert same.checksum == captions.checksum and same.checksum[0] == count
+    for change in (lambda pair: (pair[0], pair[1] + "!"), lambda pair: (f"x{pair[0]}", pair[1])):
+        changed = data.Captions([*map(change, expected[:1]), *expected[1:]])
+        assert (changed.checksum == captions.checksum) == (count == 0)
     assert list(captions[odd]) == list(captions[np.flatnonzero(odd)]) == expected[1::2]
 
 
@@ -330,10 +396,24 @@ KARPATHY = {"images": [{"cocoid": i, "imgid": 0, "filename": f"COCO_val2014_{i:0
     "split": s, "sentences": [{"raw": s}]} for i, s in enumerate(["restval", "train", "val"])]}
 
 
+# As annotation tools export it: images are counted from 1, only the file's name tells which it is.
+COUNTED = {"images": [{"id": 1, "file_name": "a\\000000000003.png"}, {"id": "2"}],
+    "annotations": [{"image_id": i, "caption": f"{i}"} for i in ("1", 1, 2)]}
+TWICE = [{"id": 1, "file_name": "a/3.png"}, {"id": 2, "file_name": "b/3.png"}]
+LISTED = [{"image": "coco/dog_1.jpg", "caption": "a dog"}, {"image": "2", "caption": ["b", "c"]}]
+NAMED = {"images": [{"filename": s, "split": s, "sentences": [{"raw": s}]}
+    for s in ("Training", "valid", "validation", "dev", "val2014", "testing")]}
+
+
 @pytest.mark.parametrize("content, split, expected", [
     (f"a bus\t{URL}\n", None, BUS), (f"{URL}\ta bus\n", None, BUS),  # CC12M
     ("\ufeffdog_1\ta dog\r\n000000000042\ttwo\r\n", "train", [("dog_1", "a dog"), ("42", "two")]),
     ("dog_1\ta dog\n", "val", []), ("", None, []),
+    ("dog_1 \ta dog\n\n \n", None, [("dog_1", "a dog")]),
+    (COUNTED, None, [("3", "1"), ("3", "1"), ("2", "2")]),
+    ("[so]\ta dog", None, [("[so]", "a dog")]),
+    (LISTED, "train", [("dog_1", "a dog"), ("2", "b"), ("2", "c")]), ("\n [ ]", None, []),
+    (NAMED, "val", [(name, name) for name in ("valid", "validation", "dev", "val2014")]),
     (COCO, None, [("318556", "A bathroom"), ("9", "A bus")]),
     (FLICKR, "train", [("1000092795", "Two guys."), ("1000092795", "Two men.")]),
     (KARPATHY, "val", [("2", "val")]),
@@ -342,10 +422,35 @@ def test_every_published_form_is_recognised_by_its_content(tmp_path, content, sp
     assert list(read_captions(write(tmp_path / "any.name", content), split)) == expected
 
 
-def test_the_captions_of_a_folder_lie_beside_its_pictures(tmp_path):
-    write(tmp_path / "01/000010002.txt", "two\n")
-    write(tmp_path / "00/000000012.txt", " a ring ")
-    assert list(read_captions(tmp_path)) == [("12", "a ring"), ("10002", "two")]
+def test_the_captions_of_a_folder_lie_beside_its_pictures(tmp_path, capsys):
+    """A picture, or the JSON of img2dataset; in linked folders too. All else is counted."""
+    home = tmp_path / "data"
+    for name in ("00/000000012.jpg", "00/000000012.txt", "01/b.PNG", "01/b.png.txt", "2/c.json",
+            "2/c.txt"):
+        write(home / name, f" a ring in {name}\n")
+    write(tmp_path / "elsewhere/d.gif", "")
+    write(tmp_path / "elsewhere/d.txt", "\ufeffa dog")
+    (home / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for name in ("README.txt", "00/._000000012.txt", "00/.ipynb_checkpoints/000000012.txt",
+            "labels/b.txt", "failed.txt"):
+        write(home / name, "not a caption")
+    write(home / "01/e.jpg", "")
+    write(home / "01/e.txt", "0 0.5 9.5e-05 0.1 0.2")  # a box in YOLO's form
+    write(home / "00000_stats.json", "{}")
+    write(home / "features/store.json", "{}")
+    write(home / "features/failed.txt", "7: no picture")
+    (home / "00/loop").symlink_to(home, target_is_directory=True)
+    expected = {"12": "00/000000012.txt", "b": "01/b.png.txt", "c": "2/c.txt"}
+    assert dict(read_captions(home)) == {"d": "a dog"} | {
+        name: f"a ring in {path}" for name, path in expected.items()}
+    assert f"{home}: 4 of 8 .txt files are captions, of 5 pictures" in capsys.readouterr().out
+    write(tmp_path / "alone/x.txt", "a cat")
+    write(tmp_path / "alone/info.json", "{}")
+    assert list(read_captions(tmp_path / "alone")) == [("x", "a cat")]
+    assert "1 of 1 .txt files are captions, of 0 pictures" in capsys.readouterr().out
+    (home / "link/d.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BadInput, match="link/d.txt: not a caption in UTF-8"):
+        list(read_captions(home))
 
 
 # As their authors describe them; what '_' stands for is not used here.
@@ -372,13 +477,14 @@ def published(columns):
 
 
 @pytest.mark.parametrize("columns", [6, 10, 13])
-def test_published_features_are_read_as_they_are(tmp_path, columns):
+def test_published_features_are_read_as_they_are(tmp_path, columns, capsys):
     lines, records = published(columns)
     if columns == 10:  # Python 3 wrote bytes as b'...'
         lines = [re.sub(r"\t([^\t\n]{8,})", r"\tb'\1'", line) for line in lines]
     files = [write(tmp_path / "a.tsv", lines[0]), write(tmp_path / "b.tsv", "".join(lines[1:]))]
     store = import_features(files, tmp_path / "store")
     assert len(store) == 3 and store.row(11) is None
+    assert "4 lines hold 3 images; 1 lines are left out" in capsys.readouterr().out
     assert store.num_region_classes == (9 if columns == 13 else 0)
     for image_id, arrays in records[:2] + records[3:]:
         row = store.row(image_id)
@@ -420,7 +526,7 @@ def test_check_says_what_a_store_and_captions_hold(tmp_path, store, capsys):
     data.main(["check", str(store.folder), str(captions)])
     printed = capsys.readouterr().out
     for words in ("10 images, 10 of them with regions\n", "detector: made up\n",
-            "mine.tsv: 4 captions, 3 of them of images with features.*'3', 'a dog'"):
+            r"mine.tsv: captions: 3 of 4 found in .*features\n    the first: \('3', 'a dog'\)"):
         assert re.search(words, printed), printed
 
 
@@ -557,6 +663,11 @@ RECORD = r"^image 7: not regions that can be stored \("
 REFUSED = [  # (what is called, what lies at its path, words of the message behind the path)
     (read_json, '{"annotations": [', "not a whole JSON file .*line 1"),
     (captions_of, "a\tb\nc\td\te\n", "not a table of two columns, .*near caption 2: too many"),
+    (captions_of, {"images": TWICE, "annotations": []}, "two of its images have the same id or fi"),
+    (captions_of, {"images": TWICE[:1], "annotations": [{"image_id": 3, "caption": "a"}]},
+        "near caption 1: KeyError '3'"),
+    (captions_of, [{"image": "a", "caption": None}], "near caption 1: TypeError"),
+    (captions_of, {"images": [{"split": "trein"}]}, "a split among train, val, .*, found 'trein'"),
     (captions_of, {"questions": []}, "near caption 1: KeyError 'images'"),
     (captions_of, {"annotations": [{"image_id": 1, "caption": None}]}, "near caption 1: Attrib"),
     (WordPiece, "hello\nworld\n", r"not BERT's vocabulary: .*'\[PAD\]'"),
@@ -570,7 +681,8 @@ REFUSED = [  # (what is called, what lies at its path, words of the message behi
         "holds a feature store of other images or settings .*differs in feature_size, ids"),
     (lambda path: fill(make_writer(path), [0, 2]).finish(), None, "1 images are not written"),
     (lambda path: FeatureStore(make_writer(path).folder), None, "a half-written .*; repeat the"),
-    (lambda path: make_writer(path, ids=("a", "a.jpg")), None, "'a' is the id of two images"),
+    (lambda path: make_writer(path, ids=("a", "a.jpg")), None,
+        "'a' is the id of two images, a and a.jpg; rename one"),
     (lambda path: make_writer(path, num_regions=10**12), None, "expected .* GB of free disk"),
     (importing, "", "no image with a region"),
     (importing, f"{FIRST}a\tb\tc\n", f"{TSV}near line 2: KeyError 3"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.ops import box_iou, nms
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -123,7 +124,11 @@ GREY = np.arange(60, dtype=np.uint8).reshape(6, 10)
 RGB = Image.fromarray(np.dstack([GREY] * 3))
 KINDS = [("grey.png", GREY, GREY), ("bits16.png", GREY.astype(np.uint16) * 256 + 99, GREY),
     ("bit.png", GREY > 30, 255 * (GREY > 30)), ("rgba.png", np.dstack([GREY] * 4), GREY),
-    ("palette.gif", RGB.quantize(60), GREY), ("ink.tif", RGB.convert("CMYK"), GREY)]
+    ("palette.gif", RGB.quantize(60), GREY), ("ink.tif", RGB.convert("CMYK"), GREY),
+    ("float1.tif", np.float32(GREY / 255), GREY), ("float255.tif", np.float32(GREY), GREY),
+    ("float256.tif", np.minimum(GREY, 50) * np.float32(5.12), np.minimum(GREY, 50) * 5.12),
+    ("int255.tif", np.int32(GREY) + 200, GREY + 200.0),
+    ("int.tif", np.int32(GREY) * 1000, GREY * (255 / 59))]  # the brightest is white
 
 
 @pytest.mark.parametrize("name, stored, seen", KINDS)
@@ -131,6 +136,7 @@ def test_pictures_of_every_kind_are_opened_upright_and_in_colour(tmp_path, name,
     """Also after EXIF orientation 6: the camera's top row is the right-hand side of the scene."""
     exif = Image.Exif()
     exif[0x0112] = 6
+    seen = np.minimum(seen, 255)
     image = stored if isinstance(stored, Image.Image) else Image.fromarray(stored)
     image.save(tmp_path / name)
     if name.endswith("png"):
@@ -138,6 +144,36 @@ def test_pictures_of_every_kind_are_opened_upright_and_in_colour(tmp_path, name,
     for path in tmp_path.iterdir():
         found = open_picture(path)
         assert found.mode == "RGB" and np.abs(np.float32(found) - seen[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("pixels", [[[-0.1, 1]], [[0, np.nan]], [[0, np.inf]]])
+def test_pixels_whose_range_is_unknown_are_refused(tmp_path, pixels):
+    Image.fromarray(np.float32(pixels)).save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match="a.tif: .*pixels below 0, or not numbers"):
+        open_picture(tmp_path / "a.tif")
+
+
+def test_sound_pictures_with_odd_notes_are_opened(tmp_path):
+    """An EXIF width that is a text: it stays as it lies. Two megabytes of text in a PNG."""
+    width, orientation = (0x0100, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\6\0\0\0")
+    entries = b"".join(struct.pack("<HHI4s", *entry) for entry in (width, orientation))
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4)
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("software", "x" * 2_000_000, zip=True)
+    Image.fromarray(GREY).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(GREY).save(tmp_path / "b.png", pnginfo=notes)
+    for path in tmp_path.iterdir():
+        assert np.array_equal(np.asarray(open_picture(path))[..., 0], GREY)
+
+
+def test_boxes_belong_to_the_picture_that_is_named_in_the_file(tmp_path):
+    """Annotation tools count images from 1; COCO's image_id is the number in file_name."""
+    images = [{"id": 1, "file_name": "000000000003.png"}, {"id": 9, "file_name": "COCO_x_9.jpg"}]
+    boxes = [{"image_id": i, "bbox": [i, 2, 3, 4]} for i in (1, 9)]
+    (tmp_path / "b.json").write_text(json.dumps({"images": images, "annotations": boxes}))
+    found = extract_features.read_boxes(tmp_path / "b.json")
+    assert {name: box.tolist() for name, box in found.items()} == {
+        "3": [[1, 2, 4, 6]], "9": [[9, 2, 12, 6]]}
 
 
 def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, capsys):
@@ -170,7 +206,7 @@ NOT_BOXES = ("{", "5", '[{"image_id": 3}]', '[{"image_id": 3, "box": [NaN, 5, 5,
 
 @pytest.mark.parametrize("argv, name, content, problem", [
     *(("images --boxes b.json", "b.json", content, "b.json: not ") for content in NOT_BOXES),
-    ("images --boxes b.json", "b.json", "[]", "images: found no pictures, or none with an id of b"),
+    ("images --boxes b.json", "b.json", "[]", "b.json: images: 0 of 0 found in images"),
     ("images", None, "", "0 of 1 .* extracted; store/failed.txt lists the oth"),
     ("gone", None, "", "gone: found no pictures"),
     ("images --weights w.pt", "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
@@ -194,14 +230,16 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence(
 
 
 def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, detector, pictures):
-    """Pictures without boxes are left out. A box more than a pixel outside fails its picture."""
-    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 8, 8]], 2: [[1, 1, 95, 9]]}
+    """Pictures without boxes are left out. A box is cut where it leaves its picture, of 90 x 60, by
+    more than a pixel, which is rounding; a box that lies outside fails its picture.
+    """
+    boxes = {3: [[10, 20, 30.5, 15], [-0.5, 0, 90.5, 60.5], [1, 1, 95, 9]], 2: [[90, 1, 9, 9]]}
     annotations = [dict(image_id=i, bbox=box) for i, each in boxes.items() for box in each]
     (tmp_path / "boxes.json").write_text(json.dumps({"annotations": annotations}))
     main(flags(pictures, tmp_path / "store", weights, "--boxes", tmp_path / "boxes.json"))
     store = FeatureStore(tmp_path / "store")
     assert (len(store), store.num_regions) == (2, 3)
-    given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 9, 9]])
+    given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 90, 10]])
     expected = regions(detector, pil_to_tensor(noise(3))[None] / 255, 9, given)[0]
     record = store[store.row("3")]
     assert np.array_equal(record["boxes"], given)

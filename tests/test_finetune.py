@@ -16,7 +16,7 @@ import data
 import extract_features
 import finetune
 import train
-from data import BadInput, Scene, read_json, write_json
+from data import BadInput, FeatureStore, Scene, read_json, write_json
 from finetune import VQA, Refer, Retrieval, answer_accuracy, normalise_answer
 from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
 
@@ -88,6 +88,8 @@ def test_normalisation_has_every_quirk_of_the_official_one(answer, normalised):
     ("the net", ["Net"] * 2 + ["nets"] * 8, 0.6),
     ("the net ", ["the net"] * 9 + ["the\tnet\n"], 1),  # stripped, and then all agree
     ("net", ["the net"] * 9 + ["the net\n"], 0),
+    ("net", ["The Net"], 1), ("2", ["two", "2"], 1),  # of other numbers than ten a share
+    *(("net", ["net"] * n + ["dog"] * (3 - n), n / 3) for n in range(4)),
     *(("net", ["net"] * n + [*"abcdefghij"][n:], min(1, 0.3 * n)) for n in range(11))])
 def test_answers_are_normalised_only_where_annotators_disagree_and_each_is_left_out_once(
         prediction, answers, accuracy):
@@ -136,6 +138,25 @@ def test_four_candidates_right_wrong_text_other_image_and_nearest_image(make, st
     assert others == {(a, b) for a in range(10) for b in range(10) if a != b}
 
 
+def test_a_picture_that_stands_twice_is_not_its_own_hard_negative(tokenizer, tmp_path):
+    """Images 0 and 1 are one picture; 2 is more like it than 3 is."""
+    writer = FeatureStore.create(tmp_path, range(4), 1, 3)
+    for row, feature in enumerate(([1, 0, 0], [1, 0, 0], [2, 1, 0], [0, 0, 1])):
+        writer.write(row, np.float32([feature]), np.float32([[1, 1, 5, 5]]), (9, 9))
+    items = [dict(image_id=i, text="a") for i in range(4)]
+    args, _ = finetune.parse_args(["retrieval"])
+    assert Retrieval(writer.finish(), tokenizer, {"train": items}, args).nearest[:3] == [2, 2, 0]
+
+
+def test_missing_1k_recalls_are_said(store, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "images_of", lambda items: ([0] * 5000, [*range(len(items))]))
+    items = [dict(image_id=i, text="a") for i in range(11)]
+    args, _ = finetune.parse_args(["retrieval"])
+    Retrieval(store, tokenizer, {"train": items[:10], "val": items[:10], "test": items}, args)
+    said = [line for line in capsys.readouterr().out.splitlines() if "1K" in line]
+    assert said == ["test: without all of its 5,000 images there are no 1K recalls"]
+
+
 def test_recall_is_over_all_texts_and_images_and_of_5000_also_over_five_folds(make, monkeypatch):
     """The last text belongs to the first image."""
     task, asked, ks, own = make(Retrieval), [], (1, 5, 10), torch.arange(5001) % 5000
@@ -176,6 +197,26 @@ def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path):
     finetune.draw_examples(args, task, scored(task, [2, 2, 2, 1])[2])
     picture = Image.open(tmp_path / "examples.png")
     assert picture.getpixel((7, 7)) == (0, 128, 0) and picture.getpixel((257, 7)) == (255, 0, 0)
+
+
+def test_examples_are_read_as_extraction_reads_and_never_end_a_run(run, tmp_path, monkeypatch):
+    """Turned upright; other files of that name, and what cannot be opened, are grey."""
+    monkeypatch.undo()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/3.json").write_text("{}")
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "images/3.png", exif=exif)
+    (tmp_path / "images/4.png").write_text("no picture")
+    assert finetune.picture_of("COCO_val2014_000000000003.jpg", tmp_path).size == (60, 90)
+    for image_id in (4, 5):
+        assert finetune.picture_of(image_id, tmp_path).getpixel((9, 9)) == (128, 128, 128)
+
+
+def test_a_drawing_that_fails_does_not_fail_its_run(run, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "panel", lambda *_: 1 / 0)
+    assert run("vqa")["val"]["hard"] and Path("vqa/result.json").exists()
+    assert "vqa/examples.png could not be drawn: ZeroDivisionError" in capsys.readouterr().out
 
 
 @EACH_TASK
@@ -262,6 +303,56 @@ def test_vqas_files_are_read_as_they_are_published(tmp_path):
         "val": [question(3, 1, "what", ["b"] * 10, "b")], "test-dev2015": [unanswered]}
 
 
+def vqa_files(folder, name, number, subset="train2014", **content):
+    """A file of one question, and one of its annotation."""
+    write_json(folder / f"{name}-questions.json", {"data_subtype": subset, **content,
+        "questions": [dict(image_id=3, question="what", question_id=number)]})
+    write_json(folder / f"{name}-annotations.json", {"annotations": [dict(question_id=number,
+        answers=[{"answer": "a"}] * 3, answer_type="other", multiple_choice_answer="a",
+        question_type="what is")]})
+
+
+def test_questions_are_joined_by_their_ids_as_they_are_written(tmp_path, capsys):
+    """'007' is not 7; images may be counted; another number of answers than ten is said."""
+    vqa_files(tmp_path, "a", "007", images=[{"id": 3, "file_name": "dog.jpg"}])
+    vqa_files(tmp_path, "b", 7)
+    vqa_files(tmp_path, "c", 8, "validation")
+    for subset in ("train2014", "test2015", "test-dev2015"):  # without annotations
+        asked = [dict(image_id=3, question="what", question_id=9 if "test" in subset else 10)]
+        write_json(tmp_path / f"{subset}.json", {"data_subtype": subset, "questions": asked})
+    write_json(tmp_path / "other.json", {})
+    splits = VQA.from_folder(tmp_path)
+    assert {k: [(i["question_id"], i["image_id"]) for i in items] for k, items in splits.items()
+        } == {"train": [("007", "dog"), (7, 3)], "val": [(8, 3)], "test2015": [(9, 3)],
+            "test-dev2015": [(9, 3)]}
+    said = capsys.readouterr().out
+    assert "questions: 3 of 5 found in the annotations" in said
+    assert "other.json: has no questions and no annotations, so it is not read" in said
+    assert "3 questions have neither 1 answer nor 10" in said
+
+
+@pytest.mark.parametrize("files, message", [
+    ([(7, "train2014"), (7, "train2015")], "annotations.json: .*question_id 7 comes twice"),
+    ([(7, "test2015"), ("7", "test-dev2015")], "1-questions.json: .*question_id 7 comes twice"),
+    ([(7, "train2014"), (7, "train2014")], "question_id 7 comes twice"),
+    ([(7, "dress rehearsal")], "expected a split among train, val, .* found 'dress rehearsal'")])
+def test_repeated_ids_and_unknown_splits_are_refused(tmp_path, files, message):
+    for name, (number, subset) in enumerate(files):
+        vqa_files(tmp_path, name, number, subset)
+        if subset.startswith("test"):
+            (tmp_path / f"{name}-annotations.json").unlink()
+    with pytest.raises(BadInput, match=message):
+        VQA.from_folder(tmp_path)
+
+
+def test_the_score_of_a_run_says_of_which_split_it_is(make, capsys):
+    vqa = make(VQA)
+    assert vqa.headline({"accuracy": 0.5}) == "val 0.500"
+    vqa = make(VQA, val=[])
+    assert vqa.headline({"accuracy": 0.5}) == "train 0.500"
+    assert "no held-out questions: scores are of" in capsys.readouterr().out
+
+
 def test_karpathys_splits_are_read_as_they_are_published(tmp_path):
     published = {"images": [dict(filename=f"{split}.jpg", split=split, sentences=[{"raw": split}])
         for split in ("train", "test", "restval", "val")]}
@@ -288,9 +379,28 @@ def test_refcoco_files_are_read_as_they_are_published_but_no_class_in_them(tmp_p
         Refer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["refs(umd).p", "refs(unc).p"])
+def test_refcocog_has_other_splits_and_another_name(tmp_path, name):
+    """And images that are counted, where a file was made by hand."""
+    refs = [dict(ref_id=k, ann_id=11, image_id=3, split=split,
+        sentences=[{"sent_id": k, "sent": "a"}])
+        for k, split in enumerate(("train", "validation", "test"))]
+    (tmp_path / name).write_bytes(pickle.dumps(refs))
+    write_json(tmp_path / "instances.json", {"images": [{"id": 3, "file_name": "dog.jpg"}],
+        "annotations": [{"id": 11, "bbox": [10, 20, 30, 40]}]})
+    splits = Refer.from_folder(tmp_path)
+    assert {split: [(i["sent_id"], i["image_id"]) for i in items] for split, items in splits.items()
+        } == {"train": [(0, "dog")], "val": [(1, "dog")], "test": [(2, "dog")]}
+    (tmp_path / "refs(google).p").touch()
+    with pytest.raises(BadInput, match="expected one file refs.unc..p, .* found 2"):
+        Refer.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("kind, content, message", [
-    (VQA, {"data_subtype": "", "questions": [dict(image_id=1, question=5)]}, "entry 0: TypeError"),
-    (VQA, {"annotations": [{"answers": []}]}, "entry 0: KeyError 'multiple_choice_answer'"),
+    (VQA, {"data_subtype": "", "questions": [dict(image_id=1, question=5, question_id=1)]},
+        "entry 0: TypeError"),
+    (VQA, {"annotations": [dict(answers=[], question_id=1)]},
+        "entry 0: KeyError 'multiple_choice_answer'"),
     (Refer, {"annotations": [{"id": 1, "bbox": "abcd"}]}, "not RefCOCO's instances")])
 def test_files_that_are_not_as_published_are_refused(tmp_path, kind, content, message):
     write_json(tmp_path / "instances.json", content)
@@ -322,7 +432,7 @@ def run(pretrained, store, tokenizer, tmp_path, monkeypatch):
 
 
 @EACH_TASK
-def test_a_run_leaves_its_record_and_resumed_gives_the_same(run, kind, monkeypatch):
+def test_a_run_leaves_its_record_and_resumed_gives_the_same(run, kind, store, monkeypatch):
     predict, taus = finetune.Task.predict, set()
     monkeypatch.setattr(finetune.Task, "predict", lambda self, model, items, tau=None: (
         taus.add(tau) or predict(self, model, items, tau)))
@@ -332,9 +442,9 @@ def test_a_run_leaves_its_record_and_resumed_gives_the_same(run, kind, monkeypat
     assert found["hard"].keys() == found["soft"].keys() and taus == {None, 0.2}
     assert train.read_metrics(out)[-1]["scores"] == found["hard"]
     assert Image.open(out / "examples.png").width >= 250
-    # A resumed run has the answers of its checkpoint, whatever the training questions are now.
-    other = {"train": [question(1, k) for k in range(40)]} if kind is VQA else {}
-    assert run(kind.name, "--resume", **other) == results
+    # A resumed run chooses from the answers of its checkpoint, whatever people answer now.
+    other = [{**item, "majority": "net"} for item in splits_of(kind, store)["train"]]
+    assert run(kind.name, "--resume", train=other) == results
 
 
 def test_a_test_set_without_answers_gets_a_complete_submission_also_without_val(run):
@@ -356,7 +466,7 @@ def test_no_step_is_zero_shot_or_from_scratch_also_below_a_batch(run, make, pret
 
 
 @pytest.mark.parametrize("task, flags, splits, message", [
-    ("vqa", "", dict(train=[question(99, k) for k in range(20)]), "no training .* whose image is"),
+    ("vqa", "", dict(train=[question(99, k) for k in range(20)]), "train: questions: 0 of 20 fou"),
     ("vqa", "", dict(train=[question(k, k) for k in range(8)]), "no answer of nine"),
     ("retrieval", "", dict(train=[dict(image_id=i, text="a") for i in (1, 2, 99)]), "fewer than t"),
     ("vqa", "--checkpoint refer/checkpoint.pt", {}, "checkpoint.pt: .*a checkpoint of refer"),

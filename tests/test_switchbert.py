@@ -12,65 +12,114 @@ from torch import nn
 from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, SwitchInput,
-    load_bert, switch, switch_attention, temperature)
+    attention_weights, layout_of, load_bert, switch, switch_attention, switch_bias,
+    temperature)
 
-B, H, T, V, SIZE = 2, 3, 4, 5, 6  # V vision tokens
-MIXED = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
-CLOSED = ([1.0, 0, 0], [0, 1.0, 0])  # text attends to text, vision to text
+B, H, T, SIZE = 2, 3, 4, 6
+VISUAL = 5  # vision tokens
+SOFT = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
+HARD = ([1.0, 0, 0], [0, 1.0, 0])  # text attends to text, vision to text
 close = torch.testing.assert_close
 
 
-def definition(q, k, v, mask, modes):
-    """One softmax over all keys, in which a key counts as much as its query is open to it."""
-    text = torch.arange(T + V) < T
+def definition(q, k, mask, modes):
+    """The weights (B, H, L, L) of one softmax in which a key counts as much as it is open."""
+    text = torch.arange(T + VISUAL) < T
     own = (text[:, None] == text).double()  # (query, key)
     intra, inter, joint = torch.where(text[:, None], modes[:, :1], modes[:, 1:]).unbind(-1)
     opened = own * (intra + joint)[..., None] + (1 - own) * (inter + joint)[..., None]  # (B, L, L)
     e = (q @ k.transpose(2, 3) / math.sqrt(SIZE)).exp() * (opened * mask[:, None])[:, None]
-    return e @ v / e.sum(-1, keepdim=True).clamp(min=1e-300)  # zero for a query that sees no key
+    return e / e.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("modes", [MIXED, CLOSED, [[0, 0, 1.0]] * 2, [[1 / 3] * 3] * 2],
-    ids=["mixed", "closed", "joint", "even"])
-@pytest.mark.parametrize("padded", [slice(0), slice(0, T), slice(T, None), slice(None)],
-    ids=["none", "text", "vision", "all"])
-def test_a_key_counts_as_much_as_its_query_is_open_to_it(modes, padded):
-    """Output and gradients, those of a switch too unless it is closed: log(0) has none."""
-    q, k, v, wanted = torch.randn(4, B, H, T + V, SIZE, dtype=torch.float64).requires_grad_()
-    mask = torch.ones(B, T + V).long()
-    mask[0, 2:4] = mask[1, 7:] = mask[1, padded] = 0
+@pytest.mark.parametrize("modes", [SOFT, HARD, [[0, 0, 1.0]] * 2, [[1 / 3] * 3] * 2],
+    ids=["soft", "hard", "joint", "even"])
+@pytest.mark.parametrize("words, regions", [(4, 5), (1, 5), (4, 1), (1, 1)])
+def test_a_key_counts_as_much_as_it_is_open_to_its_query(modes, words, regions):
+    """In float64: the explicit weights, the fused output and the gradients of the latter; those of
+    a switch too unless it is hard: log(0) has none.
+    """
+    q, k, v, wanted = torch.randn(4, B, H, T + VISUAL, SIZE).double().requires_grad_()
+    mask = torch.ones(B, T + VISUAL).long()
+    mask[0, 2:4] = 0
+    mask[1, words:T] = 0
+    mask[1, T + regions :] = 0
     modes = torch.tensor(modes, dtype=torch.float64).repeat(B, 1, 1).requires_grad_()
-    found, expected = switch_attention(q, k, v, mask, T, modes), definition(q, k, v, mask, modes)
-    # The scores are computed in float32, whatever comes in.
-    close(found, expected, rtol=1e-5, atol=1e-6)
+    layout = layout_of(mask, T)
+    layout = layout._replace(member=layout.member.double())
+    weights = definition(q, k, mask, modes)
+    close(attention_weights(q, k, modes, layout), weights)
+    found = switch_attention(q, k, v, modes, layout)
+    expected = weights @ v
+    close(found, expected)
     inputs = [q, k, v] + [modes] * (0 not in modes)
     for x, y in zip(torch.autograd.grad((found * wanted).sum(), inputs),
             torch.autograd.grad((expected * wanted).sum(), inputs)):
-        close(x, y, rtol=1e-4, atol=1e-5)
+        close(x, y)
 
 
+@pytest.mark.parametrize("modes", [SOFT, HARD], ids=["soft", "hard"])
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_the_fused_operation_equals_the_definition(modes, dtype, error):
+    q, k, v = torch.randn(3, B, H, T + VISUAL, SIZE).to(dtype)
+    mask = torch.ones(B, T + VISUAL).long()
+    mask[1, 2:T] = 0
+    mask[1, T + 1 :] = 0
+    modes = torch.tensor(modes).repeat(B, 1, 1)
+    layout = layout_of(mask, T)
+    found = switch_attention(q, k, v, modes, layout)
+    weights = attention_weights(q.float(), k.float(), modes, layout)
+    assert found.dtype == dtype
+    close(found.float(), weights @ v.float(), rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("apart", [0, 30, 50, 80, 1e4])
 @pytest.mark.parametrize("best", [TEXT, VISION])
-def test_a_closed_switch_finds_its_keys_however_far_their_scores_lie_below_the_others(best, apart):
-    """One key per modality, values 1: all of it comes from the other one."""
-    q, v = (torch.ones(1, 1, 2, 1, requires_grad=True) for _ in range(2))
-    k = torch.tensor([0.0, -apart] if best == TEXT else [-apart, 0.0]).view(1, 1, 2, 1)
-    k.requires_grad_()
-    for share in (0.0, 1e-30):  # closed, and all but closed
-        inter = torch.tensor([[[share, 1, share]] * 2], requires_grad=True)
-        out = switch_attention(q, k, v, torch.ones(1, 2), 1, inter)
-        close(out, torch.ones(1, 1, 2, 1))
-        for gradient in torch.autograd.grad(out.sum(), [q, k, v, inter]):
-            assert gradient.isfinite().all() and gradient.abs().max() < 1e3
+def test_a_hard_switch_finds_its_keys_however_far_their_scores_lie_below_the_others(
+        best, apart, dtype):
+    """A word and a region that attend to each other: each gets the value of the other, exactly.
+    The third token is padding, and scores highest.
+    """
+    q = torch.ones(1, 1, 3, 1, dtype=dtype, requires_grad=True)
+    v = torch.tensor([1.0, 2.0, 4.0], dtype=dtype).view(1, 1, 3, 1).requires_grad_()
+    k = [0.0, -apart, apart] if best == TEXT else [-apart, 0.0, apart]
+    k = torch.tensor(k, dtype=dtype).view(1, 1, 3, 1).requires_grad_()
+    inter = torch.tensor([[[0.0, 1.0, 0.0]] * 2], requires_grad=True)
+    layout = layout_of(torch.tensor([[1, 1, 0]]), 1)
+    out = switch_attention(q, k, v, inter, layout)
+    assert out.flatten()[:2].tolist() == [2.0, 1.0]
+    assert switch_bias(inter, layout).to(dtype).isfinite().all()
+    for gradient in torch.autograd.grad(out[:, :, :2].sum(), [q, k, v, inter]):
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e3
+    weights = attention_weights(q, k, inter, layout)[0, 0, :2]
+    assert weights.tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("share", [1e-10, 1e-17, 1e-19, 1e-30])
+@pytest.mark.parametrize("ahead", [0, 30, 80, 1e4])
+def test_a_soft_switch_that_is_all_but_hard_has_bounded_gradients(share, ahead):
+    """Of log(open) it is 1 / open, and `open` counts as 1e-18 at least. However far the key that
+    is all but closed is ahead of the other one.
+    """
+    query = torch.ones(1, 1, 2, 1, requires_grad=True)
+    key = torch.tensor([0.0, -ahead]).view(1, 1, 2, 1)
+    value = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    modes = torch.tensor([[[share, 1.0, share]] * 2], requires_grad=True)
+    out = switch_attention(query, key, value, modes, layout_of(torch.ones(1, 2), 1))
+    for gradient in torch.autograd.grad(out.sum(), [query, modes]):
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e18
 
 
 def test_dropout_reaches_attention_weights_and_both_residual_branches():
     """At rate 1 nothing is left of what is dropped."""
-    states, mask, modes = torch.randn(2, 6, 16), torch.ones(2, 6).long(), torch.ones(2, 2, 3) / 3
+    states, modes = torch.randn(2, 6, 16), torch.ones(2, 2, 3) / 3
+    layout = layout_of(torch.ones(2, 6).long(), 3)
     attention = SwitchAttention(SwitchBertConfig.tiny(attention_probs_dropout_prob=1.0)).train()
-    close(attention(states, mask, 3, modes), attention.dense.bias.expand(2, 6, 16))
+    close(attention(states, modes, layout), attention.dense.bias.expand(2, 6, 16))
+    assert not attention.eval()(states, modes, layout).equal(attention.dense.bias.expand(2, 6, 16))
     layer = SwitchBertLayer(SwitchBertConfig.tiny(hidden_dropout_prob=1.0), 0).train()
-    close(layer([states], mask, 3, 1.0)[0], layer.output_norm(layer.attention_norm(states)))
+    close(layer([states], layout, 1.0)[0], layer.output_norm(layer.attention_norm(states)))
 
 
 # --- switches ---
@@ -104,6 +153,12 @@ def test_noisy_choices_come_as_often_as_softmax_says():
     assert ((found - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
 
 
+def test_noise_is_finite_even_where_a_draw_is_0(monkeypatch):
+    """As exponential_ can draw on Apple's GPUs."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", torch.Tensor.zero_)
+    close(switch(torch.zeros(2), 1.0, training=True), torch.tensor([0.5, 0.5]))
+
+
 def test_the_temperature_falls_as_its_table_says():
     table = {0: 5.0, 100_000: 4.524, 1_000_000: 1.839, 3_000_000: 0.249, 3_218_876: 0.2, 10**9: 0.2}
     assert {n: temperature(n) for n in table} == pytest.approx(table, abs=5e-4)
@@ -116,8 +171,37 @@ def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     logits = gate.linear(torch.tensor([[2.0, 15.0], [5.0, 0.0]]))
     with torch.autocast("cpu", torch.bfloat16):
-        found = gate(states, mask, 3, 0.7)
+        found = gate(states, layout_of(mask, 3).averages, 0.7)
     close(found, (logits / 0.7).view(2, 2, 3).softmax(-1))
+
+
+def share_of_bf16(numbers):
+    """Numbers of float32 are seldom numbers of bfloat16 as well, unless they were rounded."""
+    return (numbers.bfloat16() == numbers).float().mean()
+
+
+def test_neither_a_gate_nor_its_gradient_is_rounded_under_autocast(inputs):
+    model = SwitchBert(SwitchBertConfig.tiny()).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**inputs, temperature=1.0)
+    out.pooled.float().square().sum().backward()
+    assert share_of_bf16(out.modes) < 0.1 and share_of_bf16(out.depths[1]) < 0.1
+    gates = [model.layers[1].switch_input.gate, *(layer.mode_gate for layer in model.layers)]
+    for gate in gates:
+        assert share_of_bf16(gate.linear.weight.grad) < 0.1
+
+
+def test_what_a_gate_decides_reaches_the_tokens_unrounded_and_its_gradient_comes_back_so():
+    layout = layout_of(torch.ones(64, 7).long(), 3)
+    modes = torch.rand(64, 2, 3).softmax(-1)
+    depths = list(torch.randn(2, 64, 7, 16).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        bias = switch_bias(modes, layout)
+        mixed, weights = SwitchInput(SwitchBertConfig.tiny(), 1)(depths, layout, 1.0)
+    assert bias.equal(switch_bias(modes, layout))
+    weights.retain_grad()
+    mixed.float().square().sum().backward()
+    assert mixed.dtype == torch.bfloat16 and share_of_bf16(weights.grad) < 0.5
 
 
 # --- settings ---
@@ -264,12 +348,43 @@ def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
 def test_what_a_layer_reads_is_the_weighted_sum_of_all_depths(tau):
     block = SwitchInput(SwitchBertConfig.tiny(), 3).eval()
     nn.init.normal_(block.gate.linear.weight, std=9.0)
-    depths, mask = [torch.randn(8, 7, 16) for _ in range(4)], torch.ones(8, 7).long()
-    mixed, weights = block(depths, mask, 3, tau)
-    close(weights, block.gate(depths[-1], mask, 3, tau))  # decided by the newest states
-    per_token = torch.cat([weights[:, :1].expand(8, 3, 4), weights[:, 1:].expand(8, 4, 4)], 1)
-    close(mixed, torch.einsum("bli,ibld->bld", per_token, torch.stack(depths)))
+    depths = [torch.randn(8, 7, 16, requires_grad=True) for _ in range(4)]
+    layout = layout_of(torch.ones(8, 7).long(), 3)
+    mixed, weights = block(depths, layout, tau)
+    close(weights, block.gate(depths[-1], layout.averages, tau))  # decided by the newest states
     assert weights.amax(dim=(0, 1)).count_nonzero() > 1
+    per_token = torch.cat([weights[:, :1].expand(8, 3, 4), weights[:, 1:].expand(8, 4, 4)], 1)
+    expected = torch.einsum("bli,ibld->bld", per_token, torch.stack(depths))
+    close(mixed, expected, rtol=3e-6, atol=3e-6)
+    wanted = torch.randn(8, 7, 16)
+    inputs = depths + [block.gate.linear.weight] * (tau is not None)
+    for x, y in zip(torch.autograd.grad((mixed * wanted).sum(), inputs, retain_graph=True),
+            torch.autograd.grad((expected * wanted).sum(), inputs)):
+        close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_no_stack_of_depths_is_kept_for_the_backward_pass():
+    depths = [torch.randn(8, 7, 16, requires_grad=True) for _ in range(4)]
+    block = SwitchInput(SwitchBertConfig.tiny(), 3)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(depths, layout_of(torch.ones(8, 7).long(), 3), 1.0)
+    assert max(kept) == depths[0].numel()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_depths_are_kept_in_the_precision_of_products(dtype, inputs):
+    model = SwitchBert(SwitchBertConfig.tiny(num_hidden_layers=3))
+    seen = []
+    model.layers[2].register_forward_hook(lambda module, args, out: seen.extend(args[0]))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        model(**inputs)
+    assert [states.dtype for states in seen] == [dtype or torch.float32] * 3
 
 
 @pytest.mark.parametrize("tau", [5.0, 1.0, 0.2])
@@ -507,6 +622,8 @@ REFUSED = {  # what is wrong: (the call, words of the message)
         "hidden_size=10 is not a multiple of num_attention_heads=4"),
     "depth": (loading(num_hidden_layers=12), "num_hidden_layers is 12, but this model has 2"),
     "activation": (loading(hidden_act="relu"), "hidden_act is 'relu', but this model has 'gelu'"),
+    "norm": (loading(layer_norm_eps=1e-5), "layer_norm_eps is 1e-05, but this model has 1e-12"),
+    "positions": (loading(position_embedding_type="relative_key"), "embedding_type is 'relative"),
     "shape": (loading(bert_weights() | {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}),
         "size mismatch for bert.layers.1.output.bias"),
     "names": (loading({"gpt2.weight": torch.zeros(3)}), "no weight has a name of BERT's"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import finetune
 import train
-from data import SPECIALS, BadInput, FeatureStore, PretrainingDataset, collate
+from data import (SPECIALS, BadInput, Captions, FeatureStore, PretrainingDataset, collate,
+    only_run_in)
 from switchbert import (SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForRetrieval)
 
@@ -33,7 +35,8 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start, headline, labels = 0.1, False, str, None
-    score, stop_at, not_a_number, lengths = 0.5, None, None, np.arange(50) % 7
+    score, stop_at, not_a_number, lengths, missing = 0.5, None, None, np.arange(50) % 7, {}
+    captions = Captions((i, f"number {i}") for i in range(50))
 
     def __init__(self, store, tokenizer):
         self.store, self.tokenizer, self.examples = store, tokenizer, self
@@ -181,6 +184,31 @@ def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score
     assert not (tmp_path / "run16/checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("captions", [[(i, f"number {i}") for i in range(49)],
+    [(i, f"number {50 - i}") for i in range(50)]], ids=["fewer", "others"])
+def test_a_run_is_not_resumed_on_other_examples(plain, captions):
+    plain("run", stop_at=12)
+    with pytest.raises(BadInput, match="resumed had other numbers, 50 of them, here are .*--out"):
+        plain("run", "--resume", captions=Captions(captions))
+
+
+def test_a_run_that_cannot_be_moved_says_what_to_type(plain, tmp_path, monkeypatch):
+    """As a mounted folder."""
+    plain("run")
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=OSError(16, "Device or resource busy")))
+    with pytest.raises(BadInput, match="cannot be renamed .*busy.* --resume, or .* --out .*/new"):
+        plain("run")
+
+
+def test_the_lock_stays_with_the_name_when_an_earlier_run_is_moved(plain, tmp_path):
+    plain("run")
+    with only_run_in(tmp_path / "run"):
+        held = (tmp_path / "run/.lock").stat().st_ino
+        plain("run")
+        assert (tmp_path / "run/.lock").stat().st_ino == held
+        assert (tmp_path / "run-1/checkpoint.pt").exists()
+
+
 def test_a_new_run_moves_an_earlier_one_to_the_next_free_name(plain, tmp_path):
     for rate in (0.1, 0.2, 0.3):
         plain("run", "--lr", rate)
@@ -284,14 +312,19 @@ def test_recall_equals_a_brute_force_ranking_also_with_ties(levels):
         assert train.recall_at(scores, image_of_text, (1, 2, 5)) == pytest.approx(expected)
 
 
+def write_store(folder, ids):
+    """A store of images with three regions each, without class distributions."""
+    writer = FeatureStore.create(folder, ids, 3, 12, detector="made up")
+    for row in writer.pending():
+        writer.write(row, np.eye(3, 12, row % 9), np.tile([1.0, 1, 9, 9], (3, 1)), (10, 10))
+    return writer.finish()
+
+
 @pytest.fixture
 def folder(tmp_path):
     """data/ with features of 40 images without class distributions, and a caption of each."""
     home = tmp_path / "data"
-    writer = FeatureStore.create(home / "features", range(40), 3, 12, detector="made up")
-    for row in writer.pending():
-        writer.write(row, np.eye(3, 12, row % 9), np.tile([1.0, 1, 9, 9], (3, 1)), (10, 10))
-    writer.finish()
+    write_store(home / "features", range(40))
     (home / "a.tsv").write_text("".join(f"{i}\ta small dog number {i}\n" for i in range(40)))
     return home
 
@@ -323,16 +356,82 @@ def test_a_blind_run_sees_no_picture(folder, monkeypatch):
 
 
 def test_held_out_images_are_in_no_training_pair(folder):
-    (folder / "b.tsv").write_text("".join(f"{i}\ta\n" for i in range(3000)))
-    training, held_out = train.split_captions(folder)
+    """Without splits, one in a hundred of those with features: those with the smallest crc32."""
+    missing = min(range(3000, 9999), key=lambda i: zlib.crc32(b"%d" % i))
+    (folder / "b.tsv").write_text("".join(f"{i}\ta\n" for i in (*range(3000), *[missing] * 500)))
+    store = write_store(folder.with_name("larger"), range(3000))
+    training, held_out = train.split_captions(folder, store)
     assert not {i for i, _ in training} & {i for i, _ in held_out}
-    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3040
+    assert len({i for i, _ in held_out}) == 30 and len(training) + len(held_out) == 3540
+    assert str(missing) not in {i for i, _ in held_out}
     (folder / "c.json").write_text(json.dumps({"images": [
         {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": split}]}
         for n, split in enumerate(("test", "restval", "train", "val"))]}))
-    training, held_out = train.split_captions(folder)
+    training, held_out = train.split_captions(folder, store)
     assert list(held_out) == [("3", "val")]
     assert list(training[-2:]) == [("1", "restval"), ("2", "train")]
+    assert "3" not in {i for i, _ in training}  # nor in another file
+
+
+@pytest.mark.parametrize("other, image_id, message", [
+    ("cc12m/00000/000000012.txt", None, "cc12m .*sbu both have a picture 12"),
+    ("coco.tsv", "COCO_val2014_000000000012.jpg", "coco.tsv .*sbu both have a picture 12"),
+    ("cc12m/00000/dog_1.txt", None, "cc12m .*sbu both have a picture dog_1"),
+    ("coco.tsv", "dog_1", None), ("coco.tsv", "13", None)])
+def test_two_data_sets_that_count_from_0_are_not_mixed(folder, other, image_id, message):
+    """A table may caption the named pictures of a folder, and two tables those of any."""
+    store = write_store(folder.with_name("larger"), [*range(40), "dog_1"])
+    for name in ("sbu/00000/000000012", "sbu/00000/dog_1", other.removesuffix(".txt")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".tsv":
+            path.write_text(f"{image_id}\ta ring\n")
+        else:
+            path.with_suffix(".txt").write_text("a ring")
+            path.with_suffix(".json").write_text("{}")
+    (folder / "a.tsv").write_text("".join(f"{i}\ta ring\n" for i in range(13, 40)))
+    (folder / "b.tsv").write_text("14\tin another table\n")
+    if message is None:
+        assert len(train.split_captions(folder, store)[0]) > 1
+    else:
+        with pytest.raises(BadInput, match=message):
+            train.split_captions(folder, store)
+
+
+def test_every_file_of_a_data_folder_is_accounted_for(folder, capsys):
+    """What is found of each, what is not read, and splits that are not used."""
+    for name in ("00000.tar", "captions.csv", "._b.tsv", "images/3.jpg", "vqa/q.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "c.json").write_text(json.dumps({"images": [
+        {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": split}]}
+        for n, split in ((1, "train"), (2, "dev"), (3, "test"), (99, "test"), (98, "test"))]}))
+    train.split_captions(folder, FeatureStore(folder / "features"))
+    said = capsys.readouterr().out.replace(f"{folder}", "data")
+    assert "data: no captions are read from 00000.tar, captions.csv, images, vqa\n" in said
+    assert "data/a.tsv: captions: 40 of 40 found in data/features\n" in said
+    assert "data/c.json: captions: 3 of 5 found in data/features\n" in said
+    assert "data: 4 captions are not used: test, val beyond 1,000, or training captions" in said
+    (folder / "d.tsv").write_text("dog_1\ta dog\n")
+    with pytest.raises(BadInput, match="d.tsv: captions: 0 of 1 found in .*: 'dog_1' and '0'"):
+        train.split_captions(folder, FeatureStore(folder / "features"))
+
+
+def test_words_come_from_where_the_weights_come_from(folder, tmp_path):
+    """Not from the captions, nor from another BERT."""
+    for home, word in ((tmp_path / "mine", "mine"), (folder / "bert", "theirs")):
+        home.mkdir()
+        (home / "vocab.txt").write_text("\n".join([*SPECIALS, word]))
+    assert train.load_data(folder, tmp_path / "mine").tokenizer.pieces[-1] == "mine"
+    assert train.load_data(folder, folder / "bert").tokenizer.pieces[-1] == "theirs"
+    (folder / "vocab.txt").write_text("\n".join([*SPECIALS, "mine"]))
+    assert train.load_data(folder, tmp_path / "mine").tokenizer.pieces[-1] == "mine"
+    with pytest.raises(BadInput, match="vocab.txt differs in .*bert and .*data; remove that of"):
+        train.load_data(folder, folder / "bert")
+    assert train.load_data(folder, folder / "bert", [*SPECIALS, "x"]).tokenizer.pieces[-1] == "x"
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(BadInput, match="empty: expected vocab.txt, the words of its weights"):
+        train.load_data(folder, tmp_path / "empty")
 
 
 def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, monkeypatch):
@@ -341,7 +440,8 @@ def test_a_run_starts_from_the_bert_of_its_folder_and_uses_its_words(folder, mon
     (folder / "bert" / "vocab.txt").write_text("".join(w + "\n" for w in words))
     monkeypatch.setattr(
         train, "model_config", lambda *_: SwitchBertConfig.tiny(num_region_classes=0))
-    args, found = train.parse_args(["--data", str(folder)])[0], train.load_data(folder)
+    args = train.parse_args(["--data", str(folder)])[0]
+    found = train.load_data(folder, args.bert)
     assert list(found.tokenizer.pieces) == words
     expected = bert_weights()["bert.encoder.layer.1.intermediate.dense.weight"]
     assert train.Pretraining(args, found).model.bert.layers[1].intermediate.weight.equal(expected)
@@ -489,9 +589,9 @@ def test_damaged_checkpoints_and_wrong_flags_are_refused(plain, tmp_path, flags,
     ("--switches both", None, "--switches both: not a setting .*4 layers"),
     ("--bert nowhere", None, "nowhere: not a Hugging Face BERT"),
     ("", {"detector": "vg"}, "detector is 'made up', .* trained with 'vg'"),
-    ("", {"num_region_classes": 8}, "classes is 7, .* with 8"), ("", {}, "vocabulary is not the")])
+    ("", {"num_region_classes": 8}, "classes is 7, .* with 8")])
 def test_a_start_that_does_not_fit_is_refused(data, flags, change, message):
-    checkpoint = None if change is None else {"store": data.store.meta | change, "vocab": []}
+    checkpoint = None if change is None else {"store": data.store.meta | change}
     with pytest.raises(BadInput, match=message):
         train.Pretraining(train.parse_args(flags.split())[0], data, checkpoint)
 
