@@ -84,7 +84,6 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCEN
     BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
     caption_records, class_targets, collate, flag, load_ahead, model_inputs, on_stop, only_run_in,
     progress, reading, region_inputs, run, save_png, say, start_processes, write_json, write_whole)
-    region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 

@@ -132,11 +132,15 @@ def step(args, task, batches):
     assert losses.device.type == norm.device.type == mixture.sums[0].device.type == "cuda"
 
 
-def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, store, tokenizer):
+def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, store, tokenizer, monkeypatch):
+    """Nor for the class distributions, once the detector's last layer is there."""
+    monkeypatch.setitem(store.meta, "class_head", True)
+    monkeypatch.setattr(store, "_class_head", lambda device: [
+        torch.ones(7, 12, device=device), torch.ones(7, device=device)])
     examples = PretrainingDataset(store, CAPTIONS, tokenizer)
     batches = [collate([examples[0, i] for i in part]) for part in ((0, 5, 10), (1, 2, 3))]
-    task = SimpleNamespace(model=SwitchBertForPretraining(tiny), clip=5.0,
-        counts=train.Pretraining.counts, sums=train.Pretraining.sums)
+    task = SimpleNamespace(model=SwitchBertForPretraining(tiny), clip=5.0, store=store,
+        counts=train.Pretraining.counts, sums=lambda *more: train.Pretraining.sums(task, *more))
     with gpu(task.model):
         train.place(task.model, args)
         step(args, task, batches)
