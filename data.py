@@ -74,6 +74,7 @@ import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.distributed.elastic import multiprocessing
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from switchbert import MATCH, MISMATCH
@@ -87,26 +88,27 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # A progress bar of the first process, on a terminal only.
 progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
+# What asks a script to stop. A closed terminal, SIGHUP, does not. But where it closes on a torchrun
+# that you have started, that passes the signal on, and ends its processes half a minute later.
+STOPS = [signal.SIGTERM, signal.SIGINT]
+if WORLD_SIZE > 1:
+    STOPS.append(signal.SIGHUP)
 
 
 class BadInput(ValueError):
     """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
-def say(text):
-    """Print from the first process only, and flush."""
-    if RANK == 0:
-        print(text, flush=True)
-
-
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
     BadInput, OSError (disks, permissions) and running out of memory print one sentence: status 1.
-    Ctrl-C and SIGTERM: status 130, as in a shell. Any other exception is a bug and keeps its
-    traceback.
+    Ctrl-C and SIGTERM: status 130, as in a shell. A closed terminal ends nothing. Any other
+    exception is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: unwinds and cleans up
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    on_stop()
     status = 1
     try:
         return main()
@@ -128,6 +130,34 @@ def run(main):
     time.sleep(5 * (RANK > 0))
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def on_stop(handler=signal.default_int_handler):
+    """What any request to stop calls from now on. The default, Ctrl-C's own, unwinds and cleans up.
+    """
+    for number in STOPS:
+        signal.signal(number, handler)
+
+
+def say(text):
+    """Print from the first process only, and flush. A closed terminal hears nothing."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
+
+def load_ahead(examples, batches, collate, workers):
+    """A DataLoader: batches (lists of keys) of examples, made in advance by so many processes."""
+    return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available())
+
+
+def leave_group(_):
+    """Move a loading process into a session of its own, where no signal to the training's group
+    reaches it: the training saves and stops, and needs it until then. It ends with the training.
+    """
+    if hasattr(os, "setsid"):  # Windows has none
+        os.setsid()
 
 
 @contextlib.contextmanager
@@ -303,25 +333,29 @@ def only_run_in(folder):
 def start_processes(count):
     """Run this same command in `count` processes on this machine, by torchrun.
 
-    Each finds its RANK and WORLD_SIZE in the environment. Returns when all have succeeded, or have
-    stopped after a signal that torchrun passed on. When one fails it has printed the reason;
-    torchrun ends the others, and this process exits with status 1.
+    Each finds its RANK and WORLD_SIZE in the environment. Returns when all have succeeded. When one
+    fails it has printed the reason; torchrun ends the others, and this process exits with its
+    status: 130 if it was asked to stop, or if this process was and torchrun passed that on.
     """
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    # Flags of newer torchruns: a closed terminal is no stop; and processes that are stopped have
+    # ten minutes to end their step and to save, not half of one.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    os.environ["PET_SHUTDOWN_TIMEOUT"] = "600"
     logging.disable()  # torchrun would explain every error again, in thirty lines
     try:
         torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",
             f"--nproc-per-node={count}", "--no-python", sys.executable, *sys.orig_argv[1:]])
     except multiprocessing.SignalException:
-        pass
+        sys.exit(130)
     except multiprocessing.errors.ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         if status < 0:
             raise BadInput(f"a process was ended by signal {-status}; the same command goes on, a "
                 "training with --resume") from None
-        sys.exit(1)
+        sys.exit(status)
 
 
 # --- 2. WordPiece ---------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from data import (COUNT, NATURAL, PICTURE_SUFFIXES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
-    FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, only_run_in,
-    picture_names, progress, read_json, reading, run, save_png, say, say_found, start_processes,
-    write_whole)
+    FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, load_ahead,
+    only_run_in, picture_names, progress, read_json, reading, run, save_png, say, say_found,
+    start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------------
 # Two networks, of torchvision's parts. The table DETECTORS is at the end of section 3.
@@ -289,7 +289,7 @@ def toy_detector(weights, numbers):
         model = train_toy_detector(numbers)
         weights.parent.mkdir(parents=True, exist_ok=True)
         write_whole(weights, lambda file: torch.save(model.state_dict(), file), mode="wb")
-        print(f"detector: trained in {time.time() - started:.0f} s", flush=True)
+        say(f"detector: trained in {time.time() - started:.0f} s")
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
 
 
@@ -450,8 +450,7 @@ def fill(writer, model, sources, load, batch, boxes=None, precision="fp32", work
     """
     numbers = sorted({row // batch for row in writer.pending()})
     blocks = [range(len(sources))[batch * n : batch * (n + 1)] for n in numbers if n % gpus == RANK]
-    loader = torch.utils.data.DataLoader(sources, batch_sampler=blocks, num_workers=workers,
-        collate_fn=load)
+    loader = load_ahead(sources, blocks, load, workers)
     for rows, images in zip(blocks, progress(loader, "extracting")):
         try:
             if isinstance(images, BadInput):
@@ -501,7 +500,7 @@ def extract(args):
         boxes_file=args.boxes and args.boxes.name, **model.about)
     total = len(paths)
     if WORLD_SIZE == 1:
-        print(f"{args.out}: {len(writer.pending()):,} of {total:,} pictures to extract", flush=True)
+        say(f"{args.out}: {len(writer.pending()):,} of {total:,} pictures to extract")
     if args.gpus > WORLD_SIZE:
         start_processes(args.gpus)
     else:
@@ -517,7 +516,7 @@ def extract(args):
             result += f"; {args.out}/failed.txt lists the others; to try again, remove the store"
         if not extracted:
             raise BadInput(result)
-        print(result)
+        say(result)
 
 
 # --- 7. Command line ------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, match_scores, parse_settings, recall_at, share_of, stack, to_device, total,
-    toy_world)
+    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, to_device,
+    total, toy_world)
 
 import numpy as np
 import torch
@@ -62,8 +62,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
     FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, flag,
-    model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading, region_inputs,
-    run, save_png, say, say_found, write_json)
+    load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading,
+    region_inputs, run, save_png, say, say_found, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -227,6 +227,7 @@ class Task:
     def __init__(self, store, tokenizer, splits, args, labels=None):
         self.store, self.tokenizer = store, tokenizer
         self.seed, self.blind = args.seed, args.blind
+        self.workers = args.workers
         self.examples = self  # as fit calls them
         self.missing, self.held_out = {}, {}
         for name, items in splits.items():
@@ -281,9 +282,10 @@ class Task:
         return dict(model_inputs(examples), targets=pad(targets).float())
 
     def loss(self, logits, targets):
-        """Binary cross entropy, summed over answers or regions; padding has the lowest logit."""
-        real = logits != torch.finfo(logits.dtype).min
-        return F.binary_cross_entropy_with_logits(logits[real], targets[real], reduction="sum")
+        """Binary cross entropy, summed over answers or regions. At the lowest logit and target 0,
+        those of padding, both it and its gradient are exactly 0.
+        """
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
     @staticmethod
     def counts(batch):
@@ -294,7 +296,15 @@ class Task:
         """(1,): the loss, summed over a batch; and the encoder's output."""
         inputs = {k: v for k, v in batch.items() if k != "targets"}
         logits, out = model(**inputs, temperature=tau)
-        return self.loss(logits.float(), batch["targets"])[None], out
+        return self.loss(logits, batch["targets"])[None], out
+
+    def __getstate__(self):
+        """A loading process may get a copy of its data set, the task, but never of the model."""
+        return vars(self) | {"model": None}
+
+    def inputs(self, items):
+        """The encoder's inputs for some items."""
+        return model_inputs([self.example(item) for item in items])
 
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
@@ -305,10 +315,12 @@ class Task:
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
         switches = SwitchShares(model.config)
         lengths = [item["text"].count(" ") for item in items]
-        for part in progress(share_of(lengths, batch_size)):
-            inputs = model_inputs([self.example(items[i]) for i in part])
+        parts = share_of(lengths, batch_size)
+        # To start loading processes takes as long as a few batches do.
+        loader = load_ahead(items, parts, self.inputs, min(self.workers, len(parts) // 10))
+        for part, inputs in zip(progress(parts), loader):
             logits, out = model(**to_device(inputs), temperature=tau)
-            chosen[part] = logits.argmax(dim=-1)
+            chosen[send(torch.from_numpy(part))] = logits.argmax(dim=-1)
             switches.add(out)
         model.train()
         return total(chosen), switches.shares()

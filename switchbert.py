@@ -728,7 +728,12 @@ class TaskModel(nn.Module):
 
     def forward(self, **inputs):
         out = self.bert(**inputs)
-        return self.classifier(out.pooled), out
+        return self.score(out.pooled), out
+
+    def score(self, states):
+        """The head in fp32, always: among thousands of images, many scores in bf16 would tie."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.classifier(states.float())
 
 
 class SwitchBertForVQA(TaskModel):
@@ -782,7 +787,7 @@ class SwitchBertForReferring(TaskModel):
 
     def forward(self, region_mask, **inputs):
         out = self.bert(region_mask=region_mask, **inputs)
-        logits = self.classifier(out.region_states).squeeze(-1).float()  # (B, R)
+        logits = self.score(out.region_states).squeeze(-1)  # (B, R)
         return logits.masked_fill(region_mask == 0, torch.finfo(logits.dtype).min), out
 
 

@@ -62,13 +62,13 @@ import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
 import zipfile
 import zlib
 from collections import namedtuple
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 # Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
@@ -79,12 +79,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
     BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
-    caption_records, class_targets, collate, flag, model_inputs, only_run_in, progress, reading,
-    region_inputs, run, save_png, say, start_processes, write_json, write_whole)
+    caption_records, class_targets, collate, flag, load_ahead, model_inputs, on_stop, only_run_in,
+    progress, reading, region_inputs, run, save_png, say, start_processes, write_json, write_whole)
 from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
@@ -118,6 +117,8 @@ def parse_args(argv):
 
 def add_run_flags(p, out):
     """Add the flags that all trainings share. parse_settings fills in those that are None."""
+    gpu = torch.cuda.is_available()
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     flag(p, "--out", Path, out, "folder of the results")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
@@ -128,13 +129,15 @@ def add_run_flags(p, out):
     flag(p, "--seed", NATURAL, 0, "seed of everything random")
     flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
     flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, other noise")
-    flag(p, "--workers", NATURAL, 0, "loading processes per process")
+    flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
+        "loading processes per process; on a CPU, which has enough to do, none")
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "fp32",
-        choices=["bf16", "fp32"], help="of matrix products; softmax, losses, gates stay in fp32")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu,
+        help="torch.compile the layers, if there are more than the small model's four")
+    p.add_argument("--precision", default="bf16" if native else "fp32", choices=["bf16", "fp32"],
+        help="of matrix products, fp32 with TF32 where a GPU has it; softmax, losses: fp32")
 
 
 def parse_settings(parser, argv, defaults_of, task, subparser=None):
@@ -180,7 +183,7 @@ def pretrain(args, checkpoint=None):
         return None
     # 3. What has it learned? Retrieval without training for it, on held-out images.
     if not args.blind:
-        scores |= zero_shot(task)
+        scores |= zero_shot(args, task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
     say(f"{args.out}: {', '.join(sorted(path.name for path in args.out.glob('[!.]*')))}")
@@ -273,14 +276,18 @@ def model_config(size, store, tokenizer, switches):
 #     store, tokenizer, labels           for the checkpoint; labels: answers to choose from, or None
 
 
+LOOK_EVERY = 10  # steps, after which a run asks itself: has it diverged, should it stop?
+
+
 def fit(args, task, checkpoint=None):
     """Train a task; for args and checkpoint see parse_settings. Returns the scores of the last
     evaluation, or None if it was asked to stop. Raises BadInput if training diverges.
     """
     # 1. The model, AdamW, and the state of an earlier run.
-    model = task.model.to(device())
+    model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
-    first, interval = 0, torch.zeros(len(task.loss_names) + 1)  # sums of losses, and their number
+    # interval: the sums of this process's losses since the last evaluation.
+    first, interval = 0, torch.zeros(len(task.loss_names), device=device())
     if checkpoint:
         known = checkpoint.get("examples", task.examples.captions.checksum)
         if known != task.examples.captions.checksum:
@@ -289,20 +296,24 @@ def fit(args, task, checkpoint=None):
                 "its own, or start a new run with another --out")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first, interval = checkpoint["step"], checkpoint["interval"]
+        first = checkpoint["step"]
+        interval += send(checkpoint["interval"])[: len(interval)] / WORLD_SIZE
 
     # 2. Every process loads its share of each batch. DistributedDataParallel averages gradients.
     steps, started = number_of_steps(args, len(task.examples)), time.time()
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
-    if args.compile:
+    if args.compile and model.config.num_hidden_layers > 4:
         compile_layers(model)
-    trained = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    trained = model
+    if WORLD_SIZE > 1:
+        trained = DistributedDataParallel(model)
+        trained.broadcast_buffers = False  # they are constants
     if task.evaluates_at_start or first >= steps:
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
-    timed_from, timed_since = first, time.time()
+    looked, timed_from, timed_since = first, first, time.time()
     rate = 1e-6  # at which the temperature decays per example (A5)
     if args.anneal:  # it reaches 0.2 at this share of the run
         rate = math.log(task.initial_temperature / 0.2) / (args.anneal * max(1, steps) * args.batch)
@@ -322,28 +333,40 @@ def fit(args, task, checkpoint=None):
 
             # 5. Clip the gradient; update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
-            check_finite(done, dict(zip(task.loss_names, losses), gradient=norm))
             optimizer.step()
-            interval += torch.cat([losses, torch.ones(1)])
+            # Infinity and NaN stay in a sum of losses; a gradient's norm passes them on.
+            interval += losses + 0 * norm
             if done % math.ceil(steps / 30) == 0:
                 record(args, step=done, temperature=tau, mixture=mixture.shares())
 
-            # 6. Every eval_every steps: evaluate, print a line, record it, draw the switches, save.
-            if done % args.eval_every == 0 or done == steps:
+            # 6. So far a GPU was only told what to do. To see a number the host must wait for it:
+            # so it looks now and then.
+            due = done % args.eval_every == 0 or done == steps
+            look = done % LOOK_EVERY == 0
+            stop = stop_asked()
+            if WORLD_SIZE > 1:  # if any process was asked, all stop after the same step
+                stop = look and total(torch.tensor(int(stop))).item()
+            if not (look or due or stop):
+                continue
+            means = total(interval) / ((done - 1) % args.eval_every + 1)
+            means = dict(zip(task.loss_names, means.tolist()))
+            check_sound(f"steps {looked + 1} to {done}", means)
+            looked = done
+
+            # 7. Every eval_every steps: evaluate, print a line, record it, draw the switches, save.
+            if due:
                 speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
-                means = dict(zip(task.loss_names, (interval[:-1] / interval[-1]).tolist()))
-                # No loss here starts above 100: a thousand means that the weights have diverged.
-                check_finite(done, means | scores, bound=1e3)
+                check_sound(f"step {done}", scores)
                 report(args, task, steps, step=done, lr=lr, temperature=tau, per_second=speed,
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, optimizer, done, interval)
                 timed_from, timed_since = done, time.time()  # evaluation is not timed
 
-            # 7. Was any process asked to stop? Then all stop, and --resume continues here.
-            if done < steps and total(torch.tensor(int(stop_asked()))):
-                save_checkpoint(args, task, optimizer, done, interval)
+            # 8. Asked to stop? --resume continues here.
+            if stop and done < steps:
+                save_checkpoint(args, task, optimizer, done, total(interval))
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
     return scores
@@ -417,21 +440,35 @@ def load_parts(args, task, first, steps):
             for part in batch.reshape(WORLD_SIZE, args.accum, -1)[RANK]:
                 yield [(epoch, int(i)) for i in part]
 
-    return iter(DataLoader(task.examples, batch_sampler=keys(), collate_fn=task.collate,
-        num_workers=args.workers, pin_memory=device().type == "cuda"))
+    return iter(load_ahead(task.examples, keys(), task.collate, args.workers))
+
+
+def place(model, args):
+    """The model on this process's device. Wherever it is called, it computes in --precision: so do
+    evaluation and ranking. Its backward pass, outside of this, takes each product's own precision.
+    """
+    lower = torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16")
+    model.forward = lower(model.forward)
+    return model.to(device())
+
+
+def send(tensor):
+    """The tensor on this process's device; the host does not wait for it."""
+    # Apple's GPU would read a tensor that is gone already.
+    return tensor.to(device(), non_blocking=device().type == "cuda")
 
 
 def to_device(batch):
     """The dict with its tensors on this process's device; all else is unchanged."""
-    return {k: v.to(device(), non_blocking=True) if torch.is_tensor(v) else v
-        for k, v in batch.items()}
+    return {k: send(v) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def forward_backward(args, task, model, batches, step, tau):
-    """Accumulate gradients; returns mean losses (losses,) and switch mixtures (SwitchShares). A
-    mean is over all that is predicted in the *whole* batch. Parts hold different numbers of masked
-    places, so a mean of their means would weight places unequally, and depend on the number of
-    processes: sums are divided by the common count instead.
+    """Accumulate gradients; returns this process's share of the mean losses (losses,), which add up
+    over processes, and switch mixtures (SwitchShares). A mean is over all that is predicted in the
+    *whole* batch. Parts hold different numbers of masked places, so a mean of their means would
+    weight places unequally, and depend on the number of processes: sums are divided by the common
+    count instead.
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
     sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
@@ -441,26 +478,30 @@ def forward_backward(args, task, model, batches, step, tau):
         torch.manual_seed(int(seed))
         # DistributedDataParallel exchanges gradients once per step, after a process's last part.
         model.require_backward_grad_sync = batch is batches[-1]
-        with torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16"):
-            part, out = task.sums(model, to_device(batch), tau)
-            # It averages them over processes; we need their sum.
-            (WORLD_SIZE * (part / counts.to(part)).sum()).backward()
+        part, out = task.sums(model, to_device(batch), tau)
+        # It averages them over processes; we need their sum.
+        (WORLD_SIZE * (part / counts).sum()).backward()
         sums += part.detach()
         mixture.add(out)
-    return total(sums) / counts, mixture
+    return sums / counts, mixture
 
 
 def compile_layers(model):
-    """Compile a model's layers, which share their code: a minute; the whole model takes several."""
+    """Compile a model's layers, which share their code: a minute; the whole model takes several.
+    One graph serves training at any length, and three evaluation: hard, soft, a single pair.
+    """
+    torch._dynamo.config.suppress_errors = True  # without a compiler, layers run as they are
     for layer in model.bert.layers:
         layer.block = torch.compile(layer.block, dynamic=True)
 
 
-def check_finite(step, numbers, bound=math.inf):
-    """Raise BadInput unless each of {name: number} is below the bound in absolute value."""
-    if not all(abs(number) < bound for number in numbers.values()):  # NaN is never below
+def check_sound(where, numbers):
+    """Raise BadInput unless each of {name: number} is below a thousand in absolute value. No loss
+    here starts above 100: so this means that the weights have diverged.
+    """
+    if not all(abs(number) < 1e3 for number in numbers.values()):  # NaN is never below
         found = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        raise BadInput(f"step {step}: diverged ({found}); the last good checkpoint is kept; "
+        raise BadInput(f"{where}: diverged ({found}); the last good checkpoint is kept; "
             "lower --lr, or check the data")
 
 
@@ -502,27 +543,27 @@ class SwitchShares:
 def evaluate(model, dataset, batch_size=200):
     """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
     model.eval()
-    found, switches = torch.zeros(8, device=device()), SwitchShares(model.config)
+    found, counts = torch.zeros(5, device=device()), torch.zeros(3)
+    switches = SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         batch = to_device(collate([dataset[i] for i in part]))
         out = model(**class_targets(batch, dataset.store))
-        # Eight numbers: three sums of losses, hits among words and pairs, three counts of places.
-        found += torch.cat([out.sums, out.correct, found.new_tensor(out.counts)])
+        found += torch.cat([out.sums, out.correct])  # three losses, hits among words and pairs
+        counts += torch.tensor(out.counts)
         switches.add(out.encoder)
     model.train()
-    sums, counts = total(found).split([5, 3])
     # mlm and words are means over masked words, mrc over masked regions, itm and match over pairs.
-    means = sums / counts[[0, 1, 2, 0, 2]].clamp(min=1)
+    means = total(found) / total(counts)[[0, 1, 2, 0, 2]].clamp(min=1)
     return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
 
 
-def zero_shot(task):
+def zero_shot(args, task):
     """Recalls with the pretrained matching head: one caption for each of 100 held-out images."""
     # Reversed, so that a dict keeps the first caption of each image.
     first = dict(reversed(task.whole.captions))
     ids, texts = zip(*sorted(first.items())[:100])
     ranker = SwitchBertForRetrieval.from_pretraining(task.model.config, task.model.state_dict())
-    scores = match_scores(ranker.to(device()), task.store, task.tokenizer, texts, ids)
+    scores = match_scores(place(ranker, args), task.store, task.tokenizer, texts, ids)
     return {"images": len(ids), **recall_at(scores, torch.arange(len(ids)))}
 
 
@@ -550,8 +591,8 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
                 else:
                     inputs[name] = tensor.repeat_interleave(n, dim=0)  # (k n, T)
             found, _ = model(**inputs, temperature=temperature)
-            scores[part, start : start + n] = found.view(len(part), n)
-    return total(scores)
+            scores[send(torch.from_numpy(part)), start : start + n] = found.view(len(part), n)
+    return total(scores).cpu()
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -716,54 +757,67 @@ def toy_texts(numbers):
 
 
 def launch(args, work):
-    """The result of work(), run in this process, or in --gpus processes, which exit in here."""
+    """The result of work(), run in this process, or in --gpus processes, which exit in here. None
+    is that of a run that was stopped: then the status is 130, so that no shell goes on with it.
+    """
     if args.gpus > 1 and WORLD_SIZE == 1:
         return start_processes(args.gpus)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if torch.cuda.is_available() and args.precision == "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32
     if WORLD_SIZE > 1:
+        card = None
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            card = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(card)
+        # In a ranking, hours may pass before the processes hear of each other again.
+        dist.init_process_group("nccl" if card else "gloo", timeout=timedelta(days=1),
+            device_id=card)
     with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
         result = work()
     if WORLD_SIZE > 1:
+        dist.barrier()  # torchrun ends the others at the first status that is not 0
         dist.destroy_process_group()
         # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
         # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        os._exit(0)
+        os._exit(130 * (result is None))
+    if result is None:
+        sys.exit(130)
     return result
 
 
 def device():
-    """Where this process computes: its own GPU (launch has chosen it), Apple's, or the CPU."""
-    if torch.accelerator.is_available():
+    """Where this process computes: its own GPU (launch has chosen it), Apple's, or the CPU; several
+    processes on the CPU of an Apple, whose GPU they cannot share.
+    """
+    if torch.accelerator.is_available() and (WORLD_SIZE == 1 or torch.cuda.is_available()):
         return torch.accelerator.current_accelerator()
     return torch.device("cpu")
 
 
 def total(tensor):
-    """The sum of a tensor over all processes, on the CPU. It blocks until all have called it."""
+    """The sum of a tensor over all processes, on the device. All must call it."""
+    tensor = send(tensor)
     if dist.is_initialized():
-        tensor = tensor.to(device())  # NCCL cannot reduce CPU tensors
+        tensor = tensor.clone()
         dist.all_reduce(tensor)
-    return tensor.cpu()
+    return tensor
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block SIGTERM, Ctrl-C and the end of the parent process only ask to stop: no step is
-    interrupted, so the saved state is that of an undisturbed run. Yields a function: was it asked?
+    """In this block SIGTERM, Ctrl-C and the end of a torchrun that has started this process only
+    ask to stop: no step is interrupted, so the saved state is that of an undisturbed run. Yields a
+    function: was it asked?
     """
-    asked, parent, numbers = [], os.getppid(), (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        signal.signal(number, lambda *_: asked.append(True))
+    asked, parent = [], os.getppid()
+    on_stop(lambda *_: asked.append(True))
     try:
-        yield lambda: bool(asked) or os.getppid() != parent
+        yield lambda: bool(asked) or WORLD_SIZE > 1 and os.getppid() != parent
     finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)  # as `run` has set them
+        on_stop()  # as `run` has set it
 
 
 # --- 8. The record --------------------------------------------------------------------------------

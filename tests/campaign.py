@@ -2,9 +2,10 @@
 
     python tests/campaign.py [kills|files|flags ...] [--kills 1000] [--files 3000] [--seed 0]
 
-    kills    a small run is killed (SIGKILL) at random moments and at its renames and fsyncs, and
-             resumed, again and again: no checkpoint may be lost, and the weights at the end must be
-             those of an undisturbed run, bit for bit
+    kills    a small run, half of the time with a loading process, is killed (SIGKILL) at random
+             moments and at its renames and fsyncs, or stopped (SIGTERM to its group), and resumed,
+             again and again: no checkpoint may be lost, and the weights at the end must be those of
+             an undisturbed run, bit for bit
     files    files of every kind are damaged (bits, lengths, JSON values, a folder in their place)
              and read: a reader must refuse in a sentence (BadInput) or read; a traceback is a
              fault, and so is a damaged checkpoint that loads with other numbers
@@ -63,14 +64,16 @@ def make_store(folder):
 
 
 def run_once(folder, store, flags, killer):
-    """A run in a forked process; killer(): called there before it begins. Its wait status."""
+    """A run in a forked process, in a group of its own; killer(): called there before it begins."""
     pid = os.fork()
     if pid == 0:
+        os.setsid()
+        data.on_stop()  # as `run` does it
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 1)
             os.dup2(null.fileno(), 2)
         status = 1
-        with contextlib.suppress(BaseException):
+        try:
             words = data.WordPiece(list(WORDS))
             train.load_data = lambda *_: train.Data(store, CAPTIONS, CAPTIONS, words)
             args, checkpoint = train.parse_args(["--out", str(folder), "--batch", "6", "--epochs",
@@ -79,7 +82,12 @@ def run_once(folder, store, flags, killer):
             killer()
             train.launch(args, lambda: train.pretrain(args, checkpoint))
             status = 0
-        os._exit(status)
+        except SystemExit as end:
+            status = end.code
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
     return pid
 
 
@@ -101,12 +109,12 @@ def attack_kills(home, count, rng):
         folder, step = home / "run", 0
         shutil.rmtree(folder, ignore_errors=True)
         while step < last:
-            point = rng.integers(3)  # a moment, a rename, an fsync
+            point = rng.integers(4)  # a moment, a rename, an fsync, a moment for SIGTERM
             number = int(rng.integers(1, 8))
 
             def killer(point=point, number=number):
                 calls = Counter()
-                name = (None, "replace", "fsync")[point]
+                name = (None, "replace", "fsync", None)[point]
                 if name is None:
                     return
                 real = getattr(os, name)
@@ -121,16 +129,24 @@ def attack_kills(home, count, rng):
                 setattr(os, name, deadly)
 
             resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+            resume += ["--workers", str(rng.integers(2))]
             pid = run_once(folder, store, resume, killer)
-            deadline = time.time() + (rng.random() * duration if point == 0 else 4 * duration)
+            moment = rng.random() * duration if point in (0, 3) else 4 * duration
+            deadline = time.time() + moment
             while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.time() < deadline:
                 time.sleep(0.002)
             if ended[0] == 0:
-                os.kill(pid, signal.SIGKILL)
+                if point == 3:
+                    with contextlib.suppress(ProcessLookupError):  # not yet a group
+                        os.killpg(pid, signal.SIGTERM)
+                else:
+                    os.kill(pid, signal.SIGKILL)
                 ended = os.waitpid(pid, 0)
             killed = os.WIFSIGNALED(ended[1])
+            stopped = os.waitstatus_to_exitcode(ended[1]) == 130
             found["kills"] += killed
-            found["runs that failed by themselves"] += not killed and ended[1] != 0
+            found["stops"] += stopped
+            found["runs that failed by themselves"] += not killed and not stopped and ended[1] != 0
             if (folder / "checkpoint.pt").exists():
                 try:
                     reached = weights_of(folder)[1]

@@ -49,6 +49,7 @@ MAKE_OPTIMIZER = train.make_optimizer
 if __name__ == "__main__":
     train.load_data, finetune.load_task = load_data, load_task
     train.make_optimizer = make_optimizer
+    train.LOOK_EVERY = 2
     # In small batches, so that two processes share an evaluation.
     train.evaluate = functools.partial(train.evaluate, batch_size=7)
     script = {"train": train, "finetune": finetune}[sys.argv[3]]

@@ -157,9 +157,9 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("event, status, words", [("sys.exit(7)", 1, ""),
+@pytest.mark.parametrize("event, status, words", [("sys.exit(7)", 7, ""),
     ("os.kill(os.getpid(), 9)", 1, "error: a process was ended by signal 9; .*--resume\n"),
-    ("time.sleep(1); os.kill(os.getppid(), 15); time.sleep(60)", 0, "")])
+    ("time.sleep(1); os.kill(os.getppid(), 15); time.sleep(60)", 130, "")])
 def test_a_process_that_fails_and_sigterm_end_all_processes(event, status, words):
     """`subprocess.run` waits for all that write to its pipes: they end before its timeout."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.path.dirname(data.__file__)}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import extract_features
 import finetune
 import train
@@ -269,6 +270,16 @@ def test_three_processes_in_turn_predict_what_one_does(make, pretrained, monkeyp
     assert sum(parts).equal(whole) and all(p.count_nonzero() < len(items) for p in parts)
 
 
+def test_a_loading_process_prepares_predictions_if_there_are_many(make, pretrained, monkeypatch):
+    task, started = make(Refer), []
+    model, items = task.build_model(*pretrained), task.items
+    monkeypatch.setattr(finetune, "load_ahead", lambda *args: started.append(args[-1]) or (
+        data.load_ahead(*args)))
+    whole = task.predict(model, items)[0]
+    task.workers = 4
+    assert task.predict(model, items, batch_size=1)[0].equal(whole) and started == [0, 1]
+
+
 def test_images_without_features_leave_training_and_ranking_but_not_the_answers(make):
     vqa = make(VQA, train=[question(i, 0) for i in range(12)])
     retrieval = make(Retrieval, val=[dict(image_id=i, text="a") for i in range(12)])
@@ -508,3 +519,14 @@ def test_a_model_of_the_vg_detector_answers_only_with_its_weights(monkeypatch):
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *_: saved)
     with pytest.raises(BadInput, match="trained with the vg detector; give its weights with --w"):
         finetune.main(["ask", "runs/vqa", "what ?", "a.png"])
+
+
+@EACH_TASK
+def test_loading_processes_that_are_not_forked_get_the_task_without_its_model(
+        make, kind, pretrained, monkeypatch):
+    """Python 3.14 and macOS start them anew, with a pickled copy of the data set."""
+    task = make(kind)
+    task.model = task.build_model(*pretrained)
+    copy = pickle.loads(pickle.dumps(task))
+    assert copy.model is copy.examples.model is None and task.model
+    torch.testing.assert_close(copy.collate([copy[1, 2]]), task.collate([task[1, 2]]))

@@ -2,11 +2,16 @@
 disturbed.
 """
 
+import contextlib
+import functools
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,29 +20,39 @@ import pytest
 import torch
 from test_train import metrics
 
+import data
+import finetune
+import train
+
 SMALL_RUN = Path(__file__).parent / "small_run.py"
 SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def start(store, tokenizer, tmp_path_factory):
-    """start(out, *flags) begins a run of 15 steps of 6 pairs that evaluates and saves every 4."""
+    """start(out, *flags) begins a run of 15 steps of 6 pairs that evaluates and saves every 4, in a
+    process group of its own; begin: what starts it.
+    """
     vocab = tmp_path_factory.mktemp("v") / "vocab.txt"
     vocab.write_text("".join(p + "\n" for p in tokenizer.pieces), encoding="utf-8")
 
-    def begin(out, *flags, task="train"):
+    def popen(command):
+        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True)
+
+    def start(out, *flags, task="train", begin=popen):
         size = ["--batch", 6, "--epochs", 3, "--eval-every", 4, "--threads", 1, "--lr", 1]
         words = [SMALL_RUN, store.folder, vocab, *task.split(), "--out", out, *size, *flags]
-        return subprocess.Popen([sys.executable, *map(str, words)], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return begin([sys.executable, *map(str, words)])
 
-    return begin
+    return start
 
 
 def finish(process, status=0):
     out, err = process.communicate(timeout=100)
-    assert process.returncode == status, err
-    return out if status == 0 else err
+    assert process.returncode == status, out + err
+    assert status != 0 or err == ""  # such as warnings of torch
+    return err if status == 1 else out
 
 
 def weights(out):
@@ -49,6 +64,32 @@ def wait_for(path, text):
     while not path.exists() or text not in path.read_text():
         assert time.time() < deadline
         time.sleep(0.01)
+
+
+def parents():
+    """{process: its parent} of all that run, zombies excepted."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
+def descendants(process):
+    """The ids of a process's children, of theirs, and so on."""
+    found, old = {process.pid}, parents()
+    while new := {child for child, parent in old.items() if parent in found} - found:
+        found |= new
+    return found - {process.pid}
+
+
+def wait_for_end(processes, seconds):
+    deadline = time.time() + seconds
+    while alive := parents().keys() & processes:
+        assert time.time() < deadline, alive
+        time.sleep(0.05)
 
 
 def assert_alike(out, expected):
@@ -70,11 +111,11 @@ def undisturbed(start, tmp_path_factory):
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, tmp_path, sign):
-    """Bit for bit. Killed where it stands; Ctrl-C lets it save first and exit with 0."""
+    """Bit for bit. Killed where it stands; Ctrl-C lets it save first."""
     process = start(tmp_path / "run", "--accum", 6)
     wait_for(tmp_path / "run" / "metrics.jsonl", '{"step": 6')
     process.send_signal(sign)
-    finish(process, -9 if sign == signal.SIGKILL else 0)
+    finish(process, -9 if sign == signal.SIGKILL else 130)
     said = finish(start(tmp_path / "run", "--accum", 6, "--resume"))
     assert "resuming after step 4" in said or sign == signal.SIGINT
     torch.testing.assert_close(weights(tmp_path / "run"), weights(undisturbed), rtol=0, atol=0)
@@ -89,13 +130,85 @@ def test_two_processes_train_like_one(start, undisturbed, tmp_path):
     assert_alike(tmp_path, undisturbed)
 
 
+def one(process, sign):
+    process.send_signal(sign)
+
+
+def group(process, sign):
+    os.killpg(process.pid, sign)
+
+
+def rank(process, sign):
+    """The second process of torchrun, which nobody else tells."""
+    ranks = [child for child, parent in parents().items() if parent == process.pid]
+    os.kill(max(ranks), sign)
+
+
+TWO = ["--gpus", 2, "--accum", 3]
+
+
+@pytest.mark.parametrize("whom, sign, flags", [
+    (group, signal.SIGTERM, ["--workers", 1]), (one, signal.SIGTERM, [*TWO, "--workers", 1]),
+    *(pytest.param(*case, marks=SLOW) for case in (
+        (group, signal.SIGINT, ["--workers", 2]), (one, signal.SIGINT, ["--workers", 1]),
+        (one, signal.SIGTERM, []), (group, signal.SIGINT, []), (group, signal.SIGTERM, TWO),
+        (group, signal.SIGINT, [*TWO, "--workers", 1]), (one, signal.SIGTERM, TWO),
+        (one, signal.SIGINT, TWO), (rank, signal.SIGTERM, [*TWO, "--workers", 1]),
+        (rank, signal.SIGHUP, TWO)))])
+def test_a_stop_saves_and_is_no_success(start, tmp_path, whom, sign, flags):
+    """And leaves no process behind: loading ones are beyond the reach of signals to a group."""
+    process = start(tmp_path, "--epochs", 2000, *flags)
+    wait_for(tmp_path / "metrics.jsonl", '"step": 8,')
+    children = descendants(process)
+    whom(process, sign)
+    said = finish(process, 130)
+    step = int(re.search(r"stopped after step (\d+); --resume continues from here\n$", said)[1])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step
+    wait_for_end(children, seconds=10)
+
+
+@SLOW
+@pytest.mark.parametrize("flags", [["--workers", 2], [*TWO, "--workers", 1]])
+def test_what_a_kill_leaves_behind_ends_by_itself(start, tmp_path, flags):
+    """Loading processes look for their training every five seconds; torchrun's save first."""
+    process = start(tmp_path, "--epochs", 2000, *flags)
+    wait_for(tmp_path / "metrics.jsonl", '"step": 8,')
+    children = descendants(process)
+    process.kill()
+    said = finish(process, -9)
+    assert "--gpus" not in flags or "stopped after step" in said
+    wait_for_end(children, seconds=30)
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param([*TWO, "--workers", 1], marks=SLOW)])
+def test_a_run_outlives_its_terminal(start, tmp_path, flags):
+    """The terminal closes: its shell ends, the run hears SIGHUP, and nothing can be printed."""
+    def begin(command):
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execvp("sh", ["sh", "-c", '"$@" & wait', "sh", *command])
+        return pid, terminal
+
+    shell, terminal = start(tmp_path, "--accum", 6, *flags, begin=begin)
+    wait_for(tmp_path / "metrics.jsonl", '"step": 1,')
+    os.close(terminal)
+    os.waitpid(shell, 0)
+    deadline = time.time() + 60
+    with contextlib.suppress(ProcessLookupError):
+        while time.time() < deadline:
+            os.killpg(shell, 0)
+            time.sleep(0.05)
+    assert [line["step"] for line in metrics(tmp_path, "losses")] == [4, 8, 12, 15]
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 15
+
+
 @SLOW
 def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(start, undisturbed, tmp_path):
     """--gpus 2 passes SIGTERM on, and both processes stop after the same step."""
     process = start(tmp_path, "--gpus", 2, "--accum", 3)
     wait_for(tmp_path / "metrics.jsonl", '{"step": 6')
     process.send_signal(signal.SIGTERM)
-    assert "stopped after step" in finish(process)
+    assert "stopped after step" in finish(process, 130)
     finish(start(tmp_path, "--accum", 6, "--resume"))
     assert_alike(tmp_path, undisturbed)
 
@@ -126,7 +239,7 @@ def test_a_folder_holds_one_run_at_a_time(start, tmp_path):
     error = finish(start(tmp_path), status=1)
     assert f"error: {tmp_path}: another run is at work there" in error
     first.terminate()
-    assert "stopped after step" in finish(first)
+    finish(first, 130)
 
 
 @SLOW
@@ -136,3 +249,23 @@ def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path, 
     (tmp_path / ".checkpoint.pt.tmp").mkdir()  # so that no checkpoint can be written
     error = finish(start(tmp_path, "--gpus", 2, "--batch", batch), status=1)
     assert re.search(f"^error: .*{words}.*\n$", error) and error.count("\n") == 1
+
+
+@SLOW
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_batches_do_not_depend_on_how_loading_processes_start(
+        store, tokenizer, context, monkeypatch):
+    """Of pretraining and of a task, whose data set is the task itself: its model stays behind."""
+    args, _ = train.parse_args(["--batch", "6", "--accum", "2"])
+    captions = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
+    items = [dict(image_id=i, text=text, box=(0, 0, 9, 9)) for i, text in captions]
+    task = finetune.Refer(store, tokenizer, {"train": items}, args)
+    task.model = threading.Lock()  # which cannot be pickled
+    pairs = train.Pretraining(args, train.Data(store, captions, captions, tokenizer))
+    here = {each: [*train.load_parts(args, each, 0, 3)] for each in (pairs, task)}
+    args.workers = 1
+    monkeypatch.setattr(
+        data, "DataLoader", functools.partial(data.DataLoader, multiprocessing_context=context))
+    for each, batches in here.items():
+        torch.testing.assert_close([*train.load_parts(args, each, 0, 3)], batches)
+        assert len(batches) == 6

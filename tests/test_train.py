@@ -1,10 +1,13 @@
 """What train.py promises: its loop, schedules, evaluation, data folders and records."""
 
+import functools
+import inspect
 import json
 import math
 import os
 import signal
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -14,11 +17,14 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 from test_switchbert import bert_weights, write_bert
+from torch.nn.parallel import DistributedDataParallel
 
+import finetune
 import train
 from data import (SPECIALS, BadInput, Captions, FeatureStore, PretrainingDataset, collate,
     only_run_in)
-from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
+from switchbert import (SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
+    SwitchBertForRetrieval)
 
 # --- The loop, on the smallest task there is ------------------------------------------------------
 
@@ -147,6 +153,10 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
     assert (first.result is None) == bool(step)
     saved = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "pretraining")["step"]
     assert saved == (step or 16)
+    if stop_at == 12 * 7:  # as older checkpoints have it: the number of steps comes last
+        path = tmp_path / "run/checkpoint.pt"
+        old = torch.load(path, weights_only=True)
+        torch.save(old | {"interval": torch.cat([old["interval"], torch.tensor([3.0])])}, path)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # a killed run knows later steps
         file.write(f'{{"step": {saved + 1}, "losses": {{}}}}\n{{"step": 99, "lo')
     again = plain("run", "--accum", 2, "--resume")
@@ -157,15 +167,21 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
 
 @pytest.mark.parametrize("score", [math.nan, 1e30, -1000.0])
 def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score):
-    """Scores, if they are a thousand or more; and a loss in any step, if it is not finite."""
+    """Scores, if they are a thousand or more; and a loss in any step, if it is not finite: a run
+    looks at that every ten steps, and before it evaluates or saves.
+    """
     keys, path = plain("clean", score=999.0).keys[12 * 6 : 12 * 7], tmp_path / "run/checkpoint.pt"
     with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=score)
     assert not path.exists()
-    with pytest.raises(BadInput, match=r"step 7: .*diverged.*all nan.*lower --lr"):
-        plain("run", not_a_number=keys[0])
-    saved = train.load_checkpoint(path, "pretraining")
+    for stop_at, every, steps in (
+            (None, 5, "6 to 10"), (12 * 7, 5, "6 to 8"), (None, 16, "1 to 10")):
+        flags = ["--eval-every", every]
+        with pytest.raises(BadInput, match=rf"steps {steps}: .*diverged.*all nan.*lower --lr"):
+            plain(f"run{every}", *flags, not_a_number=keys[0], stop_at=stop_at)
+    saved = train.load_checkpoint(tmp_path / "run5/checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
+    assert not (tmp_path / "run16/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("captions", [[(i, f"number {i}") for i in range(49)],
@@ -264,7 +280,7 @@ def test_words_are_scored_masked_matching_whole_and_ranks_by_first_captions(data
     assert task.evaluate(None) == ({"words": True, "match": False}, "switches")
     monkeypatch.setattr(train, "match_scores", lambda model, store, tokenizer, texts, ids:
         torch.tensor([[float((i, text) in pairs[:3]) for i in ids] for text in texts]))
-    found = train.zero_shot(task)
+    found = train.zero_shot(train.parse_args([])[0], task)
     assert found.pop("images") == 2 and set(found.values()) == {1.0}
 
 
@@ -442,6 +458,112 @@ def test_defaults_follow_the_data_or_the_resumed_run(plain, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     args, _ = train.parse_args(flags)
     assert (args.model, args.epochs, args.batch, args.lr, args.anneal) == settings
+
+
+@pytest.mark.parametrize("card, expected", [
+    (None, ("fp32", 0, False)), ("P100", ("fp32", 4, True)), ("A100", ("bf16", 4, True))])
+def test_defaults_follow_the_card_at_hand(monkeypatch, card, expected):
+    """An old card only emulates bf16, which takes longer than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+        lambda including_emulation=True: card == "A100" or card == "P100" and including_emulation)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for args in (train.parse_args([])[0], finetune.parse_args(["vqa"])[0]):
+        assert (args.precision, args.workers, args.compile) == expected
+
+
+def test_evaluation_and_ranking_compute_in_the_precision_of_training(
+        data, monkeypatch):
+    """Gradients do not: a backward pass inside of autocast would round those of the gates."""
+    inside = []
+    real, backward = torch.nn.functional.linear, torch.Tensor.backward
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (
+        inside.append(torch.is_autocast_enabled("cpu")) or real(*args)))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (
+        inside.append(torch.is_autocast_enabled("cpu")) or backward(self)))
+    for precision in ("fp32", "bf16"):
+        args, lower = train.parse_args(["--precision", precision])[0], precision == "bf16"
+        task = train.Pretraining(args, data)
+        train.place(task.model, args)
+        for evaluation in (lambda: task.evaluate(task.model), lambda: train.zero_shot(args, task)):
+            inside.clear()
+            evaluation()
+            assert (True in inside) == lower
+        inside.clear()
+        ranker = SwitchBertForRetrieval.from_pretraining(task.model.config, task.model.state_dict())
+        ranks = train.match_scores(train.place(ranker, args), data.store, data.tokenizer,
+            ["a red ring", "a ring"], [*"0123456789"])
+        assert len(ranks.unique()) == 20 and (ranks != ranks.bfloat16()).sum() > 15  # not rounded
+        inside.clear()
+        batch = task.collate([task.examples[0, i] for i in range(9)])
+        train.forward_backward(SimpleNamespace(seed=0, accum=1), task, task.model, [batch], 0, 1.0)
+        assert (inside[0], inside[-1]) == (lower, False)
+
+
+@pytest.mark.parametrize("cuda, processes, where", [
+    (False, 1, "mps"), (False, 2, "cpu"), (True, 1, "cuda"), (True, 2, "cuda")])
+def test_several_processes_do_not_share_an_apple(monkeypatch, cuda, processes, where):
+    """What they exchange, gloo cannot read from its GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+        lambda: torch.device("cuda" if cuda else "mps"))
+    monkeypatch.setattr(train, "WORLD_SIZE", processes)
+    assert train.device().type == where
+
+
+@pytest.mark.parametrize("cuda, backend, card", [
+    (False, "gloo", None), (True, "nccl", torch.device("cuda", 3))])
+def test_processes_know_their_card_and_wait_for_hours(monkeypatch, tmp_path, cuda, backend, card):
+    asked = Mock(side_effect=BadInput)
+    monkeypatch.setattr(train.dist, "init_process_group", asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: chosen == card or pytest.fail())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(train, "WORLD_SIZE", 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(BadInput):
+        train.launch(train.parse_args(["--out", str(tmp_path)])[0], None)
+    (found,), more = asked.call_args
+    assert (found, more["device_id"]) == (backend, card)
+    assert more["timeout"].total_seconds() > 12 * 3600
+
+
+def test_constants_are_not_sent_in_every_step(plain, monkeypatch):
+    """Buffers, to the other processes; the flag has changed its name between versions of torch."""
+    wrapped = []
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda m: wrapped.append(m) or m)
+    plain("run")
+    assert wrapped[0].broadcast_buffers is False
+    assert isinstance(getattr(DistributedDataParallel, "broadcast_buffers", None), property) or (
+        "self.broadcast_buffers = " in inspect.getsource(DistributedDataParallel))
+
+
+@pytest.mark.slow
+def test_layers_compile_to_one_graph_for_all_lengths_and_temperatures(config, inputs, monkeypatch):
+    """And to one each for hard and soft evaluation. All but the compiler itself is torch's own."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, compiled = (SwitchBert(replace(config, num_hidden_layers=6)) for _ in range(2))
+    compiled.load_state_dict(model.state_dict())
+    train.compile_layers(SimpleNamespace(bert=compiled))
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def run(pairs, length, temperature):
+        each = {name: torch.cat([t[:1]] * pairs) for name, t in inputs.items()}
+        for name in ("input_ids", "text_mask"):
+            each[name] = torch.cat([each[name]] * 8, dim=1)[:, :length]
+        return [m(**each, temperature=temperature).pooled for m in (compiled, model)]
+
+    for k, length in enumerate((12, 9, 38, 2, 17, 30)):
+        run(8 + k, length, 5 - k / 7)[0].sum().backward()
+    assert graphs["unique_graphs"] == 1
+    model.eval(), compiled.eval()
+    with torch.no_grad():
+        for tau in (None, 0.2):
+            for pairs, length in ((200, 38), (73, 5), (200, 21)):
+                torch.testing.assert_close(*run(pairs, length, tau))
+    assert graphs["unique_graphs"] == 3
 
 
 @pytest.mark.parametrize("flags, change, message", [
