@@ -46,10 +46,17 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
 
 All of `train` at base size, frozen `single` = 1. Of 928b854, on the EPYC: learned 1.00,
 attention .97, input .97, dual .96, late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare
-matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Loaded
-in the same process, 5,500 pairs per second; a step makes 4.3. Now, on the slower machine (two
-shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there 1.19), which is 1.51 of the
-bare products (1.57). Kept for the backward pass: 64 MB per pair (single 62).
+matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Now, on
+the slower machine (two shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there
+1.19), which is 1.51 of the bare products (1.57). Kept for the backward pass: 64 MB per pair (single
+62).
+
+`loading`, on the slower machine beside another program, a store of 1,601 classes: one process
+loads 3,400 pairs per second (928b854: 490; medians of three runs in turn, 2,100 to 3,700 and 390 to
+610; 3,900 when it was quieter). Steps of 25 ms per 256 pairs, 10,240 per second, need three or four
+of them, on cores of their own: two processes on these two cores load 4,000. A batch of 256 costs
+one of them 30 ms of examples, 15 of padding, and 28 of a copy to the memory that processes share.
+The step of a CPU makes 4.3 pairs per second and never waits.
 """
 
 import argparse
