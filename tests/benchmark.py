@@ -723,8 +723,8 @@ def benchmark_tiny(folder):
 
 
 BENCHMARKS = {"count": benchmark_count, "train": benchmark_train, "loading": benchmark_loading,
-    "corpus": benchmark_corpus, "store": benchmark_store, "extract": benchmark_extract, "gpu": benchmark_gpu,
-    "tiny": benchmark_tiny}
+    "corpus": benchmark_corpus, "store": benchmark_store, "extract": benchmark_extract,
+    "gpu": benchmark_gpu, "tiny": benchmark_tiny}
 
 
 def main(argv=None):
