@@ -99,13 +99,6 @@ class BadInput(ValueError):
     """The user's files or flags are wrong: one sentence says where, what and how to fix it."""
 
 
-def say(text):
-    """Print from the first process only, and flush. A closed terminal hears nothing."""
-    if RANK == 0:
-        with contextlib.suppress(OSError):
-            print(text, flush=True)
-
-
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
@@ -144,6 +137,13 @@ def on_stop(handler=signal.default_int_handler):
     """
     for number in STOPS:
         signal.signal(number, handler)
+
+
+def say(text):
+    """Print from the first process only, and flush. A closed terminal hears nothing."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
 def load_ahead(examples, batches, collate, workers):

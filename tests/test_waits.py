@@ -132,15 +132,22 @@ def step(args, task, batches):
     assert losses.device.type == norm.device.type == mixture.sums[0].device.type == "cuda"
 
 
-def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, store, tokenizer, monkeypatch):
-    """Nor for the class distributions, once the detector's last layer is there."""
+@pytest.fixture
+def with_class_head(store, monkeypatch):
+    """The store, as if it held the detector's last layer in place of distributions."""
     monkeypatch.setitem(store.meta, "class_head", True)
+    monkeypatch.delitem(store.arrays, "class_probs")
     monkeypatch.setattr(store, "_class_head", lambda device: [
-        torch.ones(7, 12, device=device), torch.ones(7, device=device)])
-    examples = PretrainingDataset(store, CAPTIONS, tokenizer)
+        torch.zeros(7, 12, device=device), torch.zeros(7, device=device)])
+    return store
+
+
+def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, with_class_head, tokenizer):
+    examples = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
     batches = [collate([examples[0, i] for i in part]) for part in ((0, 5, 10), (1, 2, 3))]
-    task = SimpleNamespace(model=SwitchBertForPretraining(tiny), clip=5.0, store=store,
-        counts=train.Pretraining.counts, sums=lambda *more: train.Pretraining.sums(task, *more))
+    task = SimpleNamespace(model=SwitchBertForPretraining(tiny), clip=5.0,
+        counts=train.Pretraining.counts,
+        sums=lambda *a: train.Pretraining.sums(SimpleNamespace(store=with_class_head), *a))
     with gpu(task.model):
         train.place(task.model, args)
         step(args, task, batches)
@@ -167,9 +174,10 @@ def test_a_run_looks_at_its_numbers_every_few_steps_only(
     assert len(steps) == 2
 
 
-def test_evaluation_looks_at_its_end(args, gpu, tiny, store, tokenizer, monkeypatch):
+def test_evaluation_looks_at_its_end(args, gpu, tiny, with_class_head, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "total", look)
-    pairs, model = PretrainingDataset(store, CAPTIONS, tokenizer), SwitchBertForPretraining(tiny)
+    pairs = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
+    model = SwitchBertForPretraining(tiny)
     with gpu(model), pytest.raises(Look):
         train.evaluate(train.place(model, args), pairs, batch_size=7)
 
