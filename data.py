@@ -147,8 +147,8 @@ def say(text):
 
 
 def load_ahead(examples, batches, collate, workers):
-    """A DataLoader: batches (lists of keys) of examples, made in advance by so many processes. Where
-    the system can fork safely, they share the captions; elsewhere each has a copy.
+    """A DataLoader: batches (lists of keys) of examples, made in advance by so many processes.
+    On Linux these are forked, and share the captions; elsewhere each has a copy.
     """
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
