@@ -661,13 +661,13 @@ def drawn(picture, colour):
 
 
 def test_curves_of_all_runs_share_their_axes(write_run):
-    """One falls from 3 to 2 in 10 steps, the other, of an older version, is at 1 after 20."""
-    new = write_run("new", (0, {"losses": {"mlm": 3.0}}), (10, {"losses": {"mlm": 2.0}}))
+    """One falls from 3 to 2 in steps 5 to 10, the other, of an older version, is at 1 after 20."""
+    new = write_run("new", (5, {"losses": {"mlm": 3.0}}), (10, {"losses": {"mlm": 2.0}}))
     old = write_run("old", (20, {"losses": {"mlm": 1.0}}))
     picture = train.draw_curves([new, old])
     falling = drawn(picture, train.COLOURS[0])
     alone = drawn(picture, train.COLOURS[1])
-    assert falling.min(axis=0) == pytest.approx([0, 0], abs=6)
+    assert falling.min(axis=0) == pytest.approx([64, 0], abs=6)
     assert falling.max(axis=0) == pytest.approx([128, 72], abs=6)
     assert alone.min(axis=0) == pytest.approx([256, 144], abs=8)
 
@@ -711,6 +711,7 @@ def test_show_prints_final_scores_with_recalls_and_legends_the_table_of_modes(
     assert lines == [[str(old), "words", "0.500"],
         [str(new), "words", "0.700", "image", "R@1", "0.875"], [str(test), "accuracy", "0.125"],
         [str(old / "switches.png")]]
+    assert "lr: 1 to 1\nsteps 0 to 10" in dict.fromkeys(title for title, _ in written)
     names = [names for _, names in written if names]
     assert names == [["intra", "inter", "joint", "summary"]] * 3 + [[old, new, test]]
     assert Image.open(old / "curves.png").width == Image.open(old / "switches.png").width
