@@ -51,9 +51,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
-from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, to_device,
-    total, toy_world)
+import train
+from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fill_settings,
+    fit, launch, load_checkpoint, match_scores, recall_at, send, share_of, stack, to_device, total,
+    toy_world)
 
 import numpy as np
 import torch
@@ -78,9 +79,8 @@ TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
 
 
 def parse_args(argv):
-    """(settings, checkpoint to resume from or None); a task's defaults depend on --data."""
-    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """(settings, the checkpoint to resume from or None) of a command line."""
+    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.")
     p.add_argument("command", choices=[*TASKS, "ask"], help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
@@ -90,16 +90,16 @@ def parse_args(argv):
         p.add_argument("--weights", help="the detector's; None: the toy world's")
         p.add_argument("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
-    task, folder = TASKS[command], Path("data", command)
-    flag(p, "--checkpoint", Path, "runs/pretrain/checkpoint.pt", "checkpoint to start from")
-    flag(p, "--data", Path, folder if folder.is_dir() else None,
-        f"folder with {task.files}; None: the toy world")
-    p.add_argument("--scratch", action="store_true", help="start from random weights instead")
+    task = TASKS[command]
+    add_run_flags(p, Path("data", command), task.files, Path("runs", command))
+    flag(p, "--checkpoint", Path, "runs/pretrain/checkpoint.pt",
+        "checkpoint to start from (default: %(default)s)")
+    p.add_argument("--scratch", action="store_true", default=None,
+        help="start from random weights instead")
     if task is Refer:
-        p.add_argument("--boxes", choices=["detected", "gt"], default="detected",
+        p.add_argument("--boxes", choices=["detected", "gt"],
             help="the store to use: features-detected/ or features-gt/ (true boxes)")
-    add_run_flags(p, Path("runs", command))
-    return parse_settings(p, argv, lambda args: task.full if args.data else task.toy, command)
+    return fill_settings(p, argv, task.toy, task.full, command)
 
 
 # --- 2. Answers -----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def answer_vocabulary(questions):
 # The first score is the headline of the task. Read Task, then one of the three.
 
 
-class Task:
+class Task(train.Task):
     """Texts about images: training examples, held-out splits, loss, predictions and scores.
 
     splits: {name: items}, with "train" among them. Training items whose image has no features are
@@ -214,13 +214,8 @@ class Task:
     item of `ask` has no truth.
     """
 
-    full, toy = FULL, TOY
-    clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0  # A7, supp. 2
-    # Gates learn as fast as the rest: if each samples the wrong option once in ten times, a third
-    # of the samples of a four-layer model are noise, until gates decide. (A10 is for pretraining.)
-    gate_rate = 1.0
-    loss_names = ("loss",)
-    evaluates_at_start = True
+    full = FULL
+    toy = TOY
     looked_at = 1000  # items of val that are evaluated during training
     needs_features = False  # True: held-out items without features are left out
 
