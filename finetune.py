@@ -52,19 +52,18 @@ from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 import train
-from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fill_settings,
-    fit, launch, load_checkpoint, match_scores, recall_at, send, share_of, stack, to_device, total,
-    toy_world)
+from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
+    load_checkpoint, match_scores, recall_at, send, share_of, stack, to_device, total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
-    FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, flag,
-    load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading,
-    region_inputs, run, save_png, say, say_found, write_json)
+from data import (RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene, WordPiece,
+    canonical_id, canonical_split, caption_records, flag, load_ahead, model_inputs,
+    normalise_boxes, pad, picture_names, progress, read_json, reading, region_inputs, run,
+    save_png, say, say_found, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -216,18 +215,20 @@ class Task(train.Task):
 
     full = FULL
     toy = TOY
+    most_per_scene = 5  # items of val for a scene of the toy world
     looked_at = 1000  # items of val that are evaluated during training
     needs_features = False  # True: held-out items without features are left out
 
     def __init__(self, store, tokenizer, splits, args, labels=None):
-        self.store, self.tokenizer = store, tokenizer
-        self.seed, self.blind = args.seed, args.blind
+        self.store = store
+        self.tokenizer = tokenizer
+        self.seed = args.seed
+        self.blind = args.blind
         self.workers = args.workers
         self.examples = self  # as fit calls them
-        self.missing, self.held_out = {}, {}
+        self.missing = {}
+        self.held_out = {}
         for name, items in splits.items():
-            if not items:
-                continue
             rows = store.find([item["image_id"] for item in items], f"{name}: {self.unit}")
             found = [item for item, row in zip(items, rows) if row >= 0]
             self.missing[name] = len(items) - len(found)
@@ -242,11 +243,19 @@ class Task(train.Task):
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
         self.labels = labels or self.vocabulary(splits["train"])
-        self.index = {label: i for i, label in enumerate(self.labels or [])}
 
     @staticmethod
     def vocabulary(items):
         """The answers that the model chooses from, None where none are fixed."""
+
+    @classmethod
+    def from_scenes(cls, training, held_out):
+        """The splits of the toy world; training, held_out: numbers of scenes."""
+        def items(numbers, n):
+            """Up to n items for each of these scenes."""
+            return [item for number in numbers for item in cls.scene_items(Scene(number), n)]
+
+        return {"train": items(training, 8), "val": items(held_out, cls.most_per_scene)}
 
     def __len__(self):
         return len(self.items)
@@ -364,64 +373,62 @@ class VQA(Task):
         other questions without any are left out. Ids may be numbers or text. "" + x raises BadInput
         unless x is text.
         """
-        asked, truths, splits = {}, {}, defaultdict(list)
+        asked = {}  # id of a question -> item
+        members = {}  # (subset, id) -> item: test-dev2015 asks some of test2015's questions again
+        truths = {}  # id -> what annotators said
         for path in sorted(folder.glob("[!.]*.json")):
             content = read_json(path)
             with reading(path, "questions or annotations of VQA v2") as at:
                 name = picture_names(content)
                 for at.entry, x in enumerate(content.get("questions", [])):
+                    number = str(x["question_id"]).encode()
+                    member = ("" + content["data_subtype"], number)
                     item = dict(image_id=name(x["image_id"]), text="" + x["question"],
                         question_id=x["question_id"], answers=[])
-                    # test-dev2015 asks some of test2015's questions again.
-                    known, subsets = asked.setdefault(str(x["question_id"]), (item, []))
-                    if item != known or content["data_subtype"] in subsets:
+                    if member in members or asked.setdefault(number, item) != item:
                         raise ValueError(f"question_id {x['question_id']} comes twice")
-                    subsets.append("" + content["data_subtype"])
+                    members[member] = item
                 for at.entry, x in enumerate(content.get("annotations", [])):
-                    truth = dict(answers=["" + given["answer"] for given in x["answers"]],
+                    number = str(x["question_id"]).encode()
+                    if number in truths:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                    truths[number] = dict(answers=["" + given["answer"] for given in x["answers"]],
                         majority="" + x["multiple_choice_answer"],
                         answer_type="" + x["answer_type"], question_type="" + x["question_type"])
-                    if truths.setdefault(str(x["question_id"]), truth) is not truth:
-                        raise ValueError(f"question_id {x['question_id']} comes twice")
                 if not {"questions", "annotations"} & content.keys():
                     say(f"{path}: has no questions and no annotations, so it is not read")
-        ids = np.array([number.encode() for number in asked], dtype=bytes)
-        known = np.array([number.encode() for number in truths], dtype=bytes)
+        ids = np.array(list(asked), dtype=bytes)
+        known = np.array(list(truths), dtype=bytes)
         say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
         unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
         if unusual:
             say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
+        splits = defaultdict(list)
         with reading(folder, "questions of VQA v2"):
-            for number, (item, subsets) in asked.items():
-                for subset in subsets:
-                    if number in truths:
-                        splits[canonical_split(subset)].append(item | truths[number])
-                    elif subset.startswith("test"):
-                        splits[subset].append(item)
+            for (subset, number), item in members.items():
+                if number in truths:
+                    splits[canonical_split(subset)].append(item | truths[number])
+                elif subset.startswith("test"):
+                    splits[subset].append(item)
         return splits
 
     @staticmethod
-    def from_scenes(training, held_out):
-        """The toy world's questions, in the form of VQA v2's: ten annotators who agree."""
+    def scene_items(scene, n):
+        """Up to n questions about a scene, in the form of VQA v2's: ten annotators who agree."""
         types = {"count": "number", "yes": "yes/no", "no": "yes/no"}
-        def items(numbers, n):
-            """Up to n questions about each of these scenes."""
-            for i in numbers:
-                for k, (text, answer, kind) in enumerate(Scene(i).questions(n)):
-                    answer_type = types.get(kind, types.get(answer, "other"))
-                    yield dict(image_id=i, text=text, question_id=1000 * i + k, majority=answer,
-                        answers=[answer] * 10, question_type=kind, answer_type=answer_type)
-        return {"train": [*items(training, 8)], "val": [*items(held_out, 5)]}
+        for k, (text, answer, kind) in enumerate(scene.questions(n)):
+            answer_type = types.get(kind, types.get(answer, "other"))
+            yield dict(image_id=scene.number, text=text, question_id=1000 * scene.number + k,
+                majority=answer, answers=[answer] * 10, question_type=kind,
+                answer_type=answer_type)
 
     def targets(self, item):
         """(A,) ASSUMPTION A11: a target is the official accuracy that its answer would get,
         normalisation included. (hengyuan-hu's published targets, which most papers use, look up raw
         answers; the two differ where annotators disagree in articles or contractions.)
         """
-        targets, (table, _) = np.zeros(len(self.labels)), accuracy_table(item["answers"])
-        for answer in table.keys() & self.index.keys():
-            targets[self.index[answer]] = table[answer]
-        return targets
+        table, _ = accuracy_table(item["answers"])
+        return np.array([table.get(label, 0.0) for label in self.labels])
 
     def score_item(self, item, choice):
         """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""
@@ -436,10 +443,11 @@ class VQA(Task):
     @staticmethod
     def show(item, prediction):
         """The answer and the annotators' majority."""
-        lines, answers = [f"answer: {prediction['answer']}"], item.get("answers", [])
-        if answers:
+        answer = prediction["answer"]
+        lines = [f"answer: {answer}"]
+        if "majority" in item:
             lines.append(f"truth: {item['majority']}")
-        return lines, {}, answer_accuracy(prediction["answer"], answers)
+        return lines, {}, answer_accuracy(answer, item.get("answers", []))
 
 
 class Retrieval(Task):
@@ -477,9 +485,6 @@ class Retrieval(Task):
 
     def __init__(self, *args):
         super().__init__(*args)
-        for name, missing in self.missing.items():
-            if missing and len(images_of(args[2][name])[0]) == 5000:
-                say(f"{name}: without all of its 5,000 images there are no 1K recalls")
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
             raise BadInput(f"{self.store.folder}: captions of fewer than three images, too few")
@@ -504,8 +509,11 @@ class Retrieval(Task):
         """The four candidates of a caption [ViLBERT]: its own image; its image with another image's
         caption; another image; the image most like its own. The first is right.
         """
-        index, rng = key[1], np.random.default_rng([self.seed, *key])  # key: (epoch, index)
-        item, own, other = self.items[index], self.own[index], index
+        _, index = key  # (epoch, index)
+        rng = np.random.default_rng([self.seed, *key])
+        item = self.items[index]
+        own = self.own[index]
+        other = index
         while self.own[other] == own:  # drawn among captions: an image with more comes more often
             other = rng.integers(len(self))
         # Among images each comes equally often: 1 to number - 1 places after the own one, round.
@@ -536,12 +544,15 @@ class Retrieval(Task):
         seen = [""] * len(images) if self.blind else images
         scores = match_scores(model, self.store, self.tokenizer, [item["text"] for item in items],
             seen, self.max_tokens, tau)
-        own, ks = torch.tensor(own), (1, 5, 10)
+        own = torch.tensor(own)
+        ks = (1, 5, 10)
         recalls = recall_at(scores, own, ks)
         if len(images) == 5000:  # COCO's 1K protocol is the mean over five folds of all its images
             folds = [recall_at(fold[own // 1000 == k], own[own // 1000 == k] % 1000, ks)
                 for k, fold in enumerate(scores.split(1000, dim=1))]
             recalls |= {f"1K {name}": np.mean([fold[name] for fold in folds]) for name in recalls}
+        elif len(images) > 1000 and tau is None:
+            say(f"{len(images):,} images: 1K recalls need all 5,000 of COCO's")
         predictions = [item | {"found": images[k]}
             for item, k in zip(items, scores.argmax(dim=1).tolist())]
         return recalls, self.predict(model, items, tau)[1], predictions
@@ -565,6 +576,7 @@ class Refer(Task):
     model_class = SwitchBertForReferring
     max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
+    most_per_scene = 6
     # The task is learned in 100 steps: evaluate often, to see what pretraining contributes.
     toy = TOY | {"epochs": 1, "eval_every": 25}
 
@@ -573,7 +585,8 @@ class Refer(Task):
         """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both); those
         of RefCOCOg have another name of the file, and test alone.
         """
-        boxes, splits = {}, defaultdict(list)
+        boxes = {}
+        splits = defaultdict(list)
         path = folder / "instances.json"
         with reading(path, "RefCOCO's instances") as at:
             instances = read_json(path)
@@ -599,15 +612,11 @@ class Refer(Task):
         return splits
 
     @staticmethod
-    def from_scenes(training, held_out):
-        """The toy world's expressions."""
-        def items(numbers, n):
-            """Up to n expressions for each of these scenes."""
-            for scene in map(Scene, numbers):
-                for k, (text, index, kind) in enumerate(scene.expressions(n)):
-                    yield dict(image_id=scene.number, text=text, box=scene.things[index].box,
-                        ref_id=scene.number, sent_id=k, kind=kind)
-        return {"train": [*items(training, 8)], "val": [*items(held_out, 6)]}
+    def scene_items(scene, n):
+        """Up to n expressions for a scene."""
+        for k, (text, index, kind) in enumerate(scene.expressions(n)):
+            yield dict(image_id=scene.number, text=text, box=scene.things[index].box,
+                ref_id=scene.number, sent_id=k, kind=kind)
 
     def build_model(self, config, weights):
         """As every task's. No loss reaches the pooler: frozen, or several processes would wait."""
@@ -703,9 +712,7 @@ def load_task(kind, args):
     if args.data is None:
         if kind is Refer and args.boxes == "gt":
             raise BadInput("--boxes gt: the toy world has detected boxes only")
-        store, *_ = toy_world()
-        training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)
-        held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
+        store, training, held_out = toy_world()
         return store, kind.from_scenes(training, held_out)
     features = f"features-{args.boxes}" if kind is Refer else "features"
     return FeatureStore(args.data / features), kind.from_folder(args.data)

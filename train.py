@@ -675,7 +675,10 @@ def load_data(folder, bert=None, words=None):
     resumed checkpoint (words: its pieces), or see find_words.
     """
     if folder is None:
-        store, training, held_out, texts = toy_world()
+        store, scenes, held_out_scenes = toy_world()
+        training = [(n, text) for n in scenes for text in Scene(n).captions(4)]
+        held_out = [(n, text) for n in held_out_scenes for text in Scene(n).captions(2)]
+        texts = toy_texts(scenes[:1000])
     else:
         store = FeatureStore(folder / "features")
         training, held_out = split_captions(folder, store)
@@ -771,9 +774,9 @@ def check_names(ids, sources, paths):
 
 
 def toy_world():
-    """(store, training pairs, held-out pairs, texts for a vocabulary) of the toy world; trains the
-    detector and fills the store if they are missing. A scene's id is its number, which is also its
-    seed. No model is trained on held-out scenes.
+    """(store, numbers of training scenes, of held-out scenes) of the toy world; trains the detector
+    and fills the store if they are missing. A scene's id is its number, which is also its seed. No
+    model is trained on held-out scenes.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
@@ -789,8 +792,7 @@ def toy_world():
             store = extract_scenes(detector, [*training, *held_out], features)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-    return (store, [(n, text) for n in training for text in Scene(n).captions(4)],
-        [(n, text) for n in held_out for text in Scene(n).captions(2)], toy_texts(training[:1000]))
+    return store, training, held_out
 
 
 def toy_texts(numbers):
