@@ -70,11 +70,11 @@ from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForR
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
 # FULL is the paper's [supp. 2]; the batches are VOLTA's. The toy runs (DEVIATION D3) take toy
-# pretraining's learning rate, and close their switches. A task's `full` and `toy` override these.
-# anneal: share of the run in which the temperature falls to .2; None: the paper's 1e-6 per example.
+# pretraining's learning rate, and close their switches. Both differ from pretraining's only in how
+# long a run is. A task's `full` and `toy` override these.
 
-FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
-TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+FULL = train.FULL | {"epochs": 20}
+TOY = train.TOY | {"epochs": 3, "eval_every": 250}
 
 
 def parse_args(argv):

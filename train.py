@@ -77,7 +77,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
@@ -92,13 +92,13 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 # FULL holds the paper's defaults [supp. 2] and, where it is silent, VOLTA's (A7). The toy run is
 # DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its floor, 0.2;
 # None means the paper's rate, 1e-6 per pair (A5): 3.2 million pairs.
-
-TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
-FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
-# In both; scratch and boxes are flags of finetune.py.
-COMMON = dict(switches="learned", seed=0, limit=None, blind=False, scratch=False,
-    boxes="detected")
+#
 # These settings define a run; a resumed run keeps them. All other flags say how it is computed.
+# (Two are of finetune.py: scratch and boxes.)
+
+TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
+    switches="learned", seed=0, limit=None, blind=False, scratch=False, boxes="detected")
+FULL = TOY | dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
 def parse_args(argv):
@@ -156,9 +156,9 @@ def fill_settings(parser, argv, toy, full, task):
     Settings that are not given are those of the checkpoint, else `full` with --data and `toy`
     without. Raises BadInput if a flag contradicts the checkpoint.
     """
-    parser.epilog = f"Settings of the toy world: {COMMON | toy}; with --data: {COMMON | full}."
+    parser.epilog = f"Defaults of the toy world: {toy}. With --data: {full}."
     args = parser.parse_args(argv)
-    settings = COMMON | (full if args.data else toy)
+    settings = full if args.data else toy
     checkpoint = None
     if args.resume:
         checkpoint = load_checkpoint(args.out / "checkpoint.pt", task)
@@ -435,13 +435,14 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
     """AdamW [supp. 2]; no decay on biases and LayerNorms (A7). Gates have a tenth of the learning
     rate in pretraining (A10): fast ones settle on what is best for a still untrained model.
     """
-    groups = {}  # (weight decay, scale) -> parameters
+    groups = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay if parameter.ndim > 1 else 0.0
         scale = gate_rate if "gate." in name else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    groups = [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
+        new = dict(params=[], weight_decay=decay, scale=scale)
+        group = groups.setdefault((decay, scale), new)
+        group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def number_of_steps(args, num_examples):
@@ -627,17 +628,16 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
         images = [dict(region_inputs(store, store.row(image_id)), input_ids=words[0])
             for image_id in image_ids[start : start + 100]]
         n = len(images)
-        regions = to_device(model_inputs(images))
+        block = to_device(model_inputs(images))
         for part in share_of(lengths, max(1, 200 // n)):
-            # Each text with any image: the block's images take its place.
-            inputs = to_device(model_inputs([images[0] | {"input_ids": words[i]} for i in part]))
-            for name, tensor in inputs.items():
-                if "region" in name:
-                    inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
-                else:
-                    inputs[name] = tensor.repeat_interleave(n, dim=0)  # (k n, T)
-            found, _ = model(**inputs, temperature=temperature)
-            scores[send(torch.from_numpy(part)), start : start + n] = found.view(len(part), n)
+            k = len(part)
+            some = to_device(model_inputs([images[0] | {"input_ids": words[i]} for i in part]))
+            # All images for the first text, all for the second ...: (k n, R, ...) and (k n, T).
+            pairs = {name: torch.cat([tensor] * k) for name, tensor in block.items()}
+            for name in ("input_ids", "text_mask"):
+                pairs[name] = some[name].repeat_interleave(n, dim=0)
+            found, _ = model(**pairs, temperature=temperature)
+            scores[send(torch.from_numpy(part)), start : start + n] = found.view(k, n)
     return total(scores).cpu()
 
 
@@ -692,8 +692,8 @@ def find_words(folder, bert, texts):
     None), whose weights know no other words; else of the data folder; else built from these texts,
     always to the same words.
     """
-    files = [place / "vocab.txt" for place in (bert, folder) if place]
-    found = [WordPiece(file) for file in files if file.exists()]
+    places = [place for place in (bert, folder) if place]
+    found = [WordPiece(file) for place in places for file in place.glob("vocab.txt")]
     if bert and not found:
         raise BadInput(f"{bert}: expected vocab.txt, the words of its weights")
     if not found:
@@ -896,7 +896,7 @@ def save_checkpoint(args, task, optimizer, step, interval):
     """
     if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
-            "settings": {key: vars(args)[key] for key in TOY | COMMON if key in args},
+            "settings": {key: vars(args)[key] for key in TOY if key in args},
             "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
             "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
             "examples": task.examples.captions.checksum, "interval": interval,
@@ -936,7 +936,8 @@ def begin_record(args, task, first, steps):
     """
     if RANK > 0:
         return
-    out, kept = args.out, []
+    out = args.out
+    kept = []
     if first:
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
@@ -950,8 +951,8 @@ def begin_record(args, task, first, steps):
                 f"--resume, or begin a new one with --out {out}/new") from None
         say(f"the run that was in {out} is now in {earlier}")
         out.mkdir()
-        with contextlib.suppress(FileNotFoundError):
-            (earlier / ".lock").replace(out / ".lock")  # this process holds it
+        for lock in earlier.glob(".lock"):  # this process holds it
+            lock.replace(out / ".lock")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
@@ -1015,7 +1016,8 @@ def draw_switches(folder):
 
 def stack(images, columns=1):
     """Some PIL images as one, `columns` per row; the largest width and height set the cells."""
-    width, height = max(i.width for i in images), max(i.height for i in images)
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
     size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
     whole = Image.new("RGB", size, "white")
     for k, image in enumerate(images):
@@ -1034,12 +1036,11 @@ def switches_picture(switches, title):
     layers = len(switches["modes"])
     image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
     draw = ImageDraw.Draw(image)
-    draw.font = ImageFont.load_default(13)
     draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
-        "(green)     reads depth 0, 1, ...", "black", spacing=8)
+        "(green)     reads depth 0, 1, ...", "black", spacing=8, font_size=13)
     for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
         x, y = 120, 56 + ROW * row + 10 * modality
-        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
+        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black", font_size=13)
         for share, colour in zip(switches["modes"][layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
             x += BAR * share
