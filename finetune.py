@@ -121,9 +121,10 @@ CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn'
 # The official table maps each form that lacks one apostrophe to the full one; once it does the
 # opposite. (It omits contractions that are words without apostrophe: hell, ill, were, its.)
 REPLACED = {word[:i] + word[i + 1 :]: word
-    for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"} | {"somebody'd": "somebodyd"}
-REPLACED |= {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+    for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+REPLACED |= {word: str(n) for n, word in enumerate(NUMBERS)}
+REPLACED |= {"none": "0", "somebody'd": "somebodyd"}
 
 
 def strip_answer(answer):
@@ -334,7 +335,9 @@ class Task(train.Task):
         is a mean over the items that have it; scores of most items come first.
         """
         choices, switches = self.predict(model, items, tau)
-        totals, numbers, predictions = Counter(), Counter(), []
+        totals = Counter()
+        numbers = Counter()
+        predictions = []
         for item, choice in zip(items, choices.tolist()):
             prediction, scores = self.score_item(item, choice)
             predictions.append(prediction)
@@ -360,7 +363,8 @@ class VQA(Task):
     the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
     """
 
-    name, unit = "vqa", "questions"
+    name = "vqa"
+    unit = "questions"
     model_class = SwitchBertForVQA
     max_tokens = 23
     vocabulary = staticmethod(answer_vocabulary)
@@ -382,7 +386,7 @@ class VQA(Task):
                 name = picture_names(content)
                 for at.entry, x in enumerate(content.get("questions", [])):
                     number = str(x["question_id"]).encode()
-                    member = ("" + content["data_subtype"], number)
+                    member = (content["data_subtype"], number)
                     item = dict(image_id=name(x["image_id"]), text="" + x["question"],
                         question_id=x["question_id"], answers=[])
                     if member in members or asked.setdefault(number, item) != item:
@@ -457,7 +461,8 @@ class Retrieval(Task):
     where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
     """
 
-    name, unit = "retrieval", "captions"
+    name = "retrieval"
+    unit = "captions"
     model_class = SwitchBertForRetrieval
     max_tokens = 30
     files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
@@ -519,8 +524,10 @@ class Retrieval(Task):
         # Among images each comes equally often: 1 to number - 1 places after the own one, round.
         number = len(self.images)
         image = self.images[(own + 1 + rng.integers(number - 1)) % number]
-        pairs = (item, item | {"text": self.items[other]["text"]}, item | {"image_id": image},
-            item | {"image_id": self.images[self.nearest[own]]})
+        nearest = self.images[self.nearest[own]]
+        wrong_text = self.items[other]["text"]
+        pairs = (item, item | {"text": wrong_text}, item | {"image_id": image},
+            item | {"image_id": nearest})
         return [self.example(pair) for pair in pairs]
 
     def build_model(self, config, weights):
@@ -542,8 +549,8 @@ class Retrieval(Task):
         images, own = images_of(items)
         # No store has an image "": for a blind model it stands for every image.
         seen = [""] * len(images) if self.blind else images
-        scores = match_scores(model, self.store, self.tokenizer, [item["text"] for item in items],
-            seen, self.max_tokens, tau)
+        texts = [item["text"] for item in items]
+        scores = match_scores(model, self.store, self.tokenizer, texts, seen, self.max_tokens, tau)
         own = torch.tensor(own)
         ks = (1, 5, 10)
         recalls = recall_at(scores, own, ks)
@@ -560,7 +567,8 @@ class Retrieval(Task):
     @staticmethod
     def show(item, prediction):
         """Which image was found, if it is not the right one."""
-        own, found = item["image_id"], prediction["found"]
+        own = item["image_id"]
+        found = prediction["found"]
         lines = [] if found == own else [f"found {found}, right is {own}"]
         return lines, {}, found == own
 
@@ -572,7 +580,8 @@ class Refer(Task):
     in the toy world kind, attribute or relation.
     """
 
-    name, unit = "refer", "expressions"
+    name = "refer"
+    unit = "expressions"
     model_class = SwitchBertForReferring
     max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
@@ -603,10 +612,11 @@ class Refer(Task):
             with open(path, "rb") as file:
                 refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
             for at.entry, ref in enumerate(refs):
+                split = splits[canonical_split(ref["split"])]
+                meant = dict(image_id=name(ref["image_id"]), box=boxes[ref["ann_id"]],
+                    ref_id=ref["ref_id"])
                 for s in ref["sentences"]:
-                    splits[canonical_split(ref["split"])].append(dict(
-                        image_id=name(ref["image_id"]), text="" + s["sent"],
-                        box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"]))
+                    split.append(meant | {"text": "" + s["sent"], "sent_id": s["sent_id"]})
         if "testA" in splits:
             splits["test"] += splits["testA"] + splits["testB"]
         return splits
@@ -723,7 +733,8 @@ def evaluate_splits(args, task):
     predictions.json (every answer) and examples.png (of val). A split without answers becomes a
     submission, in the evaluation server's format.
     """
-    results, predictions = {}, {}
+    results = {}
+    predictions = {}
     for split, items in task.held_out.items():
         hard, _, predictions[split] = task.evaluate_items(task.model, items)
         soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
@@ -784,7 +795,8 @@ def panel(image, boxes, lines, frame="white"):
 
 def draw_examples(args, task, predictions):
     """examples.png: the first four right and first four wrong of val, one per image."""
-    panels, shown = {"green": [], "red": []}, set()
+    panels = {"green": [], "red": []}
+    shown = set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
         if args.data is None:
@@ -813,7 +825,9 @@ def ask(args):
     from extract_features import build_detector, picture_regions  # training needs no torchvision
     path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
     saved = load_checkpoint(path, *TASKS)
-    task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
+    task = TASKS[saved["task"]]
+    labels = saved.get("labels")
+    store = saved["store"]
     name = store["detector"]
     weights = args.weights or {"toy": "runs/world/detector.pt"}.get(name)
     if name == "vg" and not weights:

@@ -301,9 +301,11 @@ def model_config(size, store, tokenizer, switches):
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
     # matching was learned only after 450 steps, with .05 after 225. No dropout: a run
     # sees each pair only four times.
-    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
-        intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
+    sizes = {}
+    if size == "small":
+        sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+            intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.05)
     return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **sizes,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
@@ -578,10 +580,12 @@ class SwitchShares:
 
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": per layer (2, l+1)}; every process must call it."""
-        # The options of a switch sum to the number of samples.
-        modes, *depths = [(part / part.sum(-1, keepdim=True)).tolist()
-            for part in map(total, self.sums)]
-        return {"modes": modes, "depths": depths}
+        shares = []
+        for part in self.sums:
+            part = total(part)
+            # The options of a switch sum to the number of samples.
+            shares.append((part / part.sum(-1, keepdim=True)).tolist())
+        return {"modes": shares[0], "depths": shares[1:]}
 
 
 @torch.no_grad()
@@ -600,7 +604,8 @@ def evaluate(model, dataset, batch_size=200):
     model.train()
     # mlm and words are means over masked words, mrc over masked regions, itm and match over pairs.
     means = total(found) / total(counts)[[0, 1, 2, 0, 2]].clamp(min=1)
-    return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
+    scores = dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist()))
+    return scores, switches.shares()
 
 
 def zero_shot(args, task):
@@ -1039,7 +1044,8 @@ def switches_picture(switches, title):
     draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
         "(green)     reads depth 0, 1, ...", "black", spacing=8, font_size=13)
     for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
-        x, y = 120, 56 + ROW * row + 10 * modality
+        x = 120
+        y = 56 + ROW * row + 10 * modality
         draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black", font_size=13)
         for share, colour in zip(switches["modes"][layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
