@@ -156,7 +156,7 @@ def fill_settings(parser, argv, toy, full, task):
     Settings that are not given are those of the checkpoint, else `full` with --data and `toy`
     without. Raises BadInput if a flag contradicts the checkpoint.
     """
-    parser.epilog = f"Defaults of the toy world: {toy}. With --data: {full}."
+    parser.epilog = f"Where these flags exist, the toy world's are: {toy}. With --data: {full}."
     args = parser.parse_args(argv)
     settings = full if args.data else toy
     checkpoint = None
@@ -728,7 +728,7 @@ def split_captions(folder, store):
                     yield image_id, text
 
     captions = Captions(pairs())
-    sources = np.array(sources, int)
+    sources = np.array(sources, np.uint32)
     splits = np.array(splits, "S5")
     read = np.unique(sources)
     unread = [path.name for number, path in enumerate(paths) if number not in read]
@@ -745,12 +745,13 @@ def split_captions(folder, store):
 
     in_training = splits == b"train"
     held_out = splits == b"val"
-    if not held_out.any():
+    if held_out.any():
+        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of whichever file
+    else:
         codes = np.fromiter(map(zlib.crc32, captions.ids), np.uint32)
         images = np.unique(codes[in_training & found])
         held_out = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
-    # An image that is held out is in no training pair, of whichever file.
-    in_training &= ~np.isin(captions.ids, captions.ids[held_out])
+        in_training &= ~held_out
     training = captions[in_training]
     held_out = captions[held_out][:1000]
     unused = len(captions) - len(training) - len(held_out)
@@ -769,6 +770,8 @@ def check_names(ids, sources, paths):
     index in paths of the file or folder that it is from.
     """
     from_folder = np.array([path.is_dir() for path in paths])[sources]
+    if not from_folder.any():
+        return
     names, times = np.unique(ids[from_folder], return_counts=True)
     elsewhere = np.isin(names, ids[~from_folder])
     clash = (times > 1) | elsewhere & np.strings.isdigit(names)
