@@ -194,10 +194,10 @@ def answer_vocabulary(questions):
 
 # --- 3. Tasks -------------------------------------------------------------------------------------
 #
-# A task is what train.fit takes: examples, model, collate, counts, sums, evaluate. It holds items:
-# dicts with image_id, text, and what the task needs besides. `predict` chooses an answer or a
-# region for each of them, `evaluate_items` scores the choices: shares, 0 to 1, higher is better.
-# The first score is the headline of the task. Read Task, then one of the three.
+# What train.fit needs of a task is listed at train.Task. The tasks here hold items: dicts with
+# image_id, text, and what the task needs besides. `predict` chooses an answer or a region for each
+# of them, and `evaluate_items` scores the choices: shares, 0 to 1, higher is better. The first
+# score is the headline of the task. Read Task, then one of the three.
 
 
 class Task(train.Task):
@@ -208,10 +208,10 @@ class Task(train.Task):
     question. Both are counted in `missing`. Raises BadInput if no training item is left. labels:
     the answers that a checkpoint's head chooses from.
 
-    A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
-    from_scenes -> splits; for an item: targets, shares from 0 to 1; score_item; and show(item,
-    prediction) -> lines of text, boxes {colour: corners in pixels}, and how right it is, 0 to 1. An
-    item of `ask` has no truth.
+    A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder -> splits;
+    scene_items -> items of a toy scene; for an item: targets, shares from 0 to 1; score_item; and
+    show(item, prediction) -> lines of text, boxes {colour: corners in pixels}, and how right it is,
+    0 to 1. An item of `ask` has no truth.
     """
 
     full = FULL
@@ -244,6 +244,8 @@ class Task(train.Task):
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
         self.labels = labels or self.vocabulary(splits["train"])
+        # Looked up in this, the targets of a question take a third of the time.
+        self.index = {label: i for i, label in enumerate(self.labels or [])}
 
     @staticmethod
     def vocabulary(items):
@@ -432,7 +434,10 @@ class VQA(Task):
         answers; the two differ where annotators disagree in articles or contractions.)
         """
         table, _ = accuracy_table(item["answers"])
-        return np.array([table.get(label, 0.0) for label in self.labels])
+        targets = np.zeros(len(self.labels))
+        for answer in table.keys() & self.index.keys():
+            targets[self.index[answer]] = table[answer]
+        return targets
 
     def score_item(self, item, choice):
         """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""

@@ -204,30 +204,32 @@ def pretrain(args, checkpoint=None):
 
 
 class Task:
-    """What `fit` trains. Pretraining and the three tasks of finetune.py inherit from this.
+    """What `fit` trains: pretraining, and the three tasks of finetune.py.
 
     A subclass defines:
         name, unit             what the task and its examples are called in print and on disk
-        examples               a data set, with lengths (N,) to sort by, and captions: all its texts
+        examples               a data set with lengths (N,), to sort by, and captions, all its texts
         collate(examples)      makes a batch of some examples
         model                  a module with a config
-        counts(batch)          (losses,): how many terms each loss is the mean of
-        sums(model, batch, tau)    (losses,): the losses, summed; and the encoder's output
+        counts(batch)          (losses,): the number of terms that each loss is the mean of
+        sums(model, batch, tau)
+                               (losses,): the sums of these terms; and the encoder's output
         evaluate(model)        {name: score}, and what the switches chose
         headline(scores)       what the printed line says of these scores
-        store, tokenizer       where regions and words come from, for the checkpoint
-        missing                {what: number} of what was left out, for the record
+        store, tokenizer       where regions and words come from: the checkpoint records both
+        missing                {what: how many} examples were left out
     """
 
     loss_names = ("loss",)
-    labels = None  # the answers that the model chooses from, if there are such
-    clip = 1.0  # the largest norm of a gradient. This and the next two: A7, supp. 2
+    labels = None  # the answers that the model chooses from; None where none are fixed
+    # These defaults are finetuning's: A7 and supp. 2.
+    clip = 1.0  # the norm that a gradient is clipped to
     weight_decay = 1e-4
     initial_temperature = 1.0
     # Gates learn as fast as the rest: if each samples the wrong option once in ten times, a third
     # of the samples of a four-layer model are noise, until gates decide. (A10 is for pretraining.)
     gate_rate = 1.0
-    evaluates_at_start = True
+    evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
 
 class Pretraining(Task):
