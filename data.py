@@ -147,9 +147,13 @@ def say(text):
 
 
 def load_ahead(examples, batches, collate, workers):
-    """A DataLoader: batches (lists of keys) of examples, made in advance by so many processes."""
+    """A DataLoader: batches (lists of keys) of examples, made in advance by so many processes.
+    On Linux these are forked, and share the captions; elsewhere each has a copy.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available())
+        worker_init_fn=leave_group, pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=context)
 
 
 def leave_group(_):

@@ -7,6 +7,8 @@ a second of each other says something of the code on any machine. Let nothing el
                them: the same on every machine (half a minute)
     train      a training step with learned switches against frozen ones, a plain torch.nn BERT and
                the bare matrix products; growth, padding, loading, memory (10 minutes on 2 cores)
+    loading    pairs per second of loading processes, alone and beside the steps of a fast GPU, and
+               how many of them such steps need (a minute, .8 GB of disk)
     corpus     3.3 and 12.4 million captions: seconds and memory before the first step, and in
                loading processes (5 minutes, 3 GB of disk)
     store      reading a feature store against plain copies in memory, .npz files, pickled records
@@ -44,10 +46,17 @@ Measured on two cores of an AMD EPYC, torch 2.14, fp32; "first code" is commit 6
 
 All of `train` at base size, frozen `single` = 1. Of 928b854, on the EPYC: learned 1.00,
 attention .97, input .97, dual .96, late .97, intra .96, torch.nn.TransformerEncoder 1.13, bare
-matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Loaded
-in the same process, 5,500 pairs per second; a step makes 4.3. Now, on the slower machine (two
-shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there 1.19), which is 1.51 of the
-bare products (1.57). Kept for the backward pass: 64 MB per pair (single 62).
+matrix products .82 (so learned is 1.23 of them). A layer of 48 costs 1.10 of a layer of 12. Now, on
+the slower machine (two shared Xeon cores, one thread, not quiet): learned 1.09 (928b854 there
+1.19), which is 1.51 of the bare products (1.57). Kept for the backward pass: 64 MB per pair (single
+62).
+
+`loading`, on the slower machine beside another program, a store of 1,601 classes: one process
+loads 3,400 pairs per second (928b854: 490; medians of three runs in turn, 2,100 to 3,700 and 390 to
+610; 3,900 when it was quieter). Steps of 25 ms per 256 pairs, 10,240 per second, need three or four
+of them, on cores of their own: two processes on these two cores load 4,000. A batch of 256 costs
+one of them 30 ms of examples, 15 of padding, and 28 of a copy to the memory that processes share.
+The step of a CPU makes 4.3 pairs per second and never waits.
 """
 
 import argparse
@@ -78,7 +87,7 @@ sys.path.insert(0, str(ROOT))
 import extract_features  # noqa: E402
 import train  # noqa: E402
 from data import (MATCH, SPECIALS, FeatureStore, PretrainingDataset,  # noqa: E402
-    WordPiece, collate, pad)
+    WordPiece, class_targets, collate, pad)
 from switchbert import (FROZEN, SwitchBertConfig, SwitchBertForPretraining,  # noqa: E402
     SwitchBertOutput)
 
@@ -332,18 +341,22 @@ def benchmark_train(folder, size="base", rounds=5):
         for n, s in seconds.items()} | {"a layer of 48, of 12 layers = 1":
             (seconds["48 layers"] - seconds["4 layers"]) / 44 / per_layer})
     benchmark_padding(models["learned"], form, max(1, rounds // 2))
-    benchmark_loading(folder, models["learned"], form)
+    benchmark_loading(folder, size, pairs=256 if size == "base" else form["pairs"])
 
 
-def caption_lengths(n):
-    """Word pieces of n captions, about as Conceptual Captions has them: 5 to 38, 12 on average."""
-    return (5 + np.random.default_rng(1).gamma(2.0, 3.5, n)).clip(max=38).astype(int)
+def caption_lengths(n, most=38):
+    """Word pieces of n captions, about as Conceptual Captions has them: 5 to 38, 12 on average.
+
+    With another `most` all of them are shorter in proportion, but for three pieces.
+    """
+    lengths = (5 + np.random.default_rng(1).gamma(2.0, 3.5, n)).clip(max=38).astype(int)
+    return (lengths * most // 38).clip(min=3)
 
 
 def benchmark_padding(model, form, rounds, batches=12):
     """Captions of real lengths: padded to 38, in batches drawn at random, and of like length."""
-    lengths, size, most = caption_lengths(20_000), form["pairs"], form["pieces"]
-    lengths = (lengths * most // 38).clip(min=3)
+    size, most = form["pairs"], form["pieces"]
+    lengths = caption_lengths(20_000, most)
     examples = type("Lengths", (), {"lengths": lengths, "__len__": lambda self: len(lengths)})()
     orders = {"of like length": train.epoch_batches(0, 0, size, examples)[:batches],
         "drawn at random": np.random.default_rng(0).integers(0, len(lengths), (batches, size))}
@@ -362,45 +375,89 @@ def benchmark_padding(model, form, rounds, batches=12):
     show("padding among word pieces", "share", padding)
 
 
+# --- loading --------------------------------------------------------------------------------------
+
+STEP = 0.025 / 256  # seconds per pair of a fast GPU's step: an estimate, until `gpu` measures it
+
+
 def write_store(folder, images, regions, config):
-    """A store of made-up images, without classes."""
+    """A store of made-up images, with a detector's last layer for the classes of their regions."""
     rng = np.random.default_rng(0)
-    writer = FeatureStore.create(folder, range(images), regions, config.region_feature_size)
-    features = rng.normal(size=(regions, config.region_feature_size)).astype(np.float16)
-    for row in range(images):
-        writer.write(row, features, np.tile(np.float32([1, 1, 9, 9]), (regions, 1)), (10, 10))
+    classes, size = config.num_region_classes, config.region_feature_size
+    writer = FeatureStore.create(folder, range(images), regions, size,
+        class_head=(rng.normal(size=(classes, size)), np.zeros(classes)))
+    writer.arrays["features"][:] = rng.normal(size=(regions, size))
+    for name, value in dict(sizes=10, boxes=[1, 1, 9, 9], counts=regions).items():
+        writer.arrays[name][:] = value
     return writer.finish()
 
 
-def benchmark_loading(folder, model, form, images=500, batches=6):
-    """How fast batches come from a store, and what that leaves of a step on batches in memory."""
-    config, size = model.config, form["pairs"]
-    store = write_store(folder / "loading", images, form["regions"], config)
+def made_up_pairs(folder, images, form, config):
+    """A PretrainingDataset of such a store: captions of real lengths, of words of real frequencies
+    (the second is half as frequent as the first, the third a third).
+    """
+    store = write_store(folder, images, form["regions"], config)
     words = [f"word{i}" for i in range(config.vocab_size - len(SPECIALS))]
-    rng = np.random.default_rng(0)
-    pairs = [(i, " ".join(words[k] for k in rng.integers(0, len(words), form["pieces"] - 2)))
-        for i in range(images)]
-    data = PretrainingDataset(store, pairs, WordPiece([*SPECIALS, *words]))
-    args, _ = train.parse_args(["--batch", str(size), "--workers", "2", "--data", str(folder)])
-    config.num_region_classes = 0
+    rng, captions = np.random.default_rng(0), []
+    for image, length in enumerate(caption_lengths(images, form["pieces"])):
+        ranks = len(words) ** rng.random(length - 2)  # [CLS] and [SEP] are pieces, too
+        captions.append((image, " ".join(words[int(rank) - 1] for rank in ranks)))
+    return PretrainingDataset(store, captions, WordPiece([*SPECIALS, *words]))
 
-    def load(workers, step=None):
-        args.workers = workers
-        loader = train.load_parts(args, argparse.Namespace(examples=data, collate=collate), 0,
-            batches + 1)
-        next(loader)  # loading processes have started
-        start = time.perf_counter()
-        for batch in loader:
-            if step:
-                stepper(model, train.to_device(batch))(0)
-        sync()
-        return batches * size / (time.perf_counter() - start)
 
-    memory = [data[i] for i in range(size)]
-    fixed = stepper(model, train.to_device(collate(memory)))
-    seconds = take_turns({"step": fixed}, batches)["step"]
-    show("loading", "pairs per second", {"loading alone": load(0), "2 processes": load(2),
-        "steps on a batch in memory": size / seconds, "steps on loaded batches": load(2, True)})
+def load(data, pairs, batches, workers, step):
+    """Pairs per second of `batches` batches that are loaded, and of `step(batch)` for each."""
+    args, _ = train.parse_args(["--batch", str(pairs), "--workers", str(workers), "--data", "."])
+    early = 2 * workers + 1  # loaded while the processes start
+    loader = train.load_parts(args, argparse.Namespace(examples=data, collate=collate), 0,
+        early + batches)
+    for _ in range(early):
+        step(next(loader))
+    start = time.perf_counter()
+    for batch in loader:
+        step(batch)
+    sync()
+    return batches * pairs / (time.perf_counter() - start)
+
+
+def benchmark_loading(folder, size="base", pairs=256, batches=16, rounds=3, model=None,
+        dtype=None):
+    """How fast batches come from a store in the page cache, alone and beside steps.
+
+    The step of a GPU is played by a sleep: meanwhile the host does nothing but load. A model's own
+    steps are measured if one is given. An epoch sees each image once or twice, and so do these
+    processes: no more of the store is mapped than they have read.
+    """
+    make, form = SIZES[size]
+    data = made_up_pairs(folder / "loading", (batches + 5) * pairs, form, make())
+
+    def nothing(batch):
+        """Loading alone."""
+
+    def sleep(batch):
+        time.sleep(STEP * pairs)
+
+    def model_step(batch):
+        batch = class_targets(train.to_device(batch), data.store)
+        stepper(model, batch, dtype=dtype)(0)
+
+    ways = {"in the training process": (0, nothing), "1 process": (1, nothing),
+        "2 processes": (2, nothing), "1 process beside steps of 25 ms per 256": (1, sleep),
+        "2 processes beside steps of 25 ms per 256": (2, sleep)}
+    if model:
+        ways["2 processes beside the model's steps"] = 2, model_step
+    found = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (workers, step) in ways.items():
+            found[name].append(load(data, pairs, batches, workers, step))
+    rates = {name: median(each) for name, each in found.items()}
+    if model:
+        batch = collate([data[i] for i in range(pairs)])
+        seconds = take_turns({"step": lambda turn: model_step(batch)}, rounds)["step"]
+        rates["the model's steps on a batch in memory"] = pairs / seconds
+    show("loading", "pairs per second", rates)
+    show("loading for steps of 25 ms per 256 pairs", "processes",
+        {"needed": 1 / STEP / rates["1 process"]})
 
 
 # --- corpus ---------------------------------------------------------------------------------------
@@ -643,7 +700,7 @@ def benchmark_gpu(folder, size="base", pairs=256, rounds=5, steps=50, runs=("tra
     show(f"gpu: loss after {steps} steps on one batch", "sum of the three", ends)
 
     # 4. Loading, extraction, and the runs themselves.
-    benchmark_loading(folder, models["learned"], form)
+    benchmark_loading(folder, size, pairs, model=models["learned"], dtype=half)
     if pictures:
         for precision in ("fp32", "bf16"):
             benchmark_extract(folder, pictures, 1, precision)
@@ -665,9 +722,9 @@ def benchmark_tiny(folder):
         pictures=0)
 
 
-BENCHMARKS = {"count": benchmark_count, "train": benchmark_train, "corpus": benchmark_corpus,
-    "store": benchmark_store, "extract": benchmark_extract, "gpu": benchmark_gpu,
-    "tiny": benchmark_tiny}
+BENCHMARKS = {"count": benchmark_count, "train": benchmark_train, "loading": benchmark_loading,
+    "corpus": benchmark_corpus, "store": benchmark_store, "extract": benchmark_extract,
+    "gpu": benchmark_gpu, "tiny": benchmark_tiny}
 
 
 def main(argv=None):

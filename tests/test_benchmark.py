@@ -29,10 +29,21 @@ def test_operations_of_a_step_are_six_per_weight_and_token_and_attentions_produc
     assert benchmark.flops_of(model, batch) == 6 * weights * sum(tokens) + attention
 
 
+def test_loading_is_measured_with_a_class_head_and_captions_of_real_lengths(tmp_path):
+    make, form = benchmark.SIZES["tiny"]
+    data = benchmark.made_up_pairs(tmp_path / "store", 30, form, make())
+    assert data.store.meta["class_head"]
+    assert data.store.num_region_classes == make().num_region_classes
+    lengths = [len(data[i]["input_ids"]) for i in range(30)]
+    assert lengths == benchmark.caption_lengths(30, form["pieces"]).tolist()
+    assert len(set(lengths)) > 1 and len(data[0]["region_boxes"]) == form["regions"]
+
+
 @pytest.mark.slow
 def test_everything_that_is_measured_on_a_gpu_runs_on_a_cpu_at_small_sizes(tmp_path):
     benchmark.main(["tiny", "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {"step, tiny", "captions of real lengths", "loading", "corpus of 60,000",
+    assert {"step, tiny", "captions of real lengths", "loading",
+        "loading for steps of 25 ms per 256 pairs", "corpus of 60,000",
         "gpu: pairs per second", "gpu: runs of the README"} <= found.keys()
     assert all(value >= 0 for numbers in found.values() for value in numbers.values())

@@ -3,7 +3,6 @@ disturbed.
 """
 
 import contextlib
-import functools
 import json
 import os
 import pty
@@ -264,8 +263,9 @@ def test_batches_do_not_depend_on_how_loading_processes_start(
     pairs = train.Pretraining(args, train.Data(store, captions, captions, tokenizer))
     here = {each: [*train.load_parts(args, each, 0, 3)] for each in (pairs, task)}
     args.workers = 1
-    monkeypatch.setattr(
-        data, "DataLoader", functools.partial(data.DataLoader, multiprocessing_context=context))
+    real = data.DataLoader
+    monkeypatch.setattr(data, "DataLoader",
+        lambda *given, **named: real(*given, **named | {"multiprocessing_context": context}))
     for each, batches in here.items():
         torch.testing.assert_close([*train.load_parts(args, each, 0, 3)], batches)
         assert len(batches) == 6

@@ -35,6 +35,7 @@ class Plain(torch.utils.data.Dataset):
     name, unit, loss_names = "pretraining", "numbers", ("all", "odd")
     clip, weight_decay, initial_temperature = 1.05, 0.0, 3.0
     gate_rate, evaluates_at_start, headline, labels = 0.1, False, str, None
+    steep_at = None
     score, stop_at, not_a_number, lengths, missing = 0.5, None, None, np.arange(50) % 7, {}
     captions = Captions((i, f"number {i}") for i in range(50))
 
@@ -65,7 +66,9 @@ class Plain(torch.utils.data.Dataset):
         self.taus.append(tau)
         loss, n = model(batch["x"][:, None])[:, 0], len(batch["x"])
         out = SimpleNamespace(modes=torch.full((n, 1, 2, 3), 1 / 3), depths=[torch.ones(n, 2, 1)])
-        return torch.stack([loss.sum(), loss[batch["odd"]].sum()]), out
+        sums = torch.stack([loss.sum(), loss[batch["odd"]].sum()])
+        steep = 0 * model.weight.sum() if len(self.noise) == self.steep_at else torch.ones(())
+        return sums + steep.sqrt() - steep.detach().sqrt(), out  # the slope of a root at 0
 
     def evaluate(self, model):
         return {"score": self.score}, {"modes": [], "depths": []}
@@ -182,6 +185,10 @@ def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score
     saved = train.load_checkpoint(tmp_path / "run5/checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
     assert not (tmp_path / "run16/checkpoint.pt").exists()
+    with pytest.raises(BadInput, match="steps 6 to 10: .*diverged"):  # a gradient, not a loss
+        plain("steep", steep_at=10)
+    saved = train.load_checkpoint(tmp_path / "steep/checkpoint.pt", "pretraining")
+    assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
 
 
 @pytest.mark.parametrize("captions", [[(i, f"number {i}") for i in range(49)],
