@@ -178,7 +178,7 @@ def reading(path, what, unit="entry"):
     except Exception as error:
         near = "" if at.entry is None else f"near {unit} {at.entry}: "
         # Only the first sentence: torch's second one advises loading the file unsafely.
-        reason = re.split(r"\n|\. ", str(error))[0][:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
         for file in (Path(path), *Path(path).glob("*.*")):
@@ -187,11 +187,13 @@ def reading(path, what, unit="entry"):
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
-# Pillow cannot open all of these; such a picture fails by name.
-PICTURE_SUFFIXES = (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif"
-    .split())
-ENDINGS = re.compile(rf"({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])+$".replace(".", r"\."),
-    re.I)
+# The endings of pictures. Pillow cannot open all of these; such a picture fails by name.
+PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
+# What stands around a picture's name: folders; suffixes; the number of one of its captions, as in
+# Flickr30k's '1000092795.jpg#0'.
+AROUND_NAME = re.compile(
+    rf"^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$", re.I)
+COCO_NAME = re.compile(r"(coco_\w+?_)?0*(\d+)\Z", re.I)
 
 
 def canonical_id(name):
@@ -207,10 +209,9 @@ def canonical_id(name):
     name = unicodedata.normalize("NFC", str(name)).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    name = re.sub(r" *#\d+$", "", name.replace("\\", "/"))  # Flickr30k counts an image's captions
-    stem = ENDINGS.sub("", os.path.basename(name)).strip()
-    numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
-    return numbered.group(1) if numbered else stem
+    name = AROUND_NAME.sub("", name).strip()
+    numbered = COCO_NAME.match(name)
+    return numbered[2] if numbered else name
 
 
 def say_found(what, ids, found, where, known):
@@ -229,9 +230,11 @@ def say_found(what, ids, found, where, known):
     say(text)
 
 
-def files_below(folder):
-    """The files below a folder, sorted. Links are followed, but no folder is visited twice; hidden
-    files and folders ('._a.jpg' of macOS, '.ipynb_checkpoints') and feature stores are left out.
+def files_below(folder, ending):
+    """The files below a folder whose names have an ending, a regular expression; sorted.
+
+    Links are followed, but no folder is visited twice. Hidden files and folders ('._a.jpg' of
+    macOS, '.ipynb_checkpoints') and feature stores are left out.
     """
     found, visited = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -241,7 +244,8 @@ def files_below(folder):
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(place, name) for name in names if name[0] != "."]
+        chosen = [name for name in names if re.fullmatch(f"[^.].*{ending}", name, re.I)]
+        found += [Path(place, name) for name in chosen]
     return sorted(found)
 
 
@@ -289,13 +293,13 @@ open_text = functools.partial(open, encoding="utf-8-sig", newline="\n")
 def number(kind, least, most):
     """The type of a numeric flag, int or float, from `least` to `most`; no range contains NaN."""
     def read(text):
-        """The number; argparse prints the error beside the flag's name."""
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"expected a number in {read.__name__}, found {text!r}")
+        """The number. argparse prints errors as `argument --lr: invalid 1e-12...10 value: '0'`."""
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
 
-    read.__name__ = f"{least:g}...{most:g}".replace("+0", "")
+    read.__name__ = f"{least:g}...{most:g}"
     return read
 
 
@@ -408,26 +412,14 @@ def split_words(text):
 class WordPiece:
     """BERT's uncased tokenizer: words, then the longest vocabulary pieces from left to right.
 
-    vocab: a file with one piece per line, its id being the line number from 0; or a list of pieces,
-    as in a checkpoint. '##' marks a piece that continues a word: with 'play', '##ing' and '!',
-    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing, and for the
-    vocabulary of a cased BERT, whose capitals would never be found.
+    vocab: a file, see read_vocab; or a list of pieces, as in a checkpoint. '##' marks a piece that
+    continues a word: with 'play', '##ing' and '!', 'Playing!' is ['play', '##ing', '!'].
     """
 
     def __init__(self, vocab):
-        given = isinstance(vocab, list)
-        with reading("the checkpoint's words" if given else vocab,
-                f"BERT's vocabulary: one word piece per line, {' '.join(SPECIALS)} among them"):
-            # Not splitlines(): a piece may be a character that Python counts as a line end.
-            self.pieces = vocab if given else (
-                Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-            self.ids = {piece: number for number, piece in enumerate(self.pieces)}
-            _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
-            settings = Path("" if given else vocab).parent / "tokenizer_config.json"
-            cased = settings.exists() and read_json(settings).get("do_lower_case") is False
-            # Words in brackets, [MASK] or <S>, are markers.
-            if cased or any(p != p.lower() and p[0] not in "[<" for p in self.pieces if p):
-                raise ValueError("it is of a cased BERT; expected an uncased one")
+        self.pieces = vocab if isinstance(vocab, list) else read_vocab(Path(vocab))
+        self.ids = {piece: number for number, piece in enumerate(self.pieces)}
+        _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
 
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
@@ -450,6 +442,26 @@ class WordPiece:
         """Ids of '[CLS] text [SEP]', cut to at most max_tokens (both specials counted)."""
         pieces = [piece for word in split_words(text) for piece in self.split_word(word)]
         return [self.cls_id, *(self.ids[p] for p in pieces[: max_tokens - 2]), self.sep_id]
+
+
+def read_vocab(path):
+    """The pieces of a vocab.txt, one per line; a piece's id is its line's number, from 0.
+
+    Raises BadInput if one of SPECIALS is missing, and for the vocabulary of a cased BERT, whose
+    capitals would never be found.
+    """
+    with reading(path, f"BERT's vocabulary: one word piece per line, {SPECIALS} among them"):
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        # Not splitlines(): a piece may be a character that Python counts as a line end.
+        pieces = text.split("\n")
+        for special in SPECIALS:
+            pieces.index(special)  # ValueError: '[PAD]' is not in list
+        settings = path.with_name("tokenizer_config.json")
+        cased = settings.exists() and read_json(settings).get("do_lower_case") is False
+        # A capital at any place; but words in brackets, [MASK] or <S>, are markers.
+        if cased or re.search(r"^(?![<\[]).*[A-Z]", text, re.M):
+            raise ValueError("it is of a cased BERT; expected an uncased one")
+    return pieces
 
 
 def build_vocab(texts, size=30522):
@@ -566,7 +578,7 @@ class FeatureStore:
         # Older versions kept some spellings that canonical_id no longer keeps. Each id was the name
         # of a file: with a suffix, a '#1' at its end is no caption's number.
         self._keys = self.ids
-        if re.search(rb"[\x80-\xff\\]|\.(jfif|jpe|avif|hei[cf]|json)\b", self.ids.tobytes(), re.I):
+        if re.search(rb"[.\\\x80-\xff]", self.ids.tobytes()):
             self._keys = encode_ids(f"{name.decode()}.jpg" for name in self.ids)
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
         # in every loading process; this takes 8 bytes per image.
@@ -646,11 +658,12 @@ class FeatureStore:
             num_regions=num_regions, feature_size=feature_size,
             num_region_classes=num_region_classes, class_names=list(class_names),
             class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
-        unique, times = np.unique(fixed["ids"], return_counts=True)
-        for repeated in unique[times > 1]:
-            first, second = np.flatnonzero(fixed["ids"] == repeated)[:2]
-            raise BadInput(f"{folder}: {repeated.decode()!r} is the id of two images, {ids[first]} "
-                f"and {ids[second]}; rename one")
+        first = {}
+        for image_id, image in zip(fixed["ids"].tolist(), ids):
+            if image_id in first:
+                raise BadInput(f"{folder}: {image_id.decode()!r} is the id of two images, "
+                    f"{first[image_id]} and {image}; rename one")
+            first[image_id] = image
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -701,26 +714,24 @@ class StoreWriter:
         pending, if a number is unusable: a NaN in a store would show only as a NaN loss, thousands
         of images later. A box may leave the picture by a pixel: rounding.
         """
-        values, n = dict(features=features, boxes=boxes), len(features)
-        if "class_probs" in self.arrays:
-            values["class_probs"] = class_probs
+        values = dict(features=features, boxes=boxes, class_probs=class_probs)
+        n = len(features)
         with reading(f"image {self.arrays['ids'][row].decode()}", "regions that can be stored"):
-            low, high = boxes[:, :2], boxes[:, 2:]
-            inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
-            finite = np.abs(features) <= 65504  # the largest float16; False for NaN
             if min(n, *size) < 1:
                 raise ValueError(f"{n} regions in a picture of {size} pixels")
-            if not finite.all():
+            if not (np.abs(features) <= 65504).all():  # the largest float16; False for NaN
                 raise ValueError("features with NaN or infinity")
+            low, high = boxes[:, :2], boxes[:, 2:]
+            inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
             if not inside.all():
                 raise ValueError(f"a box outside its picture of {size} pixels, or with x2 < x1")
-            if "class_probs" in values and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
-                raise ValueError("class_probs that do not add up to 1")
-            for key, value in values.items():
-                shape = (n, *self.arrays[key].shape[2:])
-                if value.shape != shape:  # numpy would broadcast a single row or column
-                    raise ValueError(f"expected {key} {shape}, found {value.shape}")
-                self.arrays[key][row, :n] = value
+            for name in values.keys() & self.arrays.keys():
+                value, place = values[name], self.arrays[name][row, :n]
+                if value.shape != place.shape:  # numpy would broadcast a single row or column
+                    raise ValueError(f"expected {name} {place.shape}, found {value.shape}")
+                if name == "class_probs" and not np.allclose(value.sum(axis=1), 1, atol=0.02):
+                    raise ValueError("class_probs that do not add up to 1")
+                place[:] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = n  # last: marks the row as written
 
@@ -851,12 +862,12 @@ class Captions:
         def texts():
             """Yield the texts, so that no list of them is needed, and gather the ids."""
             for image_id, text in pairs:
-                ids.append(canonical_id(image_id).encode(errors="replace"))
+                ids.append(image_id)
                 # JSON may hold half a surrogate pair, which UTF-8 cannot encode.
                 yield text.strip().encode(errors="replace").decode()
 
         self.texts = np.fromiter(texts(), np.dtypes.StringDType())
-        self.ids = np.array(ids, dtype=bytes)
+        self.ids = encode_ids(ids)
 
     def __len__(self):
         return len(self.ids)
@@ -913,7 +924,7 @@ def pad(arrays):
 
     longest is at least 1: attention over nothing would divide by zero.
     """
-    longest = max(1, *(len(a) for a in arrays))
+    longest = max(1, max(map(len, arrays)))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
     for row, values in zip(out, arrays):
         row[: len(values)] = values
@@ -1032,21 +1043,20 @@ def _folder_captions(folder):
     # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
     # A README.txt or a detector's labels/12.txt is no caption: a caption lies beside its picture,
     # or the JSON that img2dataset writes, if the folder has any; and it is more than numbers.
-    files, number = files_below(folder), 0
-    key = lambda file: (file.parent, canonical_id(file))  # noqa: E731
-    texts = [file for file in files if file.suffix.lower() == ".txt"]
-    partners = {key(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
-    partners |= {key(file) for file in files if file.suffix == ".json"} & {*map(key, texts)}
-    for file in texts:
-        if not partners or key(file) in partners:
-            with reading(file, "a caption in UTF-8"):
-                text = file.read_text(encoding="utf-8-sig")
-            if re.search(r"[^\W\d_]", re.sub(r"\de", "", text)):  # a letter, but for 5e-05
-                number += 1
-                yield file.name, text, "train"
+    texts = files_below(folder, r"\.txt")
+    pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
+    beside = [file for file in texts if file.parent / canonical_id(file) in pictures
+        or file.with_suffix(".json").exists()]
+    count = 0
+    for file in beside if beside or pictures else texts:
+        with reading(file, "a caption in UTF-8"):
+            text = file.read_text(encoding="utf-8-sig")
+        if re.search(r"[^\W\d_e]", text):  # a letter, but for the e in 5e-05
+            count += 1
+            yield file.name, text, "train"
     if texts:
-        say(f"{folder}: {number:,} of {len(texts):,} .txt files are captions, of "
-            f"{len(partners):,} pictures")
+        say(f"{folder}: {count:,} of {len(texts):,} .txt files are captions, beside "
+            f"{len(pictures):,} pictures")
 
 
 def picture_names(content):
@@ -1057,9 +1067,9 @@ def picture_names(content):
     """
     images = content.get("images", [])
     names = {canonical_id(i["id"]): canonical_id(i.get("file_name", i["id"])) for i in images}
-    if all(key == name for key, name in names.items()):
+    if list(names) == list(names.values()):
         return lambda image_id: image_id
-    if len({*names.values()}) < len(images):
+    if len(set(names.values())) < len(images):
         raise ValueError("two of its images have the same id or file_name")
     return lambda image_id: names[canonical_id(image_id)]
 
@@ -1119,21 +1129,22 @@ def import_features(paths, folder):
     Two passes with one line in memory at a time: the first counts, the second writes. A broken line
     ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
-    rows, most, lines = {}, 0, 0
-    for lines, (image_id, record) in enumerate(read_tsv(paths), 1):
-        if record:
+    rows, counts = {}, []
+    for image_id, record in read_tsv(paths):
+        n = len(record["features"])
+        counts.append(n)
+        if n:
             rows.setdefault(image_id, len(rows))
-            most = max(most, len(record["features"]))
     if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
-    say(f"{lines:,} lines hold {len(rows):,} images; {lines - len(rows):,} lines are left out: of "
-        "an image that came before, or without regions")
-    size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
-    writer = FeatureStore.create(folder, rows, most, size, num_classes, detector="vg",
-        source=[Path(p).name for p in paths])
+    say(f"{len(counts):,} lines hold {len(rows):,} images; {len(counts) - len(rows):,} lines are "
+        "left out: of an image that came before, or without regions")
+    writer = FeatureStore.create(folder, rows, max(counts), record["features"].shape[1],
+        record["class_probs"].shape[1], detector="vg", source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
-        row = rows.pop(image_id, None) if record else None  # None: a duplicate, too
+        n = len(record["features"])
+        row = rows.pop(image_id, None) if n else None  # None: a duplicate, too
         if row in pending:
             try:
                 writer.write(row, **record)
@@ -1143,7 +1154,7 @@ def import_features(paths, folder):
 
 
 def read_tsv(paths):
-    """Yield (image id, keyword arguments of StoreWriter.write; None without a region) of each line.
+    """Yield (image id, keyword arguments of StoreWriter.write) of each line, n = 0 included.
 
     All lines of all files must have as many numbers per region as the first: a store has one shape
     per array. class_probs is (n, 0) where a file has none.
@@ -1157,15 +1168,13 @@ def read_tsv(paths):
                 cells = line.rstrip("\r\n").split("\t")
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
                 n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
-                if not n:
-                    yield canonical_id(cells["id"]), None
-                    continue
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.
                     text = cells.get(name, "").removeprefix("b'").removesuffix("'")
                     numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
-                    width = widths.setdefault(name, len(numbers) // n)
-                    record[name] = numbers.reshape(n, width)
+                    if n:
+                        widths.setdefault(name, len(numbers) // n)
+                    record[name] = numbers.reshape(n, widths.get(name, 0))
                 yield canonical_id(cells["id"]), record
 
 
@@ -1245,15 +1254,14 @@ class Scene:
         rng = self._rng(0)
         wanted = rng.integers(2, 7)
         while len(self.things) < wanted:
-            thing = self._new_thing(rng)
-            self.things = [*self.things, thing] if thing else []  # no room left: begin again
+            self._add_thing(rng)
 
     def _rng(self, stream):
         # 0 the things, 1 the noise, 2 captions, 3 questions, 4 referring expressions.
         return np.random.default_rng([self.number, stream])
 
-    def _new_thing(self, rng):
-        # A thing that touches no other, or None if thirty random places were taken.
+    def _add_thing(self, rng):
+        # One that touches no other. If thirty random places were taken, the scene begins again.
         thing = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
         # Half of the new things copy colour or shape from another. Otherwise a model could match
         # 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind them.
@@ -1267,7 +1275,9 @@ class Scene:
             x, y = thing.centre = tuple(rng.integers(free, SCENE_PIXELS - free, size=2).tolist())
             if all(max(abs(x - t.centre[0]), abs(y - t.centre[1])) > free + t.half
                     for t in self.things):
-                return thing
+                self.things.append(thing)
+                return
+        self.things.clear()
 
     def draw(self, scale=1):
         """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
@@ -1322,8 +1332,7 @@ class Scene:
             name, thing = _pick(rng, unique.items())
             return f"what {asked} is the {name} ?", getattr(thing, asked)
 
-    def _ask_shape(self, rng):
-        return self._ask_colour(rng, asked="shape", given="colour")
+    _ask_shape = functools.partialmethod(_ask_colour, asked="shape", given="colour")
 
     def _ask_count(self, rng):
         # All things, or those of a size, colour or shape in the picture: the answers are 1 to 6.
@@ -1447,11 +1456,10 @@ def main(argv=None):
     parser.add_argument("command", choices=["check", "import"])
     parser.add_argument("paths", nargs="+", help="check: a feature store, then caption files or "
         "folders; import: bottom-up-attention TSVs of 6, 10 or 13 columns")
-    parser.add_argument("-o", "--out", type=Path, help="import: the store to write")
+    parser.add_argument("-o", "--out", type=Path, default="data/features",
+        help="import: the store to write (default: data/features)")
     args = parser.parse_args(argv)
     if args.command == "import":
-        if not args.out:
-            parser.error("import needs -o STORE")
         args.paths = [import_features(args.paths, args.out).folder]
     check(*args.paths)
 

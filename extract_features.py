@@ -64,7 +64,7 @@ from torchvision.ops import (Conv2dNormActivation, FrozenBatchNorm2d, MultiScale
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from data import (COUNT, NATURAL, PICTURE_SUFFIXES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
+from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
     FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, load_ahead,
     only_run_in, picture_names, progress, read_json, reading, run, save_png, say, say_found,
     start_processes, write_whole)
@@ -107,10 +107,7 @@ def load_weights(model, name, path):
     """
     with reading(path, f"the weights of the {name} detector"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        try:
-            model.load_state_dict(convert_vg_weights(weights) if name == "vg" else weights)
-        except RuntimeError as error:  # it lists the keys, one per line
-            raise ValueError(str(error).replace("\n", " ")) from error
+        model.load_state_dict(convert_vg_weights(weights) if name == "vg" else weights)
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------------
@@ -391,18 +388,12 @@ def open_picture(path):
             if not 0 <= pixels.min() <= top < np.inf:
                 raise ValueError("pixels below 0, or not numbers")
             # 0 to 1, 0 to 255, each with what resampling adds; else the brightest pixel is white.
-            white = next((white for white in (1, 255) if top <= 1.3 * white), top)
+            white = 1 if top <= 1.3 else 255 if top <= 1.3 * 255 else top
             image = Image.fromarray(np.uint8((pixels / white).clip(max=1) * 255.999))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
         raise BadInput(f"{path}: a strip of {image.size} pixels, too thin for a detector")
     return image
-
-
-def find_pictures(source):
-    """[path] of a picture, or of those below a folder (see files_below)."""
-    paths = files_below(source) if source.is_dir() else [source]
-    return [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 def read_boxes(path):
@@ -411,13 +402,14 @@ def read_boxes(path):
     Detections like MAttNet's: a list of {image_id, box [x, y, w, h], score}; highest score first.
     COCO's and RefCOCO's instances.json: annotations with {image_id, bbox}, in their order.
     """
-    records = read_json(path)
+    content = read_json(path)
+    if isinstance(content, list):
+        content = {"annotations": content}
     boxes = defaultdict(list)
     with reading(path, "detections (image_id, box, score) or annotations (image_id, bbox)") as at:
-        name = picture_names(records if isinstance(records, dict) else {})
-        if isinstance(records, dict):
-            records = records["annotations"]
-        surest = sorted(enumerate(records), key=lambda item: -item[1].get("score", 0))  # stable
+        name = picture_names(content)
+        records = enumerate(content["annotations"])
+        surest = sorted(records, key=lambda item: -item[1].get("score", 0))  # stable
         for at.entry, record in surest:
             x, y, w, h = record.get("box") or record["bbox"]
             if not math.hypot(x, y, w, h) < 1e6:  # also NaN: RoI pooling would index memory with it
@@ -486,7 +478,8 @@ def extract(args):
 
     With --gpus, the first process starts others, which come here too, and completes the store.
     """
-    paths, boxes, most = find_pictures(args.images), None, 36
+    boxes, most = None, 36
+    paths = [args.images] if args.images.is_file() else files_below(args.images, PICTURES)
     if not paths:
         raise BadInput(f"{args.images}: found no pictures")
     if args.boxes:
