@@ -115,7 +115,8 @@ def run(main):
     except KeyboardInterrupt:
         if RANK > 0:
             sys.exit(130)  # torchrun has ended it; the first process says why
-        message, status = "stopped; repeat the command to continue, a training with --resume", 130
+        message = "stopped; repeat the command to continue, a training with --resume"
+        status = 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
@@ -223,8 +224,8 @@ def say_found(what, ids, found, where, known):
     """
     text = f"{what}: {found.sum():,} of {len(ids):,} found in {where}"
     if 2 * found.sum() < len(ids):
-        left = [*ids[~found][:1], *np.setdiff1d(known, ids)[:1]]
-        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in left)}"
+        lonely = ids[~found][:1].tolist() + np.setdiff1d(known, ids)[:1].tolist()
+        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in lonely)}"
     if not found.any():
         raise BadInput(text)
     say(text)
@@ -236,7 +237,8 @@ def files_below(folder, ending):
     Links are followed, but no folder is visited twice. Hidden files and folders ('._a.jpg' of
     macOS, '.ipynb_checkpoints') and feature stores are left out.
     """
-    found, visited = [], set()
+    found = []
+    visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in visited or "store.json" in names:
@@ -304,8 +306,10 @@ def number(kind, least, most):
 
 
 # Rates and shares start just above 0: with 0 itself a run would learn nothing, or divide by 0.
-COUNT, NATURAL = number(int, 1, 1e9), number(int, 0, 1e9)
-RATE, SHARE = number(float, 1e-12, 10), number(float, 1e-6, 1)
+COUNT = number(int, 1, 1e9)
+NATURAL = number(int, 0, 1e9)
+RATE = number(float, 1e-12, 10)
+SHARE = number(float, 1e-6, 1)
 
 
 def flag(parser, name, kind, default, text):
@@ -429,13 +433,15 @@ class WordPiece:
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
         if len(word) > 100:  # BERT's limit, in characters
             return ["[UNK]"]
-        pieces, prefix = [], ""
+        pieces = []
+        prefix = ""
         while word:
             ends = [end for end in range(1, len(word) + 1) if prefix + word[:end] in self.ids]
             if not ends:
                 return ["[UNK]"]  # BERT drops the whole word, not only the unknown part
             pieces.append(prefix + word[: ends[-1]])
-            prefix, word = "##", word[ends[-1] :]
+            prefix = "##"
+            word = word[ends[-1] :]
         return pieces
 
     def encode(self, text, max_tokens):
@@ -471,7 +477,7 @@ def build_vocab(texts, size=30522):
     others are spelled in characters, so no word of the corpus is [UNK]. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
-    characters = sorted({c for word in words for c in word})
+    characters = sorted(set("".join(words)))
     frequent = [w for w, count in words.most_common() if count > 1 and len(w) > 1]
     return [*SPECIALS, *characters, *(f"##{c}" for c in characters), *frequent][:size]
 
@@ -509,7 +515,9 @@ STORE_VERSION = 1
 
 def store_layout(meta):
     """{array: (dtype, shape)} of a store, from its store.json: the table above as code."""
-    n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
+    n = meta["num_images"]
+    r = meta["num_regions"]
+    f = meta["feature_size"]
     c = meta["num_region_classes"]
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
         "sizes": ("int32", (n, 2)), "boxes": ("float32", (n, r, 4)),
@@ -561,20 +569,21 @@ class FeatureStore:
     store.class_probs(row) -> (n, C) distributions, or None if the store has no classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json), ids, counts.
+    class_names, meta (all of store.json), ids, counts.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.meta, self.arrays = open_store(self.folder)
         with reading(folder, "a store with a whole store.json"):
-            complete, self.num_region_classes, self.class_names, self.detector = (self.meta[key]
-                for key in ("complete", "num_region_classes", "class_names", "detector"))
-        if not complete:
-            raise BadInput(f"{folder}: a half-written feature store; repeat the command that was "
-                "writing it to continue")
+            if not self.meta["complete"]:
+                raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
+                    "was writing it to continue")
+            self.num_region_classes = self.meta["num_region_classes"]
+            self.class_names = self.meta["class_names"]
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
-        self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+        self.ids = self.arrays["ids"]
+        self.counts = self.arrays["counts"]
         # Older versions kept some spellings that canonical_id no longer keeps. Each id was the name
         # of a file: with a suffix, a '#1' at its end is no caption's number.
         self._keys = self.ids
@@ -642,13 +651,14 @@ class FeatureStore:
             for name in ("class_weight", "class_bias")]
 
     @staticmethod
-    def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
-            detector="", class_head=None, **more):
+    def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_head=None,
+            **more):
         """A StoreWriter for these images; it continues an interrupted one.
 
         ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
-        of the detector's last layer, background first, in place of stored distributions. `more`
-        goes into store.json unchanged. Raises BadInput if the folder holds another store.
+        of the detector's last layer, background first, in place of stored distributions. `more`,
+        such as class_names and detector, goes into store.json. Raises BadInput if the folder holds
+        another store.
         """
         fixed = {"ids": encode_ids(ids)}  # known from the start; the rest is written per row
         if class_head:
@@ -656,8 +666,9 @@ class FeatureStore:
             num_region_classes = len(class_head[1])
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(fixed["ids"]),
             num_regions=num_regions, feature_size=feature_size,
-            num_region_classes=num_region_classes, class_names=list(class_names),
-            class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
+            num_region_classes=num_region_classes, class_names=[], class_head=bool(class_head),
+            detector="", id_bytes=fixed["ids"].itemsize)
+        meta.update(more)
         first = {}
         for image_id, image in zip(fixed["ids"].tolist(), ids):
             if image_id in first:
@@ -678,7 +689,8 @@ class StoreWriter:
     """
 
     def __init__(self, folder, meta, fixed):
-        self.folder, self.meta = folder, meta
+        self.folder = folder
+        self.meta = meta
         if not (folder / "store.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             self._allocate(store_layout(meta), fixed | {"counts": -1})
@@ -721,12 +733,14 @@ class StoreWriter:
                 raise ValueError(f"{n} regions in a picture of {size} pixels")
             if not (np.abs(features) <= 65504).all():  # the largest float16; False for NaN
                 raise ValueError("features with NaN or infinity")
-            low, high = boxes[:, :2], boxes[:, 2:]
+            low = boxes[:, :2]
+            high = boxes[:, 2:]
             inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
             if not inside.all():
                 raise ValueError(f"a box outside its picture of {size} pixels, or with x2 < x1")
             for name in values.keys() & self.arrays.keys():
-                value, place = values[name], self.arrays[name][row, :n]
+                value = values[name]
+                place = self.arrays[name][row, :n]
                 if value.shape != place.shape:  # numpy would broadcast a single row or column
                     raise ValueError(f"expected {name} {place.shape}, found {value.shape}")
                 if name == "class_probs" and not np.allclose(value.sum(axis=1), 1, atol=0.02):
@@ -801,13 +815,19 @@ class PretrainingDataset(torch.utils.data.Dataset):
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
             masking=True, blind=False, name="captions"):
-        self.store, self.tokenizer, self.max_tokens, self.seed = store, tokenizer, max_tokens, seed
-        self.rate, self.blind = (0.15 if masking else 0.0), blind
+        self.store = store
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.rate = 0.15 if masking else 0.0
+        self.blind = blind
         self.mismatch = 0.0 if blind else mismatch
         captions = captions if isinstance(captions, Captions) else Captions(captions)
-        rows, empty = store.rows(captions.ids), captions.texts == ""
+        rows = store.rows(captions.ids)
+        empty = captions.texts == ""
         kept = (rows >= 0) & ~empty
-        self.rows, self.captions = rows[kept], captions[kept]
+        self.rows = rows[kept]
+        self.captions = captions[kept]
         self.lengths = np.strings.count(self.captions.texts, " ")
         self.skipped = {"without features": int((rows < 0).sum()),
             "without words": int(empty.sum())}
@@ -825,7 +845,8 @@ class PretrainingDataset(torch.utils.data.Dataset):
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
-        row, match = self.rows[index], MATCH
+        row = self.rows[index]
+        match = MATCH
         if rng.random() < self.mismatch:
             # Another caption's image may fit by chance; with many images that is rare. Swapping
             # captions instead would give texts of unknown lengths to train.epoch_batches.
@@ -838,7 +859,8 @@ class PretrainingDataset(torch.utils.data.Dataset):
         hidden = choose(len(regions["region_boxes"]), rng, self.rate)
         classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
         if match == MISMATCH:  # its masks stay: unmasked inputs would give it away
-            words, classes = words[:0], classes[:0]
+            words = words[:0]
+            classes = classes[:0]
         stored = "class_probs" in self.store.arrays  # else see class_targets
         targets = self.store.class_probs(row, classes) if stored else None  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
@@ -876,7 +898,8 @@ class Captions:
         if np.isscalar(which):
             return self.ids[which].decode(), self.texts[which]
         some = Captions([])
-        some.ids, some.texts = self.ids[which], self.texts[which]
+        some.ids = self.ids[which]
+        some.texts = self.texts[which]
         return some
 
     @functools.cached_property
@@ -1030,8 +1053,7 @@ def caption_records(path):
         form = _folder_captions
         if not path.is_dir():
             with open_text(path) as file:
-                begin = file.read(1000).lstrip()
-            is_json = re.match(r"\{|\[\s*[]{]", begin)
+                is_json = re.match(r"\s*(\{|\[\s*[]{])", file.read(1000))
             form = _json_captions if is_json else _tsv_captions
         at.entry = 1
         for image_id, text, split in form(path):
@@ -1094,15 +1116,20 @@ def _json_captions(path):
 
 
 def _tsv_captions(path):
+    for image, text in read_table(path):
+        if text.startswith("http") and not image.startswith("http"):
+            image, text = text, image
+        if image.startswith("http"):
+            image = zlib.crc32(image.encode())
+        yield image, text, "train"
+
+
+def read_table(path):
+    """Yield the cells of each line of a TSV file, a list of strings; blank lines are left out."""
     # Not the csv module: it would swallow lines after an unpaired quotation mark.
     with open_text(path) as file:
         for line in filter(str.strip, file):
-            image, text = line.rstrip("\r\n").split("\t")
-            if text.startswith("http") and not image.startswith("http"):
-                image, text = text, image
-            if image.startswith("http"):
-                image = zlib.crc32(image.encode())
-            yield image, text, "train"
+            yield line.rstrip("\r\n").split("\t")
 
 
 # --- 6. Published features ------------------------------------------------------------------------
@@ -1129,7 +1156,8 @@ def import_features(paths, folder):
     Two passes with one line in memory at a time: the first counts, the second writes. A broken line
     ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
-    rows, counts = {}, []
+    rows = {}
+    counts = []
     for image_id, record in read_tsv(paths):
         n = len(record["features"])
         counts.append(n)
@@ -1162,12 +1190,12 @@ def read_tsv(paths):
     widths = {"boxes": 4}
     for path in paths:
         what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
-        with reading(path, what, "line") as at, open_text(path) as file:
-            lines = filter(str.strip, progress(file, str(path)))
-            for at.entry, line in enumerate(lines, 1):
-                cells = line.rstrip("\r\n").split("\t")
+        with reading(path, what, "line") as at:
+            lines = progress(read_table(path), str(path))
+            for at.entry, cells in enumerate(lines, 1):
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
-                n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
+                n = int(cells["n"])
+                record = {"size": (int(cells["w"]), int(cells["h"]))}
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.
                     text = cells.get(name, "").removeprefix("b'").removesuffix("'")
@@ -1250,7 +1278,8 @@ class Scene:
     """
 
     def __init__(self, number):
-        self.number, self.things = number, []
+        self.number = number
+        self.things = []
         rng = self._rng(0)
         wanted = rng.integers(2, 7)
         while len(self.things) < wanted:
@@ -1302,7 +1331,8 @@ class Scene:
         scenes; with two things, 8 %. Half of them say where two things are, the others how they
         relate: from comparisons alone no model learned anything about places.
         """
-        rng, sentences = self._rng(2), []
+        rng = self._rng(2)
+        sentences = []
         for _ in range(n):
             things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
             first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
@@ -1319,7 +1349,8 @@ class Scene:
         Types alternate; one that has no fair question about this scene is left out. Yes and no are
         about equally frequent; a 'what ...' question has one answer. Numbers are digits, as in VQA.
         """
-        rng, found = self._rng(3), []
+        rng = self._rng(3)
+        found = []
         for turn in range(self.number, self.number + n):
             kind = ("colour", "shape", "count", "existence", "relation")[turn % 5]
             if question := getattr(self, f"_ask_{kind}")(rng):
@@ -1375,7 +1406,8 @@ class Scene:
 
         type is attribute, or relation: then its attributes alone fit two or more things.
         """
-        rng, refer = self._rng(4), (self._refer_by_attribute, self._refer_by_relation)
+        rng = self._rng(4)
+        refer = (self._refer_by_attribute, self._refer_by_relation)
         found = [refer[turn % 2](rng) for turn in range(self.number, self.number + n)]
         return list(dict.fromkeys(filter(None, found)))
 
@@ -1412,7 +1444,9 @@ def _draw_shape(draw, thing, scale):
     # are a third as wide, and a star's inner points lie at .42 of the outer radius.
     x, y, h = (scale * value for value in (*thing.centre, thing.half))
     left, top, right, bottom = (scale * value for value in thing.box)
-    colour, third, box = COLOURS[thing.colour], h / 3, [left, top, right - 1, bottom - 1]
+    colour = COLOURS[thing.colour]
+    third = h / 3
+    box = [left, top, right - 1, bottom - 1]
     if thing.shape == "circle":
         draw.ellipse(box, colour)
     elif thing.shape == "ring":

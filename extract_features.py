@@ -122,7 +122,8 @@ class VGTransform(nn.Module):
     """RGB in [0, 1] -> BGR in 0..255 minus its mean, short side 600 pixels, long one up to 1000."""
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
-    min_size, max_size = 600, 1000
+    min_size = 600
+    max_size = 1000
 
     def forward(self, images):
         """(ImageList, None) of pictures of one size; torchvision returns targets second."""
@@ -179,7 +180,8 @@ def vg_detector():
         layer[0].conv2.stride = (1, 1)
     backbone = nn.Sequential(OrderedDict(net.named_children()))[:7]  # conv1 to layer3
     backbone.out_channels = 1024
-    anchors, head = VGAnchors(), detection.rpn.RPNHead(512, num_anchors=12)
+    anchors = VGAnchors()
+    head = detection.rpn.RPNHead(512, num_anchors=12)
     anchors.register_buffer("cells", torch.zeros(12, 4))
     head.conv = Conv2dNormActivation(1024, 512, norm_layer=None)
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals.
@@ -187,7 +189,8 @@ def vg_detector():
         rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300,
         box_head=Res5Head(dict(layer4=net.layer4)),
         box_predictor=nn.ModuleDict(dict(cls_score=nn.Linear(2048, 1601))))
-    model.transform, model.roi_heads.box_roi_pool = VGTransform(), C4RoIPool()
+    model.transform = VGTransform()
+    model.roi_heads.box_roi_pool = C4RoIPool()
     return model
 
 
@@ -254,7 +257,8 @@ def train_toy_detector(numbers, iterations=900, batch=8):
     torch.manual_seed(0)
     # channels_last: the memory order that CPU convolutions prefer, a fifth faster here.
     model = toy_network().to(memory_format=torch.channels_last)
-    images, targets = draw_scenes(numbers), [toy_targets(Scene(n)) for n in numbers]
+    images = draw_scenes(numbers)
+    targets = [toy_targets(Scene(n)) for n in numbers]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(numbers))
@@ -478,13 +482,15 @@ def extract(args):
 
     With --gpus, the first process starts others, which come here too, and completes the store.
     """
-    boxes, most = None, 36
+    boxes = None
+    most = 36
     paths = [args.images] if args.images.is_file() else files_below(args.images, PICTURES)
     if not paths:
         raise BadInput(f"{args.images}: found no pictures")
     if args.boxes:
         boxes = read_boxes(args.boxes)
-        ids, known = encode_ids(boxes), encode_ids(paths)
+        ids = encode_ids(boxes)
+        known = encode_ids(paths)
         say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
         paths = [path for path in paths if canonical_id(path) in boxes]
         most = max(map(len, boxes.values()))
@@ -530,7 +536,7 @@ def show(folder, which):
     image = Image.new("RGB", record["size"], "grey")
     if Path(which).is_file():
         image = open_picture(which)
-    elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
+    elif store.meta["detector"] == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     names = store.class_names or [f"class {c}" for c in range(store.num_region_classes)]
     labels = None
