@@ -193,8 +193,8 @@ PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
 # What stands around a picture's name: folders; suffixes; the number of one of its captions, as in
 # Flickr30k's '1000092795.jpg#0'.
 AROUND_NAME = re.compile(
-    rf"^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$", re.I)
-COCO_NAME = re.compile(r"(coco_\w+?_)?0*(\d+)\Z", re.I)
+    rf"(?is)^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$")
+COCO_NAME = re.compile(r"(?i)(coco_\w+?_)?0*(\d+)\Z")
 
 
 def canonical_id(name):
@@ -246,7 +246,7 @@ def files_below(folder, ending):
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        chosen = [name for name in names if re.fullmatch(f"[^.].*{ending}", name, re.I)]
+        chosen = [name for name in names if re.fullmatch(f"(?is)[^.].*{ending}", name)]
         found += [Path(place, name) for name in chosen]
     return sorted(found)
 
@@ -350,12 +350,12 @@ def start_processes(count):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     # Flags of newer torchruns: a closed terminal is no stop; and processes that are stopped have
     # ten minutes to end their step and to save, not half of one.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
-    os.environ["PET_SHUTDOWN_TIMEOUT"] = "600"
+    os.environ.update(
+        PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT", PET_SHUTDOWN_TIMEOUT="600")
     logging.disable()  # torchrun would explain every error again, in thirty lines
     try:
         torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",
-            f"--nproc-per-node={count}", "--no-python", sys.executable, *sys.orig_argv[1:]])
+            f"--nproc-per-node={count}", "--no-python", *sys.orig_argv])
     except multiprocessing.SignalException:
         sys.exit(130)
     except multiprocessing.errors.ChildFailedError as error:
@@ -1250,7 +1250,7 @@ class Thing:
     @property
     def place(self):
         """Its place in the picture, by the axis along which it is farther from the middle."""
-        x, y = (c - SCENE_PIXELS // 2 for c in self.centre)
+        x, y = np.subtract(self.centre, SCENE_PIXELS // 2)
         if max(abs(x), abs(y)) < 16:
             return "in the middle"
         if abs(x) > abs(y):
@@ -1442,8 +1442,9 @@ def _pick(rng, options):
 def _draw_shape(draw, thing, scale):
     # Each shape fills its box: x - h to x + h - 1, inclusive, are 2 h columns. The arms of a cross
     # are a third as wide, and a star's inner points lie at .42 of the outer radius.
-    x, y, h = (scale * value for value in (*thing.centre, thing.half))
-    left, top, right, bottom = (scale * value for value in thing.box)
+    x, y = np.multiply(scale, thing.centre)
+    left, top, right, bottom = np.multiply(scale, thing.box)
+    h = scale * thing.half
     colour = COLOURS[thing.colour]
     third = h / 3
     box = [left, top, right - 1, bottom - 1]

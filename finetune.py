@@ -62,8 +62,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data import (HELD_OUT_SCENES, PICTURES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
     FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, files_below,
-    flag, load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading,
-    region_inputs, run, save_png, say, say_found, write_json)
+    flag, load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json,
+    reading, region_inputs, run, save_png, say, say_found, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
