@@ -60,8 +60,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene, WordPiece,
-    canonical_id, canonical_split, caption_records, flag, load_ahead, model_inputs,
+from data import (PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene, WordPiece,
+    canonical_id, canonical_split, caption_records, files_below, flag, load_ahead, model_inputs,
     normalise_boxes, pad, picture_names, progress, read_json, reading, region_inputs, run,
     save_png, say, say_found, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
@@ -775,11 +775,11 @@ def picture_of(image_id, folder):
     """A picture of the data folder's images/, opened as extraction does; grey without one, or if it
     cannot be opened. folder None: a drawn scene.
     """
-    from extract_features import find_pictures, open_picture
+    from extract_features import open_picture
     if folder is None:
         return Scene(int(image_id)).draw(ZOOM)
     with contextlib.suppress(BadInput):
-        for path in find_pictures(folder / "images"):
+        for path in files_below(folder / "images", PICTURES):
             if canonical_id(path) == canonical_id(image_id):
                 return open_picture(path)
     return Image.new("RGB", (640, 640), "grey")
