@@ -211,10 +211,10 @@ def canonical_id(name):
     >>> [canonical_id(name) for name in names]
     ['391895', '391895', 'dog_1', 'dog_1']
     """
-    name = unicodedata.normalize("NFC", str(name)).strip()
+    name = str(name).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    name = AROUND_NAME.sub("", name).strip()
+    name = AROUND_NAME.sub("", unicodedata.normalize("NFC", name)).strip()
     numbered = COCO_NAME.match(name)
     return numbered[2] if numbered else name
 
