@@ -52,18 +52,18 @@ from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, to_device,
-    total, toy_world)
+    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, switches_picture,
+    to_device, total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
     FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, flag,
-    load_ahead, model_inputs, normalise_boxes, pad, picture_names, progress, read_json, reading,
-    region_inputs, run, save_png, say, say_found, write_json)
+    load_ahead, model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json,
+    reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -84,10 +84,15 @@ def parse_args(argv):
     p.add_argument("command", choices=[*TASKS, "ask"], help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
-        p.add_argument("run", type=Path, help="folder of a finetuned run, or a checkpoint")
-        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained on")
-        p.add_argument("pictures", nargs="+", help="picture files")
-        p.add_argument("--weights", help="the detector's; None: the toy world's")
+        p.add_argument("run", help="folder of a run, also a pretrained one")
+        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained on; "
+            "or a .txt file with one in each line")
+        p.add_argument("pictures", nargs="+", help="picture files; with --store also ids")
+        p.add_argument("--store", help="feature store that has their regions; None: the detector "
+            "finds them")
+        p.add_argument("--layer", type=int, help="draw attention no later than in this layer; "
+            "None: in the last one in which text attends to vision")
+        p.add_argument("--weights", default="runs/world/detector.pt", help="the detector's")
         p.add_argument("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task, folder = TASKS[command], Path("data", command)
@@ -651,7 +656,8 @@ class Refer(Task):
         if "box" not in item:
             return [f"box: {[round(corner) for corner in box]}"], {"magenta": box}, None
         boxes = {"white": item["box"], "magenta": box}
-        return [f"IoU {prediction['iou']:.2f}"], boxes, prediction["iou"]
+        line = f"magenta: chosen, white: meant; IoU {prediction['iou']:.2f}"
+        return [line], boxes, prediction["iou"]
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
@@ -750,8 +756,6 @@ def evaluate_splits(args, task):
 #
 # A score says how often a model is right; its answers show where it is wrong.
 
-ZOOM = 4  # scenes are drawn larger for people: a circle of 14 pixels would look like a square
-
 
 def picture_of(image_id, folder):
     """A picture of the data folder's images/, opened as extraction does; grey without one, or if it
@@ -759,7 +763,7 @@ def picture_of(image_id, folder):
     """
     from extract_features import find_pictures, open_picture
     if folder is None:
-        return Scene(int(image_id)).draw(ZOOM)
+        return Scene(int(image_id)).draw()
     with contextlib.suppress(BadInput):
         for path in find_pictures(folder / "images"):
             if canonical_id(path) == canonical_id(image_id):
@@ -769,14 +773,14 @@ def picture_of(image_id, folder):
 
 def panel(image, boxes, lines, frame="white"):
     """A picture in a frame, with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
-    edge = 1 + max(image.size) // 150
+    edge = 1 + max(image.size) // 100
     for colour, box in boxes.items():
         outside = np.add(box, (-edge, -edge, edge, edge)).tolist()
         ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
-    image = ImageOps.expand(ImageOps.pad(image, (230, 230)), 5, frame)
-    text = "\n".join(textwrap.fill(line, 40) for line in lines)
-    image = ImageOps.expand(image, (5, 5, 5, 30 + 18 * text.count("\n")), "white")
-    ImageDraw.Draw(image).text((10, 250), text, "black", font_size=11)
+    image = ImageOps.expand(ImageOps.pad(image, (190, 190)), 5, frame)
+    text = "\n".join(textwrap.fill(line, 30) for line in lines)
+    image = ImageOps.expand(image, (3, 5, 3, 32 + 17 * text.count("\n")), "white")
+    ImageDraw.Draw(image).text((8, 209), text, "black", font_size=12)
     return image
 
 
@@ -785,8 +789,6 @@ def draw_examples(args, task, predictions):
     panels, shown = {"green": [], "red": []}, set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
-        if args.data is None:
-            boxes = {colour: np.multiply(box, ZOOM) for colour, box in boxes.items()}
         frame = "green" if right >= 0.5 else "red"
         image_id = prediction.get("found", item["image_id"])
         if len(panels[frame]) < 4 and image_id not in shown:
@@ -802,42 +804,115 @@ def draw_examples(args, task, predictions):
 # meaning: every answer would be wrong, without an error. So a checkpoint records its detector.
 
 
+def open_run(run):
+    """(checkpoint, model) of a run's folder, or of a checkpoint. Every forward pass leaves a layer's
+    attention weights (B, H, L, L) in model.bert.layers[l].attention.weights.
+
+    A pretrained model matches texts and pictures: its score is the log odds of a match.
+    """
+    path = Path(run)
+    if path.is_dir():
+        path /= "checkpoint.pt"
+    saved = load_checkpoint(path, "pretraining", *TASKS)
+    config = SwitchBertConfig(**saved["config"])
+    if saved["task"] == "pretraining":
+        model = SwitchBertForRetrieval.from_pretraining(config, saved["model"])
+    else:
+        model = TASKS[saved["task"]].new_model(config, saved["labels"])
+        model.load_state_dict(saved["model"])
+    for layer in model.bert.layers:
+        layer.attention.keep_weights = True
+    return saved, model.eval()
+
+
+def read(saved, text, features, boxes, size):
+    """A model's inputs (B = 1) from a text and the regions of a picture: features (n, F), and boxes
+    (n, 4) in pixels of a picture of size (W, H). saved: the model's checkpoint.
+    """
+    task = TASKS.get(saved["task"], Retrieval)
+    ids = WordPiece(saved["vocab"]).encode(text, task.max_tokens)
+    return model_inputs([dict(input_ids=np.array(ids), region_features=features,
+        region_boxes=normalise_boxes(boxes, size))])
+
+
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a finetuned model says of a text and each picture, the surest first.
+    """Print and draw what a model says of each text and picture, the surest first; of that one also
+    what its switches chose and what its words attend to.
 
-    sure: the accuracy or IoU that it expects. Retrieval compares pictures: only the order counts.
+    sure: the accuracy or IoU that the model expects, or the probability of a match. Of finetuned
+    retrieval only the order counts.
     """
-    from extract_features import build_detector, picture_regions  # training needs no torchvision
-    path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    saved = load_checkpoint(path, *TASKS)
-    task, labels, store = TASKS[saved["task"]], saved.get("labels"), saved["store"]
-    name = store["detector"]
-    weights = args.weights or {"toy": "runs/world/detector.pt"}.get(name)
-    if name == "vg" and not weights:
-        raise BadInput(f"{path}: trained with the vg detector; give its weights with --weights")
-    detector = build_detector(name, weights)
-    model = task.new_model(SwitchBertConfig(**saved["config"]), labels).eval()
-    model.load_state_dict(saved["model"])
-    ids = np.array(WordPiece(saved["vocab"]).encode(args.text, task.max_tokens))
+    from extract_features import build_detector, picture_regions, stored_picture  # torchvision
+    saved, model = open_run(args.run)
+    task = TASKS.get(saved["task"], Retrieval)
+    about = saved["store"]
+    if not args.store:
+        detector = build_detector(about["detector"], args.weights)
+    texts = [args.text]
+    if args.text.endswith(".txt"):
+        texts = open_text(args.text).read().strip().split("\n")
+    tokenizer = WordPiece(saved["vocab"])
+    for word in sorted(set(split_words(" ".join(texts)))):
+        if word not in tokenizer.ids:
+            print(f"note: {word!r} is read as {' '.join(tokenizer.split_word(word))}")
     replies = []
     for picture in args.pictures:
-        image, boxes, features, _ = picture_regions(detector, picture, store["num_regions"])
-        if name == "toy" and image.size != (SCENE_PIXELS, SCENE_PIXELS):
+        if args.store:
+            store, row, image = stored_picture(args.store, picture)
+            check_fits(saved, store)
+            features, boxes, size = store[row].values()
+            image = image.resize(size)
+        else:
+            image, boxes, features, _ = picture_regions(detector, picture, about["num_regions"])
+        of_scenes = about["detector"] == "toy" and "precision" not in about  # see stored_picture
+        if of_scenes and image.size != (SCENE_PIXELS, SCENE_PIXELS):
             print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, all this model knows")
-        example = dict(input_ids=ids, region_features=features,
-            region_boxes=normalise_boxes(boxes, image.size))
-        logits, _ = model(**model_inputs([example]))
-        best = (labels or boxes.tolist())[logits.argmax()]  # retrieval has nothing to choose
-        prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
-        lines, found, _ = task.show({"image_id": picture}, prediction)
-        lines = [f"{picture}: {args.text}", *lines, f"sure: {logits.max().sigmoid():.3g}"]
-        replies.append((logits.max(), lines, panel(image, found, lines)))
+        for text in texts:
+            inputs = read(saved, text, features, boxes, image.size)
+            logits, _ = model(**inputs)
+            best = (saved["labels"] or boxes.tolist())[logits.argmax()]  # retrieval: any will do
+            prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
+            lines, found, _ = task.show({"image_id": picture}, prediction)
+            lines = [f"{picture}: {text}", *lines]
+            if saved["task"] != "retrieval":
+                lines.append(f"sure: {logits.max().sigmoid():.3g}")
+            drawn = panel(image.copy(), found, lines)
+            replies.append((logits.max(), lines, drawn, inputs, image, boxes))
     replies.sort(key=lambda reply: reply[0], reverse=True)
-    for _, lines, _ in replies:
+    for _, lines, *_ in replies:
         print(*lines, sep="\n  ")
-    save_png(args.out, stack([drawn for _, _, drawn in replies], columns=4))
+    panels = [reply[2] for reply in replies]
+    _, _, _, inputs, image, boxes = replies[0]
+    _, out = model(**inputs)
+    pieces = [tokenizer.pieces[i] for i in inputs["input_ids"][0]]
+    panels += word_panels(model, pieces, image, boxes, args.layer)
+    chosen = {"modes": out.modes[0].tolist(), "depths": [each[0].tolist() for each in out.depths]}
+    switches = switches_picture(chosen, "What the switches chose for the first text and picture")
+    save_png(args.out, stack([stack(panels, columns=4), switches]))
     print(args.out)
+
+
+def word_panels(model, pieces, image, boxes, most):
+    """For each word piece that a model has just read the picture, where a region is the brighter
+    the more the piece attends to it: in the mean over heads, in the last of the first `most` layers
+    in which text attends to vision. The largest weight in that layer gives full brightness.
+    """
+    for number, part in enumerate(model.bert.layers[:most], 1):
+        weights = part.attention.weights[0].mean(dim=0)[: len(pieces), len(pieces) :]  # (T, 1+R)
+        if number == 1 or weights.any():
+            layer = number
+            shares = weights
+    panels = []
+    for piece, (whole, *regions) in zip(pieces, shares.tolist()):
+        light = Image.new("L", image.size, 50)
+        for weight, box in sorted(zip(regions, boxes.tolist())):  # the brightest on top
+            brightness = 50 + 205 * weight / shares[:, 1:].max()
+            ImageDraw.Draw(light).rectangle(box, int(brightness))
+        lit = ImageChops.multiply(image, light.convert("RGB"))
+        panels.append(panel(lit, {}, [f"{piece} (layer {layer})",
+            f"regions {sum(regions):.0%}, whole {whole:.0%}"]))
+    return panels
 
 
 def main(argv):
