@@ -115,7 +115,8 @@ def run(main):
     except KeyboardInterrupt:
         if RANK > 0:
             sys.exit(130)  # torchrun has ended it; the first process says why
-        message, status = "stopped; repeat the command to continue, a training with --resume", 130
+        message = "stopped; repeat the command to continue, a training with --resume"
+        status = 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
@@ -182,7 +183,7 @@ def reading(path, what, unit="entry"):
     except Exception as error:
         near = "" if at.entry is None else f"near {unit} {at.entry}: "
         # Only the first sentence: torch's second one advises loading the file unsafely.
-        reason = re.split(r"\n|\. ", str(error))[0][:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
         for file in (Path(path), *Path(path).glob("*.*")):
@@ -191,11 +192,13 @@ def reading(path, what, unit="entry"):
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
-# Pillow cannot open all of these; such a picture fails by name.
-PICTURE_SUFFIXES = (".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif"
-    .split())
-ENDINGS = re.compile(rf"({'|'.join(PICTURE_SUFFIXES)}|.txt|.json|.np[yz])+$".replace(".", r"\."),
-    re.I)
+# The endings of pictures. Pillow cannot open all of these; such a picture fails by name.
+PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
+# What stands around a picture's name: folders; suffixes; the number of one of its captions, as in
+# Flickr30k's '1000092795.jpg#0'.
+AROUND_NAME = re.compile(
+    rf"(?is)^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$")
+COCO_NAME = re.compile(r"(?i)(coco_\w+?_)?0*(\d+)\Z")
 
 
 def canonical_id(name):
@@ -211,10 +214,9 @@ def canonical_id(name):
     name = unicodedata.normalize("NFC", str(name)).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    name = re.sub(r" *#\d+$", "", name.replace("\\", "/"))  # Flickr30k counts an image's captions
-    stem = ENDINGS.sub("", os.path.basename(name)).strip()
-    numbered = re.fullmatch(r"(?:coco_\w+?_)?0*(\d+)", stem, flags=re.I)
-    return numbered.group(1) if numbered else stem
+    name = AROUND_NAME.sub("", name).strip()
+    numbered = COCO_NAME.match(name)
+    return numbered[2] if numbered else name
 
 
 def say_found(what, ids, found, where, known):
@@ -226,18 +228,21 @@ def say_found(what, ids, found, where, known):
     """
     text = f"{what}: {found.sum():,} of {len(ids):,} found in {where}"
     if 2 * found.sum() < len(ids):
-        left = [*ids[~found][:1], *np.setdiff1d(known, ids)[:1]]
-        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in left)}"
+        lonely = ids[~found][:1].tolist() + np.setdiff1d(known, ids)[:1].tolist()
+        text += f"; those that did not meet: {' and '.join(repr(i.decode()) for i in lonely)}"
     if not found.any():
         raise BadInput(text)
     say(text)
 
 
-def files_below(folder):
-    """The files below a folder, sorted. Links are followed, but no folder is visited twice; hidden
-    files and folders ('._a.jpg' of macOS, '.ipynb_checkpoints') and feature stores are left out.
+def files_below(folder, ending):
+    """The files below a folder whose names have an ending, a regular expression; sorted.
+
+    Links are followed, but no folder is visited twice. Hidden files and folders ('._a.jpg' of
+    macOS, '.ipynb_checkpoints') and feature stores are left out.
     """
-    found, visited = [], set()
+    found = []
+    visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in visited or "store.json" in names:
@@ -245,7 +250,8 @@ def files_below(folder):
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(place, name) for name in names if name[0] != "."]
+        chosen = [name for name in names if re.fullmatch(f"(?is)[^.].*{ending}", name)]
+        found += [Path(place, name) for name in chosen]
     return sorted(found)
 
 
@@ -293,19 +299,21 @@ open_text = functools.partial(open, encoding="utf-8-sig", newline="\n")
 def number(kind, least, most):
     """The type of a numeric flag, int or float, from `least` to `most`; no range contains NaN."""
     def read(text):
-        """The number; argparse prints the error beside the flag's name."""
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"expected a number in {read.__name__}, found {text!r}")
+        """The number. argparse prints errors as `argument --lr: invalid 1e-12...10 value: '0'`."""
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
 
-    read.__name__ = f"{least:g}...{most:g}".replace("+0", "")
+    read.__name__ = f"{least:g}...{most:g}"
     return read
 
 
 # Rates and shares start just above 0: with 0 itself a run would learn nothing, or divide by 0.
-COUNT, NATURAL = number(int, 1, 1e9), number(int, 0, 1e9)
-RATE, SHARE = number(float, 1e-12, 10), number(float, 1e-6, 1)
+COUNT = number(int, 1, 1e9)
+NATURAL = number(int, 0, 1e9)
+RATE = number(float, 1e-12, 10)
+SHARE = number(float, 1e-6, 1)
 
 
 def flag(parser, name, kind, default, text):
@@ -346,12 +354,12 @@ def start_processes(count):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     # Flags of newer torchruns: a closed terminal is no stop; and processes that are stopped have
     # ten minutes to end their step and to save, not half of one.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
-    os.environ["PET_SHUTDOWN_TIMEOUT"] = "600"
+    os.environ.update(
+        PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT", PET_SHUTDOWN_TIMEOUT="600")
     logging.disable()  # torchrun would explain every error again, in thirty lines
     try:
         torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",
-            f"--nproc-per-node={count}", "--no-python", sys.executable, *sys.orig_argv[1:]])
+            f"--nproc-per-node={count}", "--no-python", *sys.orig_argv])
     except multiprocessing.SignalException:
         sys.exit(130)
     except multiprocessing.errors.ChildFailedError as error:
@@ -412,26 +420,14 @@ def split_words(text):
 class WordPiece:
     """BERT's uncased tokenizer: words, then the longest vocabulary pieces from left to right.
 
-    vocab: a file with one piece per line, its id being the line number from 0; or a list of pieces,
-    as in a checkpoint. '##' marks a piece that continues a word: with 'play', '##ing' and '!',
-    'Playing!' is ['play', '##ing', '!']. Raises BadInput if one of SPECIALS is missing, and for the
-    vocabulary of a cased BERT, whose capitals would never be found.
+    vocab: a file, see read_vocab; or a list of pieces, as in a checkpoint. '##' marks a piece that
+    continues a word: with 'play', '##ing' and '!', 'Playing!' is ['play', '##ing', '!'].
     """
 
     def __init__(self, vocab):
-        given = isinstance(vocab, list)
-        with reading("the checkpoint's words" if given else vocab,
-                f"BERT's vocabulary: one word piece per line, {' '.join(SPECIALS)} among them"):
-            # Not splitlines(): a piece may be a character that Python counts as a line end.
-            self.pieces = vocab if given else (
-                Path(vocab).read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-            self.ids = {piece: number for number, piece in enumerate(self.pieces)}
-            _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
-            settings = Path("" if given else vocab).parent / "tokenizer_config.json"
-            cased = settings.exists() and read_json(settings).get("do_lower_case") is False
-            # Words in brackets, [MASK] or <S>, are markers.
-            if cased or any(p != p.lower() and p[0] not in "[<" for p in self.pieces if p):
-                raise ValueError("it is of a cased BERT; expected an uncased one")
+        self.pieces = vocab if isinstance(vocab, list) else read_vocab(Path(vocab))
+        self.ids = {piece: number for number, piece in enumerate(self.pieces)}
+        _, _, self.cls_id, self.sep_id, self.mask_id = (self.ids[s] for s in SPECIALS)
 
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
@@ -441,19 +437,41 @@ class WordPiece:
         """The pieces of one word, longest match first; [UNK] alone if any part has no piece."""
         if len(word) > 100:  # BERT's limit, in characters
             return ["[UNK]"]
-        pieces, prefix = [], ""
+        pieces = []
+        prefix = ""
         while word:
             ends = [end for end in range(1, len(word) + 1) if prefix + word[:end] in self.ids]
             if not ends:
                 return ["[UNK]"]  # BERT drops the whole word, not only the unknown part
             pieces.append(prefix + word[: ends[-1]])
-            prefix, word = "##", word[ends[-1] :]
+            prefix = "##"
+            word = word[ends[-1] :]
         return pieces
 
     def encode(self, text, max_tokens):
         """Ids of '[CLS] text [SEP]', cut to at most max_tokens (both specials counted)."""
         pieces = [piece for word in split_words(text) for piece in self.split_word(word)]
         return [self.cls_id, *(self.ids[p] for p in pieces[: max_tokens - 2]), self.sep_id]
+
+
+def read_vocab(path):
+    """The pieces of a vocab.txt, one per line; a piece's id is its line's number, from 0.
+
+    Raises BadInput if one of SPECIALS is missing, and for the vocabulary of a cased BERT, whose
+    capitals would never be found.
+    """
+    with reading(path, f"BERT's vocabulary: one word piece per line, {SPECIALS} among them"):
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        # Not splitlines(): a piece may be a character that Python counts as a line end.
+        pieces = text.split("\n")
+        for special in SPECIALS:
+            pieces.index(special)  # ValueError: '[PAD]' is not in list
+        settings = path.with_name("tokenizer_config.json")
+        cased = settings.exists() and read_json(settings).get("do_lower_case") is False
+        # A capital at any place; but words in brackets, [MASK] or <S>, are markers.
+        if cased or re.search(r"^(?![<\[]).*[A-Z]", text, re.M):
+            raise ValueError("it is of a cased BERT; expected an uncased one")
+    return pieces
 
 
 def build_vocab(texts, size=30522):
@@ -463,7 +481,7 @@ def build_vocab(texts, size=30522):
     others are spelled in characters, so no word of the corpus is [UNK]. Returns a list of pieces.
     """
     words = Counter(word for text in texts for word in split_words(text))
-    characters = sorted({c for word in words for c in word})
+    characters = sorted(set("".join(words)))
     frequent = [w for w, count in words.most_common() if count > 1 and len(w) > 1]
     return [*SPECIALS, *characters, *(f"##{c}" for c in characters), *frequent][:size]
 
@@ -501,7 +519,9 @@ STORE_VERSION = 1
 
 def store_layout(meta):
     """{array: (dtype, shape)} of a store, from its store.json: the table above as code."""
-    n, r, f = meta["num_images"], meta["num_regions"], meta["feature_size"]
+    n = meta["num_images"]
+    r = meta["num_regions"]
+    f = meta["feature_size"]
     c = meta["num_region_classes"]
     layout = {"ids": (f"S{meta['id_bytes']}", (n,)), "counts": ("int32", (n,)),
         "sizes": ("int32", (n, 2)), "boxes": ("float32", (n, r, 4)),
@@ -553,24 +573,25 @@ class FeatureStore:
     store.class_probs(row) -> (n, C) distributions, or None if the store has no classes
 
     Attributes: num_regions R, feature_size F, num_region_classes C (0: no distributions),
-    class_names, detector, meta (all of store.json), ids, counts.
+    class_names, meta (all of store.json), ids, counts.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.meta, self.arrays = open_store(self.folder)
         with reading(folder, "a store with a whole store.json"):
-            complete, self.num_region_classes, self.class_names, self.detector = (self.meta[key]
-                for key in ("complete", "num_region_classes", "class_names", "detector"))
-        if not complete:
-            raise BadInput(f"{folder}: a half-written feature store; repeat the command that was "
-                "writing it to continue")
+            if not self.meta["complete"]:
+                raise BadInput(f"{folder}: a half-written feature store; repeat the command that "
+                    "was writing it to continue")
+            self.num_region_classes = self.meta["num_region_classes"]
+            self.class_names = self.meta["class_names"]
         self.num_regions, self.feature_size = self.arrays["features"].shape[1:]
-        self.ids, self.counts = self.arrays["ids"], self.arrays["counts"]
+        self.ids = self.arrays["ids"]
+        self.counts = self.arrays["counts"]
         # Older versions kept some spellings that canonical_id no longer keeps. Each id was the name
         # of a file: with a suffix, a '#1' at its end is no caption's number.
         self._keys = self.ids
-        if re.search(rb"[\x80-\xff\\]|\.(jfif|jpe|avif|hei[cf]|json)\b", self.ids.tobytes(), re.I):
+        if re.search(rb"[.\\\x80-\xff]", self.ids.tobytes()):
             self._keys = encode_ids(f"{name.decode()}.jpg" for name in self.ids)
         # Ids are looked up by binary search. A dict of 3 million strings would take half a gigabyte
         # in every loading process; this takes 8 bytes per image.
@@ -634,13 +655,14 @@ class FeatureStore:
             for name in ("class_weight", "class_bias")]
 
     @staticmethod
-    def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_names=(),
-            detector="", class_head=None, **more):
+    def create(folder, ids, num_regions, feature_size, num_region_classes=0, class_head=None,
+            **more):
         """A StoreWriter for these images; it continues an interrupted one.
 
         ids: every image that will be written, in row order. class_head: (weight (C, F), bias (C,))
-        of the detector's last layer, background first, in place of stored distributions. `more`
-        goes into store.json unchanged. Raises BadInput if the folder holds another store.
+        of the detector's last layer, background first, in place of stored distributions. `more`,
+        such as class_names and detector, goes into store.json. Raises BadInput if the folder holds
+        another store.
         """
         fixed = {"ids": encode_ids(ids)}  # known from the start; the rest is written per row
         if class_head:
@@ -648,13 +670,15 @@ class FeatureStore:
             num_region_classes = len(class_head[1])
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(fixed["ids"]),
             num_regions=num_regions, feature_size=feature_size,
-            num_region_classes=num_region_classes, class_names=list(class_names),
-            class_head=bool(class_head), detector=detector, id_bytes=fixed["ids"].itemsize, **more)
-        unique, times = np.unique(fixed["ids"], return_counts=True)
-        for repeated in unique[times > 1]:
-            first, second = np.flatnonzero(fixed["ids"] == repeated)[:2]
-            raise BadInput(f"{folder}: {repeated.decode()!r} is the id of two images, {ids[first]} "
-                f"and {ids[second]}; rename one")
+            num_region_classes=num_region_classes, class_names=[], class_head=bool(class_head),
+            detector="", id_bytes=fixed["ids"].itemsize)
+        meta.update(more)
+        first = {}
+        for image_id, image in zip(fixed["ids"].tolist(), ids):
+            if image_id in first:
+                raise BadInput(f"{folder}: {image_id.decode()!r} is the id of two images, "
+                    f"{first[image_id]} and {image}; rename one")
+            first[image_id] = image
         return StoreWriter(Path(folder), meta, fixed)
 
 
@@ -669,7 +693,8 @@ class StoreWriter:
     """
 
     def __init__(self, folder, meta, fixed):
-        self.folder, self.meta = folder, meta
+        self.folder = folder
+        self.meta = meta
         if not (folder / "store.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             self._allocate(store_layout(meta), fixed | {"counts": -1})
@@ -705,26 +730,26 @@ class StoreWriter:
         pending, if a number is unusable: a NaN in a store would show only as a NaN loss, thousands
         of images later. A box may leave the picture by a pixel: rounding.
         """
-        values, n = dict(features=features, boxes=boxes), len(features)
-        if "class_probs" in self.arrays:
-            values["class_probs"] = class_probs
+        values = dict(features=features, boxes=boxes, class_probs=class_probs)
+        n = len(features)
         with reading(f"image {self.arrays['ids'][row].decode()}", "regions that can be stored"):
-            low, high = boxes[:, :2], boxes[:, 2:]
-            inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
-            finite = np.abs(features) <= 65504  # the largest float16; False for NaN
             if min(n, *size) < 1:
                 raise ValueError(f"{n} regions in a picture of {size} pixels")
-            if not finite.all():
+            if not (np.abs(features) <= 65504).all():  # the largest float16; False for NaN
                 raise ValueError("features with NaN or infinity")
+            low = boxes[:, :2]
+            high = boxes[:, 2:]
+            inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
             if not inside.all():
                 raise ValueError(f"a box outside its picture of {size} pixels, or with x2 < x1")
-            if "class_probs" in values and not np.allclose(class_probs.sum(axis=1), 1, atol=0.02):
-                raise ValueError("class_probs that do not add up to 1")
-            for key, value in values.items():
-                shape = (n, *self.arrays[key].shape[2:])
-                if value.shape != shape:  # numpy would broadcast a single row or column
-                    raise ValueError(f"expected {key} {shape}, found {value.shape}")
-                self.arrays[key][row, :n] = value
+            for name in values.keys() & self.arrays.keys():
+                value = values[name]
+                place = self.arrays[name][row, :n]
+                if value.shape != place.shape:  # numpy would broadcast a single row or column
+                    raise ValueError(f"expected {name} {place.shape}, found {value.shape}")
+                if name == "class_probs" and not np.allclose(value.sum(axis=1), 1, atol=0.02):
+                    raise ValueError("class_probs that do not add up to 1")
+                place[:] = value
         self.arrays["sizes"][row] = size
         self.arrays["counts"][row] = n  # last: marks the row as written
 
@@ -794,13 +819,19 @@ class PretrainingDataset(torch.utils.data.Dataset):
 
     def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
             masking=True, blind=False, name="captions"):
-        self.store, self.tokenizer, self.max_tokens, self.seed = store, tokenizer, max_tokens, seed
-        self.rate, self.blind = (0.15 if masking else 0.0), blind
+        self.store = store
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.rate = 0.15 if masking else 0.0
+        self.blind = blind
         self.mismatch = 0.0 if blind else mismatch
         captions = captions if isinstance(captions, Captions) else Captions(captions)
-        rows, empty = store.rows(captions.ids), captions.texts == ""
+        rows = store.rows(captions.ids)
+        empty = captions.texts == ""
         kept = (rows >= 0) & ~empty
-        self.rows, self.captions = rows[kept], captions[kept]
+        self.rows = rows[kept]
+        self.captions = captions[kept]
         self.lengths = np.strings.count(self.captions.texts, " ")
         self.skipped = {"without features": int((rows < 0).sum()),
             "without words": int(empty.sum())}
@@ -818,7 +849,8 @@ class PretrainingDataset(torch.utils.data.Dataset):
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
-        row, match = self.rows[index], MATCH
+        row = self.rows[index]
+        match = MATCH
         if rng.random() < self.mismatch:
             # Another caption's image may fit by chance; with many images that is rare. Swapping
             # captions instead would give texts of unknown lengths to train.epoch_batches.
@@ -831,7 +863,8 @@ class PretrainingDataset(torch.utils.data.Dataset):
         hidden = choose(len(regions["region_boxes"]), rng, self.rate)
         classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
         if match == MISMATCH:  # its masks stay: unmasked inputs would give it away
-            words, classes = words[:0], classes[:0]
+            words = words[:0]
+            classes = classes[:0]
         stored = "class_probs" in self.store.arrays  # else see class_targets
         targets = self.store.class_probs(row, classes) if stored else None  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
@@ -855,12 +888,12 @@ class Captions:
         def texts():
             """Yield the texts, so that no list of them is needed, and gather the ids."""
             for image_id, text in pairs:
-                ids.append(canonical_id(image_id).encode(errors="replace"))
+                ids.append(image_id)
                 # JSON may hold half a surrogate pair, which UTF-8 cannot encode.
                 yield text.strip().encode(errors="replace").decode()
 
         self.texts = np.fromiter(texts(), np.dtypes.StringDType())
-        self.ids = np.array(ids, dtype=bytes)
+        self.ids = encode_ids(ids)
 
     def __len__(self):
         return len(self.ids)
@@ -869,7 +902,8 @@ class Captions:
         if np.isscalar(which):
             return self.ids[which].decode(), self.texts[which]
         some = Captions([])
-        some.ids, some.texts = self.ids[which], self.texts[which]
+        some.ids = self.ids[which]
+        some.texts = self.texts[which]
         return some
 
     @functools.cached_property
@@ -917,7 +951,7 @@ def pad(arrays):
 
     longest is at least 1: attention over nothing would divide by zero.
     """
-    longest = max(1, *(len(a) for a in arrays))
+    longest = max(1, max(map(len, arrays)))
     out = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
     for row, values in zip(out, arrays):
         row[: len(values)] = values
@@ -1023,8 +1057,7 @@ def caption_records(path):
         form = _folder_captions
         if not path.is_dir():
             with open_text(path) as file:
-                begin = file.read(1000).lstrip()
-            is_json = re.match(r"\{|\[\s*[]{]", begin)
+                is_json = re.match(r"\s*(\{|\[\s*[]{])", file.read(1000))
             form = _json_captions if is_json else _tsv_captions
         at.entry = 1
         for image_id, text, split in form(path):
@@ -1036,21 +1069,20 @@ def _folder_captions(folder):
     # Yields (image id, caption, split), as do the next two. The number in a name is the image's id.
     # A README.txt or a detector's labels/12.txt is no caption: a caption lies beside its picture,
     # or the JSON that img2dataset writes, if the folder has any; and it is more than numbers.
-    files, number = files_below(folder), 0
-    key = lambda file: (file.parent, canonical_id(file))  # noqa: E731
-    texts = [file for file in files if file.suffix.lower() == ".txt"]
-    partners = {key(file) for file in files if file.suffix.lower() in PICTURE_SUFFIXES}
-    partners |= {key(file) for file in files if file.suffix == ".json"} & {*map(key, texts)}
-    for file in texts:
-        if not partners or key(file) in partners:
-            with reading(file, "a caption in UTF-8"):
-                text = file.read_text(encoding="utf-8-sig")
-            if re.search(r"[^\W\d_]", re.sub(r"\de", "", text)):  # a letter, but for 5e-05
-                number += 1
-                yield file.name, text, "train"
+    texts = files_below(folder, r"\.txt")
+    pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
+    beside = [file for file in texts if file.parent / canonical_id(file) in pictures
+        or file.with_suffix(".json").exists()]
+    count = 0
+    for file in beside if beside or pictures else texts:
+        with reading(file, "a caption in UTF-8"):
+            text = file.read_text(encoding="utf-8-sig")
+        if re.search(r"[^\W\d_e]", text):  # a letter, but for the e in 5e-05
+            count += 1
+            yield file.name, text, "train"
     if texts:
-        say(f"{folder}: {number:,} of {len(texts):,} .txt files are captions, of "
-            f"{len(partners):,} pictures")
+        say(f"{folder}: {count:,} of {len(texts):,} .txt files are captions, beside "
+            f"{len(pictures):,} pictures")
 
 
 def picture_names(content):
@@ -1061,9 +1093,9 @@ def picture_names(content):
     """
     images = content.get("images", [])
     names = {canonical_id(i["id"]): canonical_id(i.get("file_name", i["id"])) for i in images}
-    if all(key == name for key, name in names.items()):
+    if list(names) == list(names.values()):
         return lambda image_id: image_id
-    if len({*names.values()}) < len(images):
+    if len(set(names.values())) < len(images):
         raise ValueError("two of its images have the same id or file_name")
     return lambda image_id: names[canonical_id(image_id)]
 
@@ -1088,15 +1120,20 @@ def _json_captions(path):
 
 
 def _tsv_captions(path):
+    for image, text in read_table(path):
+        if text.startswith("http") and not image.startswith("http"):
+            image, text = text, image
+        if image.startswith("http"):
+            image = zlib.crc32(image.encode())
+        yield image, text, "train"
+
+
+def read_table(path):
+    """Yield the cells of each line of a TSV file, a list of strings; blank lines are left out."""
     # Not the csv module: it would swallow lines after an unpaired quotation mark.
     with open_text(path) as file:
         for line in filter(str.strip, file):
-            image, text = line.rstrip("\r\n").split("\t")
-            if text.startswith("http") and not image.startswith("http"):
-                image, text = text, image
-            if image.startswith("http"):
-                image = zlib.crc32(image.encode())
-            yield image, text, "train"
+            yield line.rstrip("\r\n").split("\t")
 
 
 # --- 6. Published features ------------------------------------------------------------------------
@@ -1123,21 +1160,23 @@ def import_features(paths, folder):
     Two passes with one line in memory at a time: the first counts, the second writes. A broken line
     ends the import; an image with unusable numbers fails alone. Returns the FeatureStore.
     """
-    rows, most, lines = {}, 0, 0
-    for lines, (image_id, record) in enumerate(read_tsv(paths), 1):
-        if record:
+    rows = {}
+    counts = []
+    for image_id, record in read_tsv(paths):
+        n = len(record["features"])
+        counts.append(n)
+        if n:
             rows.setdefault(image_id, len(rows))
-            most = max(most, len(record["features"]))
     if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
-    say(f"{lines:,} lines hold {len(rows):,} images; {lines - len(rows):,} lines are left out: of "
-        "an image that came before, or without regions")
-    size, num_classes = (record[name].shape[1] for name in ("features", "class_probs"))
-    writer = FeatureStore.create(folder, rows, most, size, num_classes, detector="vg",
-        source=[Path(p).name for p in paths])
+    say(f"{len(counts):,} lines hold {len(rows):,} images; {len(counts) - len(rows):,} lines are "
+        "left out: of an image that came before, or without regions")
+    writer = FeatureStore.create(folder, rows, max(counts), record["features"].shape[1],
+        record["class_probs"].shape[1], detector="vg", source=[Path(p).name for p in paths])
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
-        row = rows.pop(image_id, None) if record else None  # None: a duplicate, too
+        n = len(record["features"])
+        row = rows.pop(image_id, None) if n else None  # None: a duplicate, too
         if row in pending:
             try:
                 writer.write(row, **record)
@@ -1147,7 +1186,7 @@ def import_features(paths, folder):
 
 
 def read_tsv(paths):
-    """Yield (image id, keyword arguments of StoreWriter.write; None without a region) of each line.
+    """Yield (image id, keyword arguments of StoreWriter.write) of each line, n = 0 included.
 
     All lines of all files must have as many numbers per region as the first: a store has one shape
     per array. class_probs is (n, 0) where a file has none.
@@ -1155,21 +1194,19 @@ def read_tsv(paths):
     widths = {"boxes": 4}
     for path in paths:
         what = "a feature TSV of 6, 10 or 13 columns, all lines alike"
-        with reading(path, what, "line") as at, open_text(path) as file:
-            lines = filter(str.strip, progress(file, str(path)))
-            for at.entry, line in enumerate(lines, 1):
-                cells = line.rstrip("\r\n").split("\t")
+        with reading(path, what, "line") as at:
+            lines = progress(read_table(path), str(path))
+            for at.entry, cells in enumerate(lines, 1):
                 cells = dict(zip(TSV_COLUMNS[len(cells)].split(), cells))
-                n, record = int(cells["n"]), dict(size=(int(cells["w"]), int(cells["h"])))
-                if not n:
-                    yield canonical_id(cells["id"]), None
-                    continue
+                n = int(cells["n"])
+                record = {"size": (int(cells["w"]), int(cells["h"]))}
                 for name in ("boxes", "features", "class_probs"):
                     # Python 3 wrote some files as b'...'.
                     text = cells.get(name, "").removeprefix("b'").removesuffix("'")
                     numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
-                    width = widths.setdefault(name, len(numbers) // n)
-                    record[name] = numbers.reshape(n, width)
+                    if n:
+                        widths.setdefault(name, len(numbers) // n)
+                    record[name] = numbers.reshape(n, widths.get(name, 0))
                 yield canonical_id(cells["id"]), record
 
 
@@ -1217,7 +1254,7 @@ class Thing:
     @property
     def place(self):
         """Its place in the picture, by the axis along which it is farther from the middle."""
-        x, y = (c - SCENE_PIXELS // 2 for c in self.centre)
+        x, y = np.subtract(self.centre, SCENE_PIXELS // 2)
         if max(abs(x), abs(y)) < 16:
             return "in the middle"
         if abs(x) > abs(y):
@@ -1245,19 +1282,19 @@ class Scene:
     """
 
     def __init__(self, number):
-        self.number, self.things = number, []
+        self.number = number
+        self.things = []
         rng = self._rng(0)
         wanted = rng.integers(2, 7)
         while len(self.things) < wanted:
-            thing = self._new_thing(rng)
-            self.things = [*self.things, thing] if thing else []  # no room left: begin again
+            self._add_thing(rng)
 
     def _rng(self, stream):
         # 0 the things, 1 the noise, 2 captions, 3 questions, 4 referring expressions.
         return np.random.default_rng([self.number, stream])
 
-    def _new_thing(self, rng):
-        # A thing that touches no other, or None if thirty random places were taken.
+    def _add_thing(self, rng):
+        # One that touches no other. If thirty random places were taken, the scene begins again.
         thing = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
         # Half of the new things copy colour or shape from another. Otherwise a model could match
         # 'red star' to a scene by finding 'red' and 'star' anywhere, and never learn to bind them.
@@ -1271,7 +1308,9 @@ class Scene:
             x, y = thing.centre = tuple(rng.integers(free, SCENE_PIXELS - free, size=2).tolist())
             if all(max(abs(x - t.centre[0]), abs(y - t.centre[1])) > free + t.half
                     for t in self.things):
-                return thing
+                self.things.append(thing)
+                return
+        self.things.clear()
 
     def draw(self, scale=1):
         """The picture: a PIL image, RGB, things on grey noise, 128 * scale pixels wide.
@@ -1296,7 +1335,8 @@ class Scene:
         scenes; with two things, 8 %. Half of them say where two things are, the others how they
         relate: from comparisons alone no model learned anything about places.
         """
-        rng, sentences = self._rng(2), []
+        rng = self._rng(2)
+        sentences = []
         for _ in range(n):
             things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
             first, second, *rest = ("a " + t.named("size", "colour", "shape") for t in things)
@@ -1313,7 +1353,8 @@ class Scene:
         Types alternate; one that has no fair question about this scene is left out. Yes and no are
         about equally frequent; a 'what ...' question has one answer. Numbers are digits, as in VQA.
         """
-        rng, found = self._rng(3), []
+        rng = self._rng(3)
+        found = []
         for turn in range(self.number, self.number + n):
             kind = ("colour", "shape", "count", "existence", "relation")[turn % 5]
             if question := getattr(self, f"_ask_{kind}")(rng):
@@ -1326,8 +1367,7 @@ class Scene:
             name, thing = _pick(rng, unique.items())
             return f"what {asked} is the {name} ?", getattr(thing, asked)
 
-    def _ask_shape(self, rng):
-        return self._ask_colour(rng, asked="shape", given="colour")
+    _ask_shape = functools.partialmethod(_ask_colour, asked="shape", given="colour")
 
     def _ask_count(self, rng):
         # All things, or those of a size, colour or shape in the picture: the answers are 1 to 6.
@@ -1370,7 +1410,8 @@ class Scene:
 
         type is attribute, or relation: then its attributes alone fit two or more things.
         """
-        rng, refer = self._rng(4), (self._refer_by_attribute, self._refer_by_relation)
+        rng = self._rng(4)
+        refer = (self._refer_by_attribute, self._refer_by_relation)
         found = [refer[turn % 2](rng) for turn in range(self.number, self.number + n)]
         return list(dict.fromkeys(filter(None, found)))
 
@@ -1405,9 +1446,12 @@ def _pick(rng, options):
 def _draw_shape(draw, thing, scale):
     # Each shape fills its box: x - h to x + h - 1, inclusive, are 2 h columns. The arms of a cross
     # are a third as wide, and a star's inner points lie at .42 of the outer radius.
-    x, y, h = (scale * value for value in (*thing.centre, thing.half))
-    left, top, right, bottom = (scale * value for value in thing.box)
-    colour, third, box = COLOURS[thing.colour], h / 3, [left, top, right - 1, bottom - 1]
+    x, y = np.multiply(scale, thing.centre)
+    left, top, right, bottom = np.multiply(scale, thing.box)
+    h = scale * thing.half
+    colour = COLOURS[thing.colour]
+    third = h / 3
+    box = [left, top, right - 1, bottom - 1]
     if thing.shape == "circle":
         draw.ellipse(box, colour)
     elif thing.shape == "ring":
@@ -1451,11 +1495,10 @@ def main(argv=None):
     parser.add_argument("command", choices=["check", "import"])
     parser.add_argument("paths", nargs="+", help="check: a feature store, then caption files or "
         "folders; import: bottom-up-attention TSVs of 6, 10 or 13 columns")
-    parser.add_argument("-o", "--out", type=Path, help="import: the store to write")
+    parser.add_argument("-o", "--out", type=Path, default="data/features",
+        help="import: the store to write (default: data/features)")
     args = parser.parse_args(argv)
     if args.command == "import":
-        if not args.out:
-            parser.error("import needs -o STORE")
         args.paths = [import_features(args.paths, args.out).folder]
     check(*args.paths)
 

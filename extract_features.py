@@ -64,7 +64,7 @@ from torchvision.ops import (Conv2dNormActivation, FrozenBatchNorm2d, MultiScale
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from data import (COUNT, NATURAL, PICTURE_SUFFIXES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
+from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
     FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, load_ahead,
     only_run_in, picture_names, progress, read_json, reading, run, save_png, say, say_found,
     start_processes, write_whole)
@@ -107,10 +107,7 @@ def load_weights(model, name, path):
     """
     with reading(path, f"the weights of the {name} detector"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        try:
-            model.load_state_dict(convert_vg_weights(weights) if name == "vg" else weights)
-        except RuntimeError as error:  # it lists the keys, one per line
-            raise ValueError(str(error).replace("\n", " ")) from error
+        model.load_state_dict(convert_vg_weights(weights) if name == "vg" else weights)
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------------
@@ -125,7 +122,8 @@ class VGTransform(nn.Module):
     """RGB in [0, 1] -> BGR in 0..255 minus its mean, short side 600 pixels, long one up to 1000."""
 
     mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
-    min_size, max_size = 600, 1000
+    min_size = 600
+    max_size = 1000
 
     def forward(self, images):
         """(ImageList, None) of pictures of one size; torchvision returns targets second."""
@@ -182,7 +180,8 @@ def vg_detector():
         layer[0].conv2.stride = (1, 1)
     backbone = nn.Sequential(OrderedDict(net.named_children()))[:7]  # conv1 to layer3
     backbone.out_channels = 1024
-    anchors, head = VGAnchors(), detection.rpn.RPNHead(512, num_anchors=12)
+    anchors = VGAnchors()
+    head = detection.rpn.RPNHead(512, num_anchors=12)
     anchors.register_buffer("cells", torch.zeros(12, 4))
     head.conv = Conv2dNormActivation(1024, 512, norm_layer=None)
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals.
@@ -190,7 +189,8 @@ def vg_detector():
         rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300,
         box_head=Res5Head(dict(layer4=net.layer4)),
         box_predictor=nn.ModuleDict(dict(cls_score=nn.Linear(2048, 1601))))
-    model.transform, model.roi_heads.box_roi_pool = VGTransform(), C4RoIPool()
+    model.transform = VGTransform()
+    model.roi_heads.box_roi_pool = C4RoIPool()
     return model
 
 
@@ -257,7 +257,8 @@ def train_toy_detector(numbers, iterations=900, batch=8):
     torch.manual_seed(0)
     # channels_last: the memory order that CPU convolutions prefer, a fifth faster here.
     model = toy_network().to(memory_format=torch.channels_last)
-    images, targets = draw_scenes(numbers), [toy_targets(Scene(n)) for n in numbers]
+    images = draw_scenes(numbers)
+    targets = [toy_targets(Scene(n)) for n in numbers]
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, iterations, pct_start=0.1)
     epochs = math.ceil(iterations * batch / len(numbers))
@@ -391,18 +392,12 @@ def open_picture(path):
             if not 0 <= pixels.min() <= top < np.inf:
                 raise ValueError("pixels below 0, or not numbers")
             # 0 to 1, 0 to 255, each with what resampling adds; else the brightest pixel is white.
-            white = next((white for white in (1, 255) if top <= 1.3 * white), top)
+            white = 1 if top <= 1.3 else 255 if top <= 1.3 * 255 else top
             image = Image.fromarray(np.uint8((pixels / white).clip(max=1) * 255.999))
         image = image.convert("RGB")
     if max(image.size) > 30 * min(image.size):
         raise BadInput(f"{path}: a strip of {image.size} pixels, too thin for a detector")
     return image
-
-
-def find_pictures(source):
-    """[path] of a picture, or of those below a folder (see files_below)."""
-    paths = files_below(source) if source.is_dir() else [source]
-    return [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 def read_boxes(path):
@@ -411,13 +406,14 @@ def read_boxes(path):
     Detections like MAttNet's: a list of {image_id, box [x, y, w, h], score}; highest score first.
     COCO's and RefCOCO's instances.json: annotations with {image_id, bbox}, in their order.
     """
-    records = read_json(path)
+    content = read_json(path)
+    if isinstance(content, list):
+        content = {"annotations": content}
     boxes = defaultdict(list)
     with reading(path, "detections (image_id, box, score) or annotations (image_id, bbox)") as at:
-        name = picture_names(records if isinstance(records, dict) else {})
-        if isinstance(records, dict):
-            records = records["annotations"]
-        surest = sorted(enumerate(records), key=lambda item: -item[1].get("score", 0))  # stable
+        name = picture_names(content)
+        records = enumerate(content["annotations"])
+        surest = sorted(records, key=lambda item: -item[1].get("score", 0))  # stable
         for at.entry, record in surest:
             x, y, w, h = record.get("box") or record["bbox"]
             if not math.hypot(x, y, w, h) < 1e6:  # also NaN: RoI pooling would index memory with it
@@ -486,12 +482,15 @@ def extract(args):
 
     With --gpus, the first process starts others, which come here too, and completes the store.
     """
-    paths, boxes, most = find_pictures(args.images), None, 36
+    boxes = None
+    most = 36
+    paths = [args.images] if args.images.is_file() else files_below(args.images, PICTURES)
     if not paths:
         raise BadInput(f"{args.images}: found no pictures")
     if args.boxes:
         boxes = read_boxes(args.boxes)
-        ids, known = encode_ids(boxes), encode_ids(paths)
+        ids = encode_ids(boxes)
+        known = encode_ids(paths)
         say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
         paths = [path for path in paths if canonical_id(path) in boxes]
         most = max(map(len, boxes.values()))
@@ -535,7 +534,7 @@ def stored_picture(folder, which):
     image = Image.new("RGB", store[row]["size"], "grey")
     if Path(which).is_file():
         image = open_picture(which)
-    elif store.detector == "toy" and "precision" not in store.meta:  # of extract_scenes
+    elif store.meta["detector"] == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     return store, row, image
 

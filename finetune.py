@@ -19,6 +19,7 @@ Letters: B batch, R regions, D hidden, P pooled, A answers.
     $ python finetune.py refer                           phrases find regions
     $ python finetune.py ask runs/vqa "how many things are there ?" picture.png
     $ python finetune.py ask runs/retrieval "a red star" a.png b.png
+    $ python finetune.py ask runs/pretrain texts.txt a.png b.png     which text fits which picture?
 
 First run train.py. With a folder data/vqa, data/retrieval or data/refer a task uses the real files
 and the paper's settings, without it the toy world. Every task is one class that defines its
@@ -51,60 +52,61 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
-from train import (NUM_HELD_OUT, SwitchShares, add_run_flags, check_fits, device, fit, launch,
-    load_checkpoint, match_scores, parse_settings, recall_at, send, share_of, stack, switches_picture,
-    to_device, total, toy_world)
+import train
+from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
+    load_checkpoint, match_scores, recall_at, send, share_of, stack, switches_picture, to_device,
+    total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from data import (HELD_OUT_SCENES, RANK, SCENE_PIXELS, TRAIN_SCENES, BadInput, Captions,
-    FeatureStore, Scene, WordPiece, canonical_id, canonical_split, caption_records, flag,
-    load_ahead, model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json,
-    reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
+from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
+    WordPiece, canonical_id, canonical_split, caption_records, files_below, flag, load_ahead,
+    model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json, reading,
+    region_inputs, run, save_png, say, say_found, split_words, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 #
 # FULL is the paper's [supp. 2]; the batches are VOLTA's. The toy runs (DEVIATION D3) take toy
-# pretraining's learning rate, and close their switches. A task's `full` and `toy` override these.
-# anneal: share of the run in which the temperature falls to .2; None: the paper's 1e-6 per example.
+# pretraining's learning rate, and close their switches. Both differ from pretraining's only in how
+# long a run is. A task's `full` and `toy` override these.
 
-FULL = dict(epochs=20, batch=256, lr=1e-4, eval_every=1000, anneal=None)
-TOY = dict(epochs=3, batch=64, lr=1e-3, eval_every=250, anneal=0.9)
+FULL = train.FULL | {"epochs": 20}
+TOY = train.TOY | {"epochs": 3, "eval_every": 250}
 
 
 def parse_args(argv):
-    """(settings, checkpoint to resume from or None); a task's defaults depend on --data."""
-    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """(settings, the checkpoint to resume from or None) of a command line."""
+    p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.")
     p.add_argument("command", choices=[*TASKS, "ask"], help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
-        p.add_argument("run", help="folder of a run, also a pretrained one")
+        p.add_argument("run", help="folder of a run, pretrained or finetuned, or a checkpoint")
         p.add_argument("text", help="a question, a caption or a phrase, as the run was trained on; "
             "or a .txt file with one in each line")
         p.add_argument("pictures", nargs="+", help="picture files; with --store also ids")
-        p.add_argument("--store", help="feature store that has their regions; None: the detector "
-            "finds them")
-        p.add_argument("--layer", type=int, help="draw attention no later than in this layer; "
-            "None: in the last one in which text attends to vision")
-        p.add_argument("--weights", default="runs/world/detector.pt", help="the detector's")
+        p.add_argument("--store", help="feature store that has the regions of these pictures "
+            "(default: the detector finds them)")
+        p.add_argument("--weights", default="runs/world/detector.pt",
+            help="the detector's (default: %(default)s)")
+        flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the last "
+            "one before it in which they attend to vision (default: the last layer)")
         p.add_argument("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
-    task, folder = TASKS[command], Path("data", command)
-    flag(p, "--checkpoint", Path, "runs/pretrain/checkpoint.pt", "checkpoint to start from")
-    flag(p, "--data", Path, folder if folder.is_dir() else None,
-        f"folder with {task.files}; None: the toy world")
-    p.add_argument("--scratch", action="store_true", help="start from random weights instead")
+    task = TASKS[command]
+    add_run_flags(p, Path("data", command), task.files, Path("runs", command))
+    flag(p, "--checkpoint", Path, "runs/pretrain/checkpoint.pt",
+        "checkpoint to start from (default: %(default)s)")
+    p.add_argument("--scratch", action="store_true", default=None,
+        help="start from random weights instead")
     if task is Refer:
-        p.add_argument("--boxes", choices=["detected", "gt"], default="detected",
+        p.add_argument("--boxes", choices=["detected", "gt"],
             help="the store to use: features-detected/ or features-gt/ (true boxes)")
-    add_run_flags(p, Path("runs", command))
-    return parse_settings(p, argv, lambda args: task.full if args.data else task.toy, command)
+    return fill_settings(p, argv, task.toy, task.full, command)
 
 
 # --- 2. Answers -----------------------------------------------------------------------------------
@@ -127,9 +129,10 @@ CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn'
 # The official table maps each form that lacks one apostrophe to the full one; once it does the
 # opposite. (It omits contractions that are words without apostrophe: hell, ill, were, its.)
 REPLACED = {word[:i] + word[i + 1 :]: word
-    for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"} | {"somebody'd": "somebodyd"}
-REPLACED |= {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+    for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+REPLACED |= {word: str(n) for n, word in enumerate(NUMBERS)}
+REPLACED |= {"none": "0", "somebody'd": "somebodyd"}
 
 
 def strip_answer(answer):
@@ -199,13 +202,13 @@ def answer_vocabulary(questions):
 
 # --- 3. Tasks -------------------------------------------------------------------------------------
 #
-# A task is what train.fit takes: examples, model, collate, counts, sums, evaluate. It holds items:
-# dicts with image_id, text, and what the task needs besides. `predict` chooses an answer or a
-# region for each of them, `evaluate_items` scores the choices: shares, 0 to 1, higher is better.
-# The first score is the headline of the task. Read Task, then one of the three.
+# What train.fit needs of a task is listed at train.Task. The tasks here hold items: dicts with
+# image_id, text, and what the task needs besides. `predict` chooses an answer or a region for each
+# of them, and `evaluate_items` scores the choices: shares, 0 to 1, higher is better. The first
+# score is the headline of the task. Read Task, then one of the three.
 
 
-class Task:
+class Task(train.Task):
     """Texts about images: training examples, held-out splits, loss, predictions and scores.
 
     splits: {name: items}, with "train" among them. Training items whose image has no features are
@@ -213,31 +216,28 @@ class Task:
     question. Both are counted in `missing`. Raises BadInput if no training item is left. labels:
     the answers that a checkpoint's head chooses from.
 
-    A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder and
-    from_scenes -> splits; for an item: targets, shares from 0 to 1; score_item; and show(item,
-    prediction) -> lines of text, boxes {colour: corners in pixels}, and how right it is, 0 to 1. An
-    item of `ask` has no truth.
+    A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder -> splits;
+    scene_items -> items of a toy scene; for an item: targets, shares from 0 to 1; score_item; and
+    show(item, prediction) -> lines of text, boxes {colour: corners in pixels}, and how right it is,
+    0 to 1. An item of `ask` has no truth.
     """
 
-    full, toy = FULL, TOY
-    clip, weight_decay, initial_temperature = 1.0, 1e-4, 1.0  # A7, supp. 2
-    # Gates learn as fast as the rest: if each samples the wrong option once in ten times, a third
-    # of the samples of a four-layer model are noise, until gates decide. (A10 is for pretraining.)
-    gate_rate = 1.0
-    loss_names = ("loss",)
-    evaluates_at_start = True
+    full = FULL
+    toy = TOY
+    most_per_scene = 5  # items of val for a scene of the toy world
     looked_at = 1000  # items of val that are evaluated during training
     needs_features = False  # True: held-out items without features are left out
 
     def __init__(self, store, tokenizer, splits, args, labels=None):
-        self.store, self.tokenizer = store, tokenizer
-        self.seed, self.blind = args.seed, args.blind
+        self.store = store
+        self.tokenizer = tokenizer
+        self.seed = args.seed
+        self.blind = args.blind
         self.workers = args.workers
         self.examples = self  # as fit calls them
-        self.missing, self.held_out = {}, {}
+        self.missing = {}
+        self.held_out = {}
         for name, items in splits.items():
-            if not items:
-                continue
             rows = store.find([item["image_id"] for item in items], f"{name}: {self.unit}")
             found = [item for item, row in zip(items, rows) if row >= 0]
             self.missing[name] = len(items) - len(found)
@@ -252,11 +252,21 @@ class Task:
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
         self.labels = labels or self.vocabulary(splits["train"])
+        # Looked up in this, the targets of a question take a third of the time.
         self.index = {label: i for i, label in enumerate(self.labels or [])}
 
     @staticmethod
     def vocabulary(items):
         """The answers that the model chooses from, None where none are fixed."""
+
+    @classmethod
+    def from_scenes(cls, training, held_out):
+        """The splits of the toy world; training, held_out: numbers of scenes."""
+        def items(numbers, n):
+            """Up to n items for each of these scenes."""
+            return [item for number in numbers for item in cls.scene_items(Scene(number), n)]
+
+        return {"train": items(training, 8), "val": items(held_out, cls.most_per_scene)}
 
     def __len__(self):
         return len(self.items)
@@ -335,7 +345,9 @@ class Task:
         is a mean over the items that have it; scores of most items come first.
         """
         choices, switches = self.predict(model, items, tau)
-        totals, numbers, predictions = Counter(), Counter(), []
+        totals = Counter()
+        numbers = Counter()
+        predictions = []
         for item, choice in zip(items, choices.tolist()):
             prediction, scores = self.score_item(item, choice)
             predictions.append(prediction)
@@ -361,7 +373,8 @@ class VQA(Task):
     the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
     """
 
-    name, unit = "vqa", "questions"
+    name = "vqa"
+    unit = "questions"
     model_class = SwitchBertForVQA
     max_tokens = 23
     vocabulary = staticmethod(answer_vocabulary)
@@ -374,61 +387,62 @@ class VQA(Task):
         other questions without any are left out. Ids may be numbers or text. "" + x raises BadInput
         unless x is text.
         """
-        asked, truths, splits = {}, {}, defaultdict(list)
+        asked = {}  # id of a question -> item
+        members = {}  # (subset, id) -> item: test-dev2015 asks some of test2015's questions again
+        truths = {}  # id -> what annotators said
         for path in sorted(folder.glob("[!.]*.json")):
             content = read_json(path)
             with reading(path, "questions or annotations of VQA v2") as at:
                 name = picture_names(content)
                 for at.entry, x in enumerate(content.get("questions", [])):
+                    number = str(x["question_id"]).encode()
+                    member = (content["data_subtype"], number)
                     item = dict(image_id=name(x["image_id"]), text="" + x["question"],
                         question_id=x["question_id"], answers=[])
-                    # test-dev2015 asks some of test2015's questions again.
-                    known, subsets = asked.setdefault(str(x["question_id"]), (item, []))
-                    if item != known or content["data_subtype"] in subsets:
+                    if member in members or asked.setdefault(number, item) != item:
                         raise ValueError(f"question_id {x['question_id']} comes twice")
-                    subsets.append("" + content["data_subtype"])
+                    members[member] = item
                 for at.entry, x in enumerate(content.get("annotations", [])):
-                    truth = dict(answers=["" + given["answer"] for given in x["answers"]],
+                    number = str(x["question_id"]).encode()
+                    if number in truths:
+                        raise ValueError(f"question_id {x['question_id']} comes twice")
+                    truths[number] = dict(answers=["" + given["answer"] for given in x["answers"]],
                         majority="" + x["multiple_choice_answer"],
                         answer_type="" + x["answer_type"], question_type="" + x["question_type"])
-                    if truths.setdefault(str(x["question_id"]), truth) is not truth:
-                        raise ValueError(f"question_id {x['question_id']} comes twice")
                 if not {"questions", "annotations"} & content.keys():
                     say(f"{path}: has no questions and no annotations, so it is not read")
-        ids = np.array([number.encode() for number in asked], dtype=bytes)
-        known = np.array([number.encode() for number in truths], dtype=bytes)
+        ids = np.array(list(asked), dtype=bytes)
+        known = np.array(list(truths), dtype=bytes)
         say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
         unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
         if unusual:
             say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
+        splits = defaultdict(list)
         with reading(folder, "questions of VQA v2"):
-            for number, (item, subsets) in asked.items():
-                for subset in subsets:
-                    if number in truths:
-                        splits[canonical_split(subset)].append(item | truths[number])
-                    elif subset.startswith("test"):
-                        splits[subset].append(item)
+            for (subset, number), item in members.items():
+                if number in truths:
+                    splits[canonical_split(subset)].append(item | truths[number])
+                elif subset.startswith("test"):
+                    splits[subset].append(item)
         return splits
 
     @staticmethod
-    def from_scenes(training, held_out):
-        """The toy world's questions, in the form of VQA v2's: ten annotators who agree."""
+    def scene_items(scene, n):
+        """Up to n questions about a scene, in the form of VQA v2's: ten annotators who agree."""
         types = {"count": "number", "yes": "yes/no", "no": "yes/no"}
-        def items(numbers, n):
-            """Up to n questions about each of these scenes."""
-            for i in numbers:
-                for k, (text, answer, kind) in enumerate(Scene(i).questions(n)):
-                    answer_type = types.get(kind, types.get(answer, "other"))
-                    yield dict(image_id=i, text=text, question_id=1000 * i + k, majority=answer,
-                        answers=[answer] * 10, question_type=kind, answer_type=answer_type)
-        return {"train": [*items(training, 8)], "val": [*items(held_out, 5)]}
+        for k, (text, answer, kind) in enumerate(scene.questions(n)):
+            answer_type = types.get(kind, types.get(answer, "other"))
+            yield dict(image_id=scene.number, text=text, question_id=1000 * scene.number + k,
+                majority=answer, answers=[answer] * 10, question_type=kind,
+                answer_type=answer_type)
 
     def targets(self, item):
         """(A,) ASSUMPTION A11: a target is the official accuracy that its answer would get,
         normalisation included. (hengyuan-hu's published targets, which most papers use, look up raw
         answers; the two differ where annotators disagree in articles or contractions.)
         """
-        targets, (table, _) = np.zeros(len(self.labels)), accuracy_table(item["answers"])
+        table, _ = accuracy_table(item["answers"])
+        targets = np.zeros(len(self.labels))
         for answer in table.keys() & self.index.keys():
             targets[self.index[answer]] = table[answer]
         return targets
@@ -446,10 +460,11 @@ class VQA(Task):
     @staticmethod
     def show(item, prediction):
         """The answer and the annotators' majority."""
-        lines, answers = [f"answer: {prediction['answer']}"], item.get("answers", [])
-        if answers:
+        answer = prediction["answer"]
+        lines = [f"answer: {answer}"]
+        if "majority" in item:
             lines.append(f"truth: {item['majority']}")
-        return lines, {}, answer_accuracy(prediction["answer"], answers)
+        return lines, {}, answer_accuracy(answer, item.get("answers", []))
 
 
 class Retrieval(Task):
@@ -459,7 +474,8 @@ class Retrieval(Task):
     where every pair goes through the model: 5,000 x 1,000 on Flickr30k.
     """
 
-    name, unit = "retrieval", "captions"
+    name = "retrieval"
+    unit = "captions"
     model_class = SwitchBertForRetrieval
     max_tokens = 30
     files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
@@ -487,9 +503,6 @@ class Retrieval(Task):
 
     def __init__(self, *args):
         super().__init__(*args)
-        for name, missing in self.missing.items():
-            if missing and len(images_of(args[2][name])[0]) == 5000:
-                say(f"{name}: without all of its 5,000 images there are no 1K recalls")
         self.images, self.own = images_of(self.items)
         if len(self.images) < 3:
             raise BadInput(f"{self.store.folder}: captions of fewer than three images, too few")
@@ -514,15 +527,20 @@ class Retrieval(Task):
         """The four candidates of a caption [ViLBERT]: its own image; its image with another image's
         caption; another image; the image most like its own. The first is right.
         """
-        index, rng = key[1], np.random.default_rng([self.seed, *key])  # key: (epoch, index)
-        item, own, other = self.items[index], self.own[index], index
+        _, index = key  # (epoch, index)
+        rng = np.random.default_rng([self.seed, *key])
+        item = self.items[index]
+        own = self.own[index]
+        other = index
         while self.own[other] == own:  # drawn among captions: an image with more comes more often
             other = rng.integers(len(self))
         # Among images each comes equally often: 1 to number - 1 places after the own one, round.
         number = len(self.images)
         image = self.images[(own + 1 + rng.integers(number - 1)) % number]
-        pairs = (item, item | {"text": self.items[other]["text"]}, item | {"image_id": image},
-            item | {"image_id": self.images[self.nearest[own]]})
+        nearest = self.images[self.nearest[own]]
+        wrong_text = self.items[other]["text"]
+        pairs = (item, item | {"text": wrong_text}, item | {"image_id": image},
+            item | {"image_id": nearest})
         return [self.example(pair) for pair in pairs]
 
     def build_model(self, config, weights):
@@ -544,14 +562,17 @@ class Retrieval(Task):
         images, own = images_of(items)
         # No store has an image "": for a blind model it stands for every image.
         seen = [""] * len(images) if self.blind else images
-        scores = match_scores(model, self.store, self.tokenizer, [item["text"] for item in items],
-            seen, self.max_tokens, tau)
-        own, ks = torch.tensor(own), (1, 5, 10)
+        texts = [item["text"] for item in items]
+        scores = match_scores(model, self.store, self.tokenizer, texts, seen, self.max_tokens, tau)
+        own = torch.tensor(own)
+        ks = (1, 5, 10)
         recalls = recall_at(scores, own, ks)
         if len(images) == 5000:  # COCO's 1K protocol is the mean over five folds of all its images
             folds = [recall_at(fold[own // 1000 == k], own[own // 1000 == k] % 1000, ks)
                 for k, fold in enumerate(scores.split(1000, dim=1))]
             recalls |= {f"1K {name}": np.mean([fold[name] for fold in folds]) for name in recalls}
+        elif len(images) > 1000 and tau is None:
+            say(f"{len(images):,} images: 1K recalls need all 5,000 of COCO's")
         predictions = [item | {"found": images[k]}
             for item, k in zip(items, scores.argmax(dim=1).tolist())]
         return recalls, self.predict(model, items, tau)[1], predictions
@@ -559,7 +580,8 @@ class Retrieval(Task):
     @staticmethod
     def show(item, prediction):
         """Which image was found, if it is not the right one."""
-        own, found = item["image_id"], prediction["found"]
+        own = item["image_id"]
+        found = prediction["found"]
         lines = [] if found == own else [f"found {found}, right is {own}"]
         return lines, {}, found == own
 
@@ -571,10 +593,12 @@ class Refer(Task):
     in the toy world kind, attribute or relation.
     """
 
-    name, unit = "refer", "expressions"
+    name = "refer"
+    unit = "expressions"
     model_class = SwitchBertForReferring
     max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
+    most_per_scene = 6
     # The task is learned in 100 steps: evaluate often, to see what pretraining contributes.
     toy = TOY | {"epochs": 1, "eval_every": 25}
 
@@ -583,7 +607,8 @@ class Refer(Task):
         """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both); those
         of RefCOCOg have another name of the file, and test alone.
         """
-        boxes, splits = {}, defaultdict(list)
+        boxes = {}
+        splits = defaultdict(list)
         path = folder / "instances.json"
         with reading(path, "RefCOCO's instances") as at:
             instances = read_json(path)
@@ -600,24 +625,21 @@ class Refer(Task):
             with open(path, "rb") as file:
                 refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
             for at.entry, ref in enumerate(refs):
+                split = splits[canonical_split(ref["split"])]
+                meant = dict(image_id=name(ref["image_id"]), box=boxes[ref["ann_id"]],
+                    ref_id=ref["ref_id"])
                 for s in ref["sentences"]:
-                    splits[canonical_split(ref["split"])].append(dict(
-                        image_id=name(ref["image_id"]), text="" + s["sent"],
-                        box=boxes[ref["ann_id"]], ref_id=ref["ref_id"], sent_id=s["sent_id"]))
+                    split.append(meant | {"text": "" + s["sent"], "sent_id": s["sent_id"]})
         if "testA" in splits:
             splits["test"] += splits["testA"] + splits["testB"]
         return splits
 
     @staticmethod
-    def from_scenes(training, held_out):
-        """The toy world's expressions."""
-        def items(numbers, n):
-            """Up to n expressions for each of these scenes."""
-            for scene in map(Scene, numbers):
-                for k, (text, index, kind) in enumerate(scene.expressions(n)):
-                    yield dict(image_id=scene.number, text=text, box=scene.things[index].box,
-                        ref_id=scene.number, sent_id=k, kind=kind)
-        return {"train": [*items(training, 8)], "val": [*items(held_out, 6)]}
+    def scene_items(scene, n):
+        """Up to n expressions for a scene."""
+        for k, (text, index, kind) in enumerate(scene.expressions(n)):
+            yield dict(image_id=scene.number, text=text, box=scene.things[index].box,
+                ref_id=scene.number, sent_id=k, kind=kind)
 
     def build_model(self, config, weights):
         """As every task's. No loss reaches the pooler: frozen, or several processes would wait."""
@@ -714,9 +736,7 @@ def load_task(kind, args):
     if args.data is None:
         if kind is Refer and args.boxes == "gt":
             raise BadInput("--boxes gt: the toy world has detected boxes only")
-        store, *_ = toy_world()
-        training = range(TRAIN_SCENES, TRAIN_SCENES + len(store) - NUM_HELD_OUT)
-        held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
+        store, training, held_out = toy_world()
         return store, kind.from_scenes(training, held_out)
     features = f"features-{args.boxes}" if kind is Refer else "features"
     return FeatureStore(args.data / features), kind.from_folder(args.data)
@@ -727,7 +747,8 @@ def evaluate_splits(args, task):
     predictions.json (every answer) and examples.png (of val). A split without answers becomes a
     submission, in the evaluation server's format.
     """
-    results, predictions = {}, {}
+    results = {}
+    predictions = {}
     for split, items in task.held_out.items():
         hard, _, predictions[split] = task.evaluate_items(task.model, items)
         soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
@@ -761,11 +782,11 @@ def picture_of(image_id, folder):
     """A picture of the data folder's images/, opened as extraction does; grey without one, or if it
     cannot be opened. folder None: a drawn scene.
     """
-    from extract_features import find_pictures, open_picture
+    from extract_features import open_picture
     if folder is None:
         return Scene(int(image_id)).draw()
     with contextlib.suppress(BadInput):
-        for path in find_pictures(folder / "images"):
+        for path in files_below(folder / "images", PICTURES):
             if canonical_id(path) == canonical_id(image_id):
                 return open_picture(path)
     return Image.new("RGB", (640, 640), "grey")
@@ -786,51 +807,52 @@ def panel(image, boxes, lines, frame="white"):
 
 def draw_examples(args, task, predictions):
     """examples.png: the first four right and first four wrong of val, one per image."""
-    panels, shown = {"green": [], "red": []}, set()
+    panels = {"royalblue": [], "darkorange": []}  # right and wrong; told apart by everybody
+    shown = set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
-        frame = "green" if right >= 0.5 else "red"
+        frame = "royalblue" if right >= 0.5 else "darkorange"
         image_id = prediction.get("found", item["image_id"])
         if len(panels[frame]) < 4 and image_id not in shown:
             shown.add(image_id)
             panels[frame].append(panel(picture_of(image_id, args.data), boxes,
                 [item["text"], *lines], frame))
-    save_png(args.out / "examples.png", stack(panels["green"] + panels["red"], columns=4))
+    save_png(args.out / "examples.png", stack(sum(panels.values(), []), columns=4))
 
 
 # --- 6. Your own pictures -------------------------------------------------------------------------
 #
 # A model knows the regions of one detector. Another's features can have the same size but another
 # meaning: every answer would be wrong, without an error. So a checkpoint records its detector.
+# A pretrained model can be asked, too: do this text and this picture match?
 
 
 def open_run(run):
-    """(checkpoint, model) of a run's folder, or of a checkpoint. Every forward pass leaves a layer's
-    attention weights (B, H, L, L) in model.bert.layers[l].attention.weights.
+    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward pass
+    leaves a layer's attention weights (B, H, L, L) in model.bert.layers[l].attention.weights.
 
-    A pretrained model matches texts and pictures: its score is the log odds of a match.
+    A pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
     """
     path = Path(run)
     if path.is_dir():
         path /= "checkpoint.pt"
     saved = load_checkpoint(path, "pretraining", *TASKS)
+    task = TASKS.get(saved["task"], Retrieval)
     config = SwitchBertConfig(**saved["config"])
     if saved["task"] == "pretraining":
         model = SwitchBertForRetrieval.from_pretraining(config, saved["model"])
     else:
-        model = TASKS[saved["task"]].new_model(config, saved["labels"])
+        model = task.new_model(config, saved["labels"])
         model.load_state_dict(saved["model"])
     for layer in model.bert.layers:
         layer.attention.keep_weights = True
-    return saved, model.eval()
+    return saved, task, WordPiece(saved["vocab"]), model.eval()
 
 
-def read(saved, text, features, boxes, size):
-    """A model's inputs (B = 1) from a text and the regions of a picture: features (n, F), and boxes
-    (n, 4) in pixels of a picture of size (W, H). saved: the model's checkpoint.
+def read(ids, features, boxes, size):
+    """A model's inputs, B = 1: the ids of a text's pieces, and features (n, F) and boxes (n, 4) in
+    pixels of a picture of size (W, H).
     """
-    task = TASKS.get(saved["task"], Retrieval)
-    ids = WordPiece(saved["vocab"]).encode(text, task.max_tokens)
     return model_inputs([dict(input_ids=np.array(ids), region_features=features,
         region_boxes=normalise_boxes(boxes, size))])
 
@@ -838,21 +860,19 @@ def read(saved, text, features, boxes, size):
 @torch.no_grad()
 def ask(args):
     """Print and draw what a model says of each text and picture, the surest first; of that one also
-    what its switches chose and what its words attend to.
+    what its words attend to and what its switches chose.
 
     sure: the accuracy or IoU that the model expects, or the probability of a match. Of finetuned
     retrieval only the order counts.
     """
     from extract_features import build_detector, picture_regions, stored_picture  # torchvision
-    saved, model = open_run(args.run)
-    task = TASKS.get(saved["task"], Retrieval)
+    saved, task, tokenizer, model = open_run(args.run)
     about = saved["store"]
     if not args.store:
         detector = build_detector(about["detector"], args.weights)
     texts = [args.text]
     if args.text.endswith(".txt"):
         texts = open_text(args.text).read().strip().split("\n")
-    tokenizer = WordPiece(saved["vocab"])
     for word in sorted(set(split_words(" ".join(texts)))):
         if word not in tokenizer.ids:
             print(f"note: {word!r} is read as {' '.join(tokenizer.split_word(word))}")
@@ -869,7 +889,8 @@ def ask(args):
         if of_scenes and image.size != (SCENE_PIXELS, SCENE_PIXELS):
             print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, all this model knows")
         for text in texts:
-            inputs = read(saved, text, features, boxes, image.size)
+            ids = tokenizer.encode(text, task.max_tokens)
+            inputs = read(ids, features, boxes, image.size)
             logits, _ = model(**inputs)
             best = (saved["labels"] or boxes.tolist())[logits.argmax()]  # retrieval: any will do
             prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
@@ -883,6 +904,7 @@ def ask(args):
     for _, lines, *_ in replies:
         print(*lines, sep="\n  ")
     panels = [reply[2] for reply in replies]
+    # The last forward pass, whose weights the layers keep, is that of the first reply.
     _, _, _, inputs, image, boxes = replies[0]
     _, out = model(**inputs)
     pieces = [tokenizer.pieces[i] for i in inputs["input_ids"][0]]
@@ -903,11 +925,12 @@ def word_panels(model, pieces, image, boxes, most):
         if number == 1 or weights.any():
             layer = number
             shares = weights
+    brightest = shares[:, 1:].max().clamp(min=1e-9)  # 0 where no layer attends to vision
     panels = []
     for piece, (whole, *regions) in zip(pieces, shares.tolist()):
         light = Image.new("L", image.size, 50)
         for weight, box in sorted(zip(regions, boxes.tolist())):  # the brightest on top
-            brightness = 50 + 205 * weight / shares[:, 1:].max()
+            brightness = 50 + 205 * weight / brightest
             ImageDraw.Draw(light).rectangle(box, int(brightness))
         lit = ImageChops.multiply(image, light.convert("RGB"))
         panels.append(panel(lit, {}, [f"{piece} (layer {layer})",

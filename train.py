@@ -77,7 +77,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
@@ -92,70 +92,82 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
 # FULL holds the paper's defaults [supp. 2] and, where it is silent, VOLTA's (A7). The toy run is
 # DEVIATION D2. `anneal` is the share of the run after which the temperature reaches its floor, 0.2;
 # None means the paper's rate, 1e-6 per pair (A5): 3.2 million pairs.
-
-TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9)
-FULL = dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
+#
 # These settings define a run; a resumed run keeps them. All other flags say how it is computed.
-FIXED = (*TOY, "switches", "seed", "limit", "blind", "scratch", "boxes")
+# (Two are of finetune.py: scratch and boxes.)
+
+TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
+    switches="learned", seed=0, limit=None, blind=False, scratch=False, boxes="detected")
+FULL = TOY | dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
 def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
-        "what the switches of runs chose.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag(p, "--data", Path, Path("data") if Path("data").is_dir() else None,
-        "folder with features/ and captions; None: the toy world")
-    flag(p, "--switches", str, "learned", "learn both switches, or one of them: "
+        "what the switches of runs chose.")
+    add_run_flags(p, Path("data"), "features/ and captions", Path("runs/pretrain"))
+    flag(p, "--switches", str, None, "learn both switches, or one of them: "
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
     flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: DATA/bert, if any")
-    add_run_flags(p, Path("runs/pretrain"))
-    return parse_settings(p, argv, lambda args: TOY if args.data is None else
-        FULL | {"bert": next(args.data.glob("bert"), None)}, "pretraining")
+    args, checkpoint = fill_settings(p, argv, TOY, FULL, "pretraining")
+    if args.data and not args.bert:
+        args.bert = next(args.data.glob("bert"), None)
+    return args, checkpoint
 
 
-def add_run_flags(p, out):
-    """Add the flags that all trainings share. parse_settings fills in those that are None."""
+def add_run_flags(p, data, content, out):
+    """Add the flags that all trainings share. Those of a setting are None where they are not given.
+
+    data, out: the usual folders of data and results; content: what the folder of data holds.
+    """
     gpu = torch.cuda.is_available()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    flag(p, "--out", Path, out, "folder of the results")
+    flag(p, "--data", Path, data if data.is_dir() else None,
+        f"folder with {content}; None: the toy world (default: %(default)s)")
+    flag(p, "--out", Path, out, "folder of the results (default: %(default)s)")
     flag(p, "--epochs", NATURAL, None, "passes over the training examples")
     flag(p, "--batch", COUNT, None, "examples per step, over all processes")
     flag(p, "--lr", RATE, None, "peak learning rate")
     flag(p, "--eval-every", COUNT, None, "steps between evaluations and checkpoints")
     flag(p, "--anneal", SHARE, None, "share of the run with tau above 0.2; None: 1e-6 per example")
     flag(p, "--limit", COUNT, None, "train on this many examples at most")
-    flag(p, "--seed", NATURAL, 0, "seed of everything random")
-    flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU")
-    flag(p, "--accum", COUNT, 1, "parts per process and step: less memory, other noise")
+    flag(p, "--seed", NATURAL, None, "seed of everything random")
+    flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU (default: 1)")
+    flag(p, "--accum", COUNT, 1,
+        "parts per process and step: less memory, other noise (default: 1)")
     flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
-        "loading processes per process; on a CPU, which has enough to do, none")
+        "loading processes per process (default: %(default)s; on a CPU, which is busy, none)")
     flag(p, "--threads", COUNT, None, "CPU threads per process; None: all cores. Busy machine: 1")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    p.add_argument("--blind", action="store_true", help="no pictures: what do words alone give?")
+    p.add_argument("--blind", action="store_true", default=None,
+        help="no pictures: what do words alone give?")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu,
-        help="torch.compile the layers, if there are more than the small model's four")
+        help="torch.compile the layers, if they are more than the small model's four")
     p.add_argument("--precision", default="bf16" if native else "fp32", choices=["bf16", "fp32"],
-        help="of matrix products, fp32 with TF32 where a GPU has it; softmax, losses: fp32")
+        help="of matrix products, fp32 with TF32 where a GPU has it; softmax, losses: fp32 "
+        "(default: %(default)s)")
 
 
-def parse_settings(parser, argv, defaults_of, task, subparser=None):
-    """(settings, checkpoint) of a command line; checkpoint is None without --resume. With --resume
-    the run's FIXED settings replace defaults_of(args), which depend on --data; a flag that
-    contradicts one raises BadInput. The first parse finds what the defaults depend on, without
-    --help, which then shows those that apply.
+def fill_settings(parser, argv, toy, full, task):
+    """(settings, checkpoint) of a command line; checkpoint is None without --resume.
+
+    Settings that are not given are those of the checkpoint, else `full` with --data and `toy`
+    without. Raises BadInput if a flag contradicts the checkpoint.
     """
-    first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    checkpoint, saved = None, {}
-    if first.resume:
-        checkpoint = load_checkpoint(first.out / "checkpoint.pt", task)
-        saved = checkpoint["settings"]
-    (subparser or parser).set_defaults(**(defaults_of(first) | saved))
+    parser.epilog = f"Where these flags exist, the toy world's are: {toy}. With --data: {full}."
     args = parser.parse_args(argv)
-    for key, value in saved.items():
-        given = getattr(args, key)
-        if given != value:
+    settings = full if args.data else toy
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(args.out / "checkpoint.pt", task)
+        settings = checkpoint["settings"]
+    for key, value in settings.items():
+        given = getattr(args, key, value)
+        if given is None:
+            setattr(args, key, value)
+        elif checkpoint and given != value:
             raise BadInput(f"--{key.replace('_', '-')} {given}: the run that is resumed has "
                 f"{value}; leave the flag out, or start a new run with another --out")
     return args, checkpoint
@@ -191,25 +203,61 @@ def pretrain(args, checkpoint=None):
     return scores
 
 
-class Pretraining:
+class Task:
+    """What `fit` trains: pretraining, and the three tasks of finetune.py.
+
+    A subclass defines:
+        name, unit             what the task and its examples are called in print and on disk
+        examples               a data set with lengths (N,), to sort by, and captions, all its texts
+        collate(examples)      makes a batch of some examples
+        model                  a module with a config
+        counts(batch)          (losses,): the number of terms that each loss is the mean of
+        sums(model, batch, tau)
+                               (losses,): the sums of these terms; and the encoder's output
+        evaluate(model)        {name: score}, and what the switches chose
+        headline(scores)       what the printed line says of these scores
+        store, tokenizer       where regions and words come from: the checkpoint records both
+        missing                {what: how many} examples were left out
+    """
+
+    loss_names = ("loss",)
+    labels = None  # the answers that the model chooses from; None where none are fixed
+    # These defaults are finetuning's: A7 and supp. 2.
+    clip = 1.0  # the norm that a gradient is clipped to
+    weight_decay = 1e-4
+    initial_temperature = 1.0
+    # Gates learn as fast as the rest: if each samples the wrong option once in ten times, a third
+    # of the samples of a four-layer model are noise, until gates decide. (A10 is for pretraining.)
+    gate_rate = 1.0
+    evaluates_at_start = True  # before the first step: what does pretraining contribute?
+
+
+class Pretraining(Task):
     """Masked words, masked regions and matching, on captions: a task for `fit` [supp. 1].
     checkpoint: the run to resume, or None for a new model, from BERT if there is one.
     """
 
-    name, unit, loss_names = "pretraining", "pairs", ("mlm", "mrc", "itm")
-    clip, weight_decay, initial_temperature = 5.0, 0.01, 5.0  # A7, supp. 2
-    gate_rate, evaluates_at_start = 0.1, False  # A10
-    collate, labels = staticmethod(collate), None
+    name = "pretraining"
+    unit = "pairs"
+    loss_names = ("mlm", "mrc", "itm")
+    clip = 5.0  # A7, supp. 2
+    weight_decay = 0.01
+    initial_temperature = 5.0
+    gate_rate = 0.1  # A10
+    evaluates_at_start = False
+    collate = staticmethod(collate)
 
     def __init__(self, args, data, checkpoint=None):
-        store, captions, held_out, tokenizer = data
-        self.store, self.tokenizer = store, tokenizer
-        self.examples = PretrainingDataset(store, captions[: args.limit], tokenizer, seed=args.seed,
+        self.store, captions, held_out, self.tokenizer = data
+        store = self.store
+        pairs = functools.partial(PretrainingDataset, store, tokenizer=self.tokenizer,
             blind=args.blind)
+        self.examples = pairs(captions[: args.limit], seed=args.seed)
         # Words and regions are evaluated on masked pairs, matching on unmasked ones.
-        self.masked, self.whole = (PretrainingDataset(store, held_out, tokenizer,
-            seed=args.seed + 1, blind=args.blind, masking=masking, name="held-out captions")
-            for masking in (True, False))
+        held_out_pairs = functools.partial(pairs, held_out, seed=args.seed + 1,
+            name="held-out captions")
+        self.masked = held_out_pairs()
+        self.whole = held_out_pairs(masking=False)
         self.missing = self.examples.skipped
         for why, count in self.missing.items():
             if count:
@@ -217,7 +265,7 @@ class Pretraining:
         if not store.num_region_classes:
             say(f"{store.folder} has no class distributions: training without MRC")
         with reading(f"--switches {args.switches}", "a setting of the switches"):
-            config = model_config(args.model, store, tokenizer, args.switches)
+            config = model_config(args.model, store, self.tokenizer, args.switches)
         torch.manual_seed(args.seed)
         self.model = SwitchBertForPretraining(config)
         if checkpoint:
@@ -255,26 +303,18 @@ def model_config(size, store, tokenizer, switches):
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
     # matching was learned only after 450 steps, with .05 after 225. No dropout: a run
     # sees each pair only four times.
-    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
-        intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05) if size == "small" else {}
+    sizes = {}
+    if size == "small":
+        sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
+            intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.05)
     return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **sizes,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
 # --- 3. The loop ----------------------------------------------------------------------------------
 #
-# `fit` does all training in this project. A task is a plain object:
-#
-#     name, unit, loss_names             its names in what is printed and recorded
-#     examples, model, collate           a data set with lengths (N,), to sort by; a module; what
-#                                        makes a batch of examples
-#     counts(batch) -> (losses,)         the numbers of terms whose means the losses are
-#     sums(model, batch, tau)            -> (losses,), the sums of the losses; the encoder's output
-#     evaluate(model) -> scores, switches, two dicts; headline(scores) -> what is printed of them
-#     clip, weight_decay, initial_temperature, gate_rate, evaluates_at_start
-#     store, tokenizer, labels           for the checkpoint; labels: answers to choose from, or None
-
+# `fit` does all training in this project.
 
 LOOK_EVERY = 10  # steps, after which a run asks itself: has it diverged, should it stop?
 
@@ -287,10 +327,12 @@ def fit(args, task, checkpoint=None):
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     # interval: the sums of this process's losses since the last evaluation.
-    first, interval = 0, torch.zeros(len(task.loss_names), device=device())
+    first = 0
+    interval = torch.zeros(len(task.loss_names), device=device())
     if checkpoint:
-        known = checkpoint.get("examples", task.examples.captions.checksum)
-        if known != task.examples.captions.checksum:
+        checksum = task.examples.captions.checksum
+        known = checkpoint.get("examples", checksum)  # older ones have none
+        if known != checksum:
             raise BadInput(f"{task.store.folder.parent}: the run that is resumed had other "
                 f"{task.unit}, {known[0]:,} of them, here are {len(task.examples):,}; give it "
                 "its own, or start a new run with another --out")
@@ -300,7 +342,8 @@ def fit(args, task, checkpoint=None):
         interval += send(checkpoint["interval"])[: len(interval)] / WORLD_SIZE
 
     # 2. Every process loads its share of each batch. DistributedDataParallel averages gradients.
-    steps, started = number_of_steps(args, len(task.examples)), time.time()
+    started = time.time()
+    steps = number_of_steps(args, len(task.examples))
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
     if args.compile and model.config.num_hidden_layers > 4:
@@ -313,7 +356,9 @@ def fit(args, task, checkpoint=None):
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
-    looked, timed_from, timed_since = first, first, time.time()
+    looked = first
+    timed_from = first
+    timed_since = time.time()
     rate = 1e-6  # at which the temperature decays per example (A5)
     if args.anneal:  # it reaches 0.2 at this share of the run
         rate = math.log(task.initial_temperature / 0.2) / (args.anneal * max(1, steps) * args.batch)
@@ -321,7 +366,8 @@ def fit(args, task, checkpoint=None):
     with stop_signals() as stop_asked:
         for step in progress(range(first, steps), "training", initial=first, total=steps):
             # 3. Learning rate and temperature depend only on the step.
-            done, lr = step + 1, learning_rate(step, steps, args.lr)
+            done = step + 1
+            lr = learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
             tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
@@ -362,7 +408,8 @@ def fit(args, task, checkpoint=None):
                     losses=means, scores=scores, switches=switches, seconds=time.time() - started)
                 interval.zero_()
                 save_checkpoint(args, task, optimizer, done, interval)
-                timed_from, timed_since = done, time.time()  # evaluation is not timed
+                timed_from = done
+                timed_since = time.time()  # evaluation is not timed
 
             # 8. Asked to stop? --resume continues here.
             if stop and done < steps:
@@ -392,13 +439,14 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
     """AdamW [supp. 2]; no decay on biases and LayerNorms (A7). Gates have a tenth of the learning
     rate in pretraining (A10): fast ones settle on what is best for a still untrained model.
     """
-    groups = {}  # (weight decay, scale) -> parameters
+    groups = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay if parameter.ndim > 1 else 0.0
         scale = gate_rate if "gate." in name else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
-    groups = [dict(params=p, weight_decay=d, scale=s) for (d, s), p in groups.items()]
-    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
+        new = dict(params=[], weight_decay=decay, scale=scale)
+        group = groups.setdefault((decay, scale), new)
+        group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def number_of_steps(args, num_examples):
@@ -471,7 +519,8 @@ def forward_backward(args, task, model, batches, step, tau):
     count instead.
     """
     counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
-    sums, mixture = torch.zeros(len(counts), device=device()), SwitchShares(task.model.config)
+    sums = torch.zeros(len(counts), device=device())
+    mixture = SwitchShares(task.model.config)
     for number, batch in enumerate(batches, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
         seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
@@ -522,9 +571,9 @@ class SwitchShares:
     """What the switches chose, as shares of all samples: add outputs, then call shares()."""
 
     def __init__(self, config):
-        layers, where = config.num_hidden_layers, device()
-        self.sums = [torch.zeros(layers, 2, 3, device=where)]  # modes, then depths by layer
-        self.sums += [torch.zeros(2, l + 1, device=where) for l in range(layers)]
+        layers = config.num_hidden_layers
+        shapes = [(layers, 2, 3)] + [(2, depths) for depths in range(1, layers + 1)]
+        self.sums = [torch.zeros(shape, device=device()) for shape in shapes]
 
     def add(self, out):
         """out: a SwitchBertOutput: mixtures at a temperature, one-hot choices without one."""
@@ -533,17 +582,20 @@ class SwitchShares:
 
     def shares(self):
         """{"modes": (layers, 2, 3), "depths": per layer (2, l+1)}; every process must call it."""
-        # The options of a switch sum to the number of samples.
-        modes, *depths = [(part / part.sum(-1, keepdim=True)).tolist()
-            for part in map(total, self.sums)]
-        return {"modes": modes, "depths": depths}
+        shares = []
+        for part in self.sums:
+            part = total(part)
+            # The options of a switch sum to the number of samples.
+            shares.append((part / part.sum(-1, keepdim=True)).tolist())
+        return {"modes": shares[0], "depths": shares[1:]}
 
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size=200):
     """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
     model.eval()
-    found, counts = torch.zeros(5, device=device()), torch.zeros(3)
+    found = torch.zeros(5, device=device())
+    counts = torch.zeros(3)
     switches = SwitchShares(model.config)
     for part in share_of(dataset.lengths, batch_size):
         batch = to_device(collate([dataset[i] for i in part]))
@@ -554,7 +606,8 @@ def evaluate(model, dataset, batch_size=200):
     model.train()
     # mlm and words are means over masked words, mrc over masked regions, itm and match over pairs.
     means = total(found) / total(counts)[[0, 1, 2, 0, 2]].clamp(min=1)
-    return dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist())), switches.shares()
+    scores = dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist()))
+    return scores, switches.shares()
 
 
 def zero_shot(args, task):
@@ -575,23 +628,23 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
     An id that the store lacks is an image without regions, as a blind model sees it.
     """
     model.eval()
-    empty = dict(region_inputs(store, None), input_ids=np.zeros(0, int))
-    words = [empty | {"input_ids": np.array(tokenizer.encode(t, max_tokens))} for t in texts]
-    lengths = [len(text["input_ids"]) for text in words]
+    words = [np.array(tokenizer.encode(text, max_tokens)) for text in texts]
+    lengths = [len(ids) for ids in words]
     scores = torch.zeros(len(texts), len(image_ids), device=device())
     for start in progress(range(0, len(image_ids), 100), "scoring"):
-        images = [empty | region_inputs(store, store.row(image_id))
+        images = [dict(region_inputs(store, store.row(image_id)), input_ids=words[0])
             for image_id in image_ids[start : start + 100]]
-        n, regions = len(images), to_device(model_inputs(images))
+        n = len(images)
+        block = to_device(model_inputs(images))
         for part in share_of(lengths, max(1, 200 // n)):
-            inputs = to_device(model_inputs([words[i] for i in part]))
-            for name, tensor in inputs.items():
-                if "region" in name:
-                    inputs[name] = torch.cat([regions[name]] * len(part))  # (k n, R, ...)
-                else:
-                    inputs[name] = tensor.repeat_interleave(n, dim=0)  # (k n, T)
-            found, _ = model(**inputs, temperature=temperature)
-            scores[send(torch.from_numpy(part)), start : start + n] = found.view(len(part), n)
+            k = len(part)
+            some = to_device(model_inputs([images[0] | {"input_ids": words[i]} for i in part]))
+            # All images for the first text, all for the second ...: (k n, R, ...) and (k n, T).
+            pairs = {name: torch.cat([tensor] * k) for name, tensor in block.items()}
+            for name in ("input_ids", "text_mask"):
+                pairs[name] = some[name].repeat_interleave(n, dim=0)
+            found, _ = model(**pairs, temperature=temperature)
+            scores[send(torch.from_numpy(part)), start : start + n] = found.view(k, n)
     return total(scores).cpu()
 
 
@@ -602,7 +655,8 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     all pairs alike has recall 0, not 1.
     """
     wrong = image_of_text[:, None] != torch.arange(scores.shape[1])  # (texts, images)
-    right, recalls = scores.masked_fill(wrong, -math.inf), {}
+    right = scores.masked_fill(wrong, -math.inf)
+    recalls = {}
     for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
         best = right.amax(candidates, keepdim=True)
         rank = ((scores >= best) & wrong).sum(candidates)  # 0 is best
@@ -628,7 +682,10 @@ def load_data(folder, bert=None, words=None):
     resumed checkpoint (words: its pieces), or see find_words.
     """
     if folder is None:
-        store, training, held_out, texts = toy_world()
+        store, scenes, held_out_scenes = toy_world()
+        training = [(n, text) for n in scenes for text in Scene(n).captions(4)]
+        held_out = [(n, text) for n in held_out_scenes for text in Scene(n).captions(2)]
+        texts = toy_texts(scenes[:1000])
     else:
         store = FeatureStore(folder / "features")
         training, held_out = split_captions(folder, store)
@@ -642,10 +699,12 @@ def find_words(folder, bert, texts):
     None), whose weights know no other words; else of the data folder; else built from these texts,
     always to the same words.
     """
-    places = [place for place in (bert, folder) if place and (place / "vocab.txt").exists()]
-    if bert and not places:
+    places = [place for place in (bert, folder) if place]
+    found = [WordPiece(file) for place in places for file in place.glob("vocab.txt")]
+    if bert and not found:
         raise BadInput(f"{bert}: expected vocab.txt, the words of its weights")
-    found = [WordPiece(place / "vocab.txt") for place in places] or [WordPiece(build_vocab(texts))]
+    if not found:
+        return WordPiece(build_vocab(texts))
     if found[0].pieces != found[-1].pieces:
         raise BadInput(f"vocab.txt differs in {bert} and {folder}; remove that of {folder}")
     return found[0]
@@ -658,41 +717,45 @@ def split_captions(folder, store):
     """
     paths = sorted(path for path in folder.glob("[!.]*")
         if path.name not in ("features", "bert", "vocab.txt"))
-    sources, splits, unread = [], [], []
+    sources = []  # of every caption, its file's index in paths
+    splits = []
 
     def pairs():
-        """Yield (image id, caption); sources and splits say where each one comes from."""
+        """Yield (image id, caption) of all files."""
         for number, path in enumerate(paths):
             if path.is_dir() or path.suffix.lower() in (".tsv", ".json"):
                 for image_id, text, split in caption_records(path):
                     sources.append(number)
                     splits.append(split)
                     yield image_id, text
-            if sources[-1:] != [number]:
-                unread.append(path.name)
 
     captions = Captions(pairs())
+    sources = np.array(sources, np.uint32)
+    splits = np.array(splits, "S5")
+    read = np.unique(sources)
+    unread = [path.name for number, path in enumerate(paths) if number not in read]
     if unread:
         say(f"{folder}: no captions are read from {', '.join(unread)}")
-    if not sources:
+    if len(read) == 0:
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
-    sources = np.array(sources)
-    check_names(captions, sources, paths)
+    check_names(captions.ids, sources, paths)
     found = np.zeros(len(captions), bool)
-    for number in np.unique(sources):
+    for number in read:
         mine = sources == number
         found[mine] = store.find(captions.ids[mine], f"{paths[number]}: captions") >= 0
-    in_training = np.array([split == "train" for split in splits])
-    held_out = np.array([split == "val" for split in splits])
+
+    in_training = splits == b"train"
+    held_out = splits == b"val"
     if held_out.any():
-        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of any other file
+        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of whichever file
     else:
         codes = np.fromiter(map(zlib.crc32, captions.ids), np.uint32)
         images = np.unique(codes[in_training & found])
         held_out = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
         in_training &= ~held_out
-    training, held_out = captions[in_training], captions[held_out][:1000]
+    training = captions[in_training]
+    held_out = captions[held_out][:1000]
     unused = len(captions) - len(training) - len(held_out)
     if unused:
         say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or training "
@@ -700,27 +763,30 @@ def split_captions(folder, store):
     return training, held_out
 
 
-def check_names(captions, sources, paths):
+def check_names(ids, sources, paths):
     """Raise BadInput if two captions that may be of different pictures have the same image id.
 
-    Numbers in the names of a folder are often counters (img2dataset): in another source the same
-    number means another picture, and so does any name in another folder. Tables and JSON files may
-    well share images. sources (N,): the index in paths of each caption's source.
+    A folder holds one caption per picture, so no id may come twice from folders. Their numbers are
+    often counters (img2dataset): in a table or JSON file, the same number means another picture.
+    Those files may well share images. ids, sources (N,): of each caption the image's id, and the
+    index in paths of the file or folder that it is from.
     """
-    order = np.argsort(captions.ids, kind="stable")
-    ids, sources = captions.ids[order], sources[order]
-    of_folder = np.array([path.is_dir() for path in paths])[sources]
-    one, both = of_folder[1:] | of_folder[:-1], of_folder[1:] & of_folder[:-1]
-    clash = (ids[1:] == ids[:-1]) & (both | one & np.strings.isdigit(ids[1:]))
-    for k in np.flatnonzero(clash):
-        raise BadInput(f"{paths[sources[k]]} and {paths[sources[k + 1]]} both have a picture "
-            f"{ids[k].decode()}; if these are two, rename one and extract its features anew")
+    from_folder = np.array([path.is_dir() for path in paths])[sources]
+    if not from_folder.any():
+        return
+    names, times = np.unique(ids[from_folder], return_counts=True)
+    elsewhere = np.isin(names, ids[~from_folder])
+    clash = (times > 1) | elsewhere & np.strings.isdigit(names)
+    for name in names[clash]:
+        places = [paths[number] for number in sources[ids == name]]
+        raise BadInput(f"{places[0]} and {places[-1]} both have a picture {name.decode()}; if "
+            "these are two, rename one and extract its features anew")
 
 
 def toy_world():
-    """(store, training pairs, held-out pairs, texts for a vocabulary) of the toy world; trains the
-    detector and fills the store if they are missing. A scene's id is its number, which is also its
-    seed. No model is trained on held-out scenes.
+    """(store, numbers of training scenes, of held-out scenes) of the toy world; trains the detector
+    and fills the store if they are missing. A scene's id is its number, which is also its seed. No
+    model is trained on held-out scenes.
     """
     training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
@@ -736,8 +802,7 @@ def toy_world():
             store = extract_scenes(detector, [*training, *held_out], features)
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
-    return (store, [(n, text) for n in training for text in Scene(n).captions(4)],
-        [(n, text) for n in held_out for text in Scene(n).captions(2)], toy_texts(training[:1000]))
+    return store, training, held_out
 
 
 def toy_texts(numbers):
@@ -757,8 +822,8 @@ def toy_texts(numbers):
 
 
 def launch(args, work):
-    """The result of work(), run in this process, or in --gpus processes, which exit in here. None
-    is that of a run that was stopped: then the status is 130, so that no shell goes on with it.
+    """Run work() in this process, or in --gpus processes, and exit. Its result is None if the run
+    was stopped: then the status is 130, so that no shell goes on with it.
     """
     if args.gpus > 1 and WORLD_SIZE == 1:
         return start_processes(args.gpus)
@@ -776,16 +841,15 @@ def launch(args, work):
             device_id=card)
     with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
         result = work()
+    status = 130 if result is None else 0
     if WORLD_SIZE > 1:
         dist.barrier()  # torchrun ends the others at the first status that is not 0
         dist.destroy_process_group()
         # If one of Gloo's threads still runs while the interpreter shuts down, the process aborts
         # although all is done. So it exits here, after the usual cleanup.
         atexit._run_exitfuncs()
-        os._exit(130 * (result is None))
-    if result is None:
-        sys.exit(130)
-    return result
+        os._exit(status)
+    sys.exit(status)
 
 
 def device():
@@ -812,7 +876,8 @@ def stop_signals():
     ask to stop: no step is interrupted, so the saved state is that of an undisturbed run. Yields a
     function: was it asked?
     """
-    asked, parent = [], os.getppid()
+    asked = []
+    parent = os.getppid()
     on_stop(lambda *_: asked.append(True))
     try:
         yield lambda: bool(asked) or WORLD_SIZE > 1 and os.getppid() != parent
@@ -841,7 +906,7 @@ def save_checkpoint(args, task, optimizer, step, interval):
     """
     if RANK == 0:
         content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
-            "settings": {key: vars(args)[key] for key in FIXED if key in args},
+            "settings": {key: vars(args)[key] for key in TOY if key in args},
             "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
             "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
             "examples": task.examples.captions.checksum, "interval": interval,
@@ -881,7 +946,8 @@ def begin_record(args, task, first, steps):
     """
     if RANK > 0:
         return
-    out, kept = args.out, []
+    out = args.out
+    kept = []
     if first:
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
@@ -895,8 +961,8 @@ def begin_record(args, task, first, steps):
                 f"--resume, or begin a new one with --out {out}/new") from None
         say(f"the run that was in {out} is now in {earlier}")
         out.mkdir()
-        with contextlib.suppress(FileNotFoundError):
-            (earlier / ".lock").replace(out / ".lock")  # this process holds it
+        for lock in earlier.glob(".lock"):  # this process holds it
+            lock.replace(out / ".lock")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
     write_json(out / "config.json", {"settings": vars(args), "model": asdict(task.model.config),
@@ -983,12 +1049,12 @@ def switches_picture(switches, title):
     layers = len(switches["modes"])
     image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
     draw = ImageDraw.Draw(image)
-    draw.font = ImageFont.load_default(13)
     draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
-        "(green)     reads depth 0, 1, ...", "black", spacing=8)
+        "(green)     reads depth 0, 1, ...", "black", spacing=8, font_size=13)
     for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
-        x, y = 120, 56 + ROW * row + 10 * modality
-        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
+        x = 120
+        y = 56 + ROW * row + 10 * modality
+        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black", font_size=13)
         for share, colour in zip(switches["modes"][layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
             x += BAR * share

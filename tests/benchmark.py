@@ -86,8 +86,8 @@ sys.path.insert(0, str(ROOT))
 
 import extract_features  # noqa: E402
 import train  # noqa: E402
-from data import (MATCH, SPECIALS, FeatureStore, PretrainingDataset,  # noqa: E402
-    WordPiece, class_targets, collate, pad)
+from data import (MATCH, PICTURES, SPECIALS, FeatureStore, PretrainingDataset,  # noqa: E402
+    WordPiece, class_targets, collate, files_below, pad)
 from switchbert import (FROZEN, SwitchBertConfig, SwitchBertForPretraining,  # noqa: E402
     SwitchBertOutput)
 
@@ -586,7 +586,7 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
     for i in range(pictures):
         noise = np.random.default_rng(i).integers(0, 256, (38, 63, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((1000, 600)).save(folder / "images" / f"{i}.jpg")
-    files = extract_features.find_pictures(folder / "images")
+    files = files_below(folder / "images", PICTURES)
     images = [extract_features.pil_to_tensor(extract_features.open_picture(p)) / 255
         for p in files]
     where = next(model.parameters()).device

@@ -109,9 +109,13 @@ def test_a_script_ends_with_a_sentence_and_a_bug_with_its_traceback(capsys, faul
     (NATURAL, "0", ["-1"]), (RATE, "1e-4", ["0", "nan", "inf"]), (SHARE, "1", ["1.01", "x"])])
 def test_flags_take_what_is_in_their_range_and_refuse_the_rest(kind, fits, refused):
     assert kind(fits) == float(fits)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    data.flag(parser, "--x", kind, None, "")
+    assert f"--x {kind.__name__}" in parser.format_help()
     for text in refused:
-        with pytest.raises(argparse.ArgumentTypeError, match="expected a number in .*, found"):
-            kind(text)
+        words = f"--x: invalid {kind.__name__} value: '{text}'"
+        with pytest.raises(argparse.ArgumentError, match=re.escape(words)):
+            parser.parse_args([f"--x={text}"])
 
 
 def hold(folder, held):
@@ -443,11 +447,11 @@ def test_the_captions_of_a_folder_lie_beside_its_pictures(tmp_path, capsys):
     expected = {"12": "00/000000012.txt", "b": "01/b.png.txt", "c": "2/c.txt"}
     assert dict(read_captions(home)) == {"d": "a dog"} | {
         name: f"a ring in {path}" for name, path in expected.items()}
-    assert f"{home}: 4 of 8 .txt files are captions, of 5 pictures" in capsys.readouterr().out
+    assert f"{home}: 4 of 8 .txt files are captions, beside 4 pictures" in capsys.readouterr().out
     write(tmp_path / "alone/x.txt", "a cat")
     write(tmp_path / "alone/info.json", "{}")
     assert list(read_captions(tmp_path / "alone")) == [("x", "a cat")]
-    assert "1 of 1 .txt files are captions, of 0 pictures" in capsys.readouterr().out
+    assert "1 of 1 .txt files are captions, beside 0 pictures" in capsys.readouterr().out
     (home / "link/d.txt").write_bytes(b"caf\xe9")
     with pytest.raises(BadInput, match="link/d.txt: not a caption in UTF-8"):
         list(read_captions(home))
@@ -493,6 +497,14 @@ def test_published_features_are_read_as_they_are(tmp_path, columns, capsys):
         assert store[row]["features"] == pytest.approx(arrays["features"], rel=1e-3)  # float16
         if columns == 13:
             assert store.class_probs(row) == pytest.approx(arrays["probs"], rel=1e-3, abs=1e-6)
+
+
+def test_lines_without_a_region_may_come_first_and_last(tmp_path):
+    lines, records = published(13)
+    file = write(tmp_path / "a.tsv", lines[2] + lines[0] + lines[2])
+    store = import_features([file], tmp_path / "store")
+    assert store.ids.tolist() == [b"9"] and store.num_region_classes == 9
+    assert store[0]["features"] == pytest.approx(records[0][1]["features"], rel=1e-3)
 
 
 def test_an_import_takes_each_image_once_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

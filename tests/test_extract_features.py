@@ -212,7 +212,7 @@ NOT_BOXES = ("{", "5", '[{"image_id": 3}]', '[{"image_id": 3, "box": [NaN, 5, 5,
     ("images --weights w.pt", "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
     ("images --weights w.pt", "w.pt", "version https://git-lfs.github.com", "w.pt: not the weig"),
     ("images --classes n.txt", "n.txt", "one\ntwo\n", "n.txt: not 48 class names.*found 2"),
-    ("images --regions 0", None, "", "--regions: expected a number")])
+    ("images --regions 0", None, "", r"--regions: invalid 1\.\.\.1e\+09 value: '0'")])
 def test_what_cannot_be_extracted_is_refused_in_one_sentence(
         tmp_path, monkeypatch, capsys, weights, argv, name, content, problem):
     monkeypatch.chdir(tmp_path)
