@@ -86,8 +86,11 @@ from switchbert import MATCH, MISMATCH
 # Of several processes, torchrun numbers each one: data.start_processes, train.launch.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-# A progress bar of the first process, on a terminal only.
-progress = functools.partial(tqdm, leave=False, disable=RANK > 0 or None)
+# A progress bar of the first process: how far, how fast, and how long still. Where nobody watches a
+# terminal, it is a line a minute in the log.
+seldom = 0 if sys.stderr.isatty() else 60  # seconds
+progress = functools.partial(tqdm, leave=False, disable=RANK > 0, delay=seldom,
+    mininterval=seldom or 0.1, maxinterval=seldom or 10)
 # What asks a script to stop. A closed terminal, SIGHUP, does not. But where it closes on a torchrun
 # that you have started, that passes the signal on, and ends its processes half a minute later.
 STOPS = [signal.SIGTERM, signal.SIGINT]
@@ -211,10 +214,10 @@ def canonical_id(name):
     >>> [canonical_id(name) for name in names]
     ['391895', '391895', 'dog_1', 'dog_1']
     """
-    name = unicodedata.normalize("NFC", str(name)).strip()
+    name = str(name).strip()
     if name.isdecimal():  # most are, and there may be millions
         return name.lstrip("0") or "0"
-    name = AROUND_NAME.sub("", name).strip()
+    name = AROUND_NAME.sub("", unicodedata.normalize("NFC", name)).strip()
     numbered = COCO_NAME.match(name)
     return numbered[2] if numbered else name
 

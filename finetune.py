@@ -910,7 +910,7 @@ def ask(args):
     pieces = [tokenizer.pieces[i] for i in inputs["input_ids"][0]]
     panels += word_panels(model, pieces, image, boxes, args.layer)
     chosen = {"modes": out.modes[0].tolist(), "depths": [each[0].tolist() for each in out.depths]}
-    switches = switches_picture(chosen, "What the switches chose for the first text and picture")
+    switches = switches_picture(chosen, "the first text and picture")
     save_png(args.out, stack([stack(panels, columns=4), switches]))
     print(args.out)
 

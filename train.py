@@ -14,7 +14,7 @@ Where this stands
     |  now and then: evaluate, record, checkpoint           |
     +-------------------------------------------------------+
           |
-    runs/pretrain/  checkpoint.pt  metrics.jsonl  config.json  switches.png  switches.gif
+    runs/pretrain/  checkpoint.pt  metrics.jsonl  curves.png  switches.png  result.json ...
           |
           +--> finetune.py, whose tasks go through the same `fit`
 
@@ -35,7 +35,7 @@ Map of the file (* = read these first)
     python train.py --gpus 4            the same on 4 GPUs; with a folder data/, the full run on it
     python train.py --resume            continue a run that was stopped or killed
     python train.py --blind --epochs 1 --out runs/blind      what do words alone give?
-    python train.py show runs/pretrain  draw switches.png and switches.gif again
+    python train.py show RUN RUN ...    compare runs: final scores, curves.png, switches.png
     torchrun --nnodes 2 --nproc-per-node 4 train.py      ... on two machines
 
 Without data it draws scenes, trains a Faster R-CNN on them, extracts regions and pretrains. It
@@ -66,7 +66,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -77,14 +77,15 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES, WORLD_SIZE,
     BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece, build_vocab,
     caption_records, class_targets, collate, flag, load_ahead, model_inputs, on_stop, only_run_in,
-    progress, reading, region_inputs, run, save_png, say, start_processes, write_json, write_whole)
-from switchbert import (FROZEN, LEARNED, MODALITIES, SwitchBertConfig,
+    progress, read_json, reading, region_inputs, run, save_png, say, start_processes,
+    write_json, write_whole)
+from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -103,8 +104,8 @@ FULL = TOY | dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, 
 
 def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
-    p = argparse.ArgumentParser(description="Pretrain Switch-BERT; `train.py show RUN ...` draws "
-        "what the switches of runs chose.")
+    p = argparse.ArgumentParser(
+        description="Pretrain Switch-BERT; `train.py show RUN ...` compares runs.")
     add_run_flags(p, Path("data"), "features/ and captions", Path("runs/pretrain"))
     flag(p, "--switches", str, None, "learn both switches, or one of them: "
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
@@ -198,6 +199,10 @@ def pretrain(args, checkpoint=None):
         scores |= zero_shot(args, task)
         say(f"zero-shot among {scores['images']}: " + ", ".join(
             f"{k} {v:.2f}" for k, v in scores.items() if "R@" in k))
+    if RANK == 0:
+        # As in finetune.py: settings, and per split the scores with hard switches.
+        results = {"val": {"hard": scores}}
+        write_json(args.out / "result.json", vars(args) | {"results": results})
     say(f"{args.out}: {', '.join(sorted(path.name for path in args.out.glob('[!.]*')))}")
     say(f"done in {time.time() - started:.0f} s")
     return scores
@@ -382,24 +387,26 @@ def fit(args, task, checkpoint=None):
             optimizer.step()
             # Infinity and NaN stay in a sum of losses; a gradient's norm passes them on.
             interval += losses + 0 * norm
-            if done % math.ceil(steps / 30) == 0:
-                record(args, step=done, temperature=tau, mixture=mixture.shares())
 
             # 6. So far a GPU was only told what to do. To see a number the host must wait for it:
             # so it looks now and then.
             due = done % args.eval_every == 0 or done == steps
             look = done % LOOK_EVERY == 0
+            recorded = done % math.ceil(steps / 30) == 0
             stop = stop_asked()
             if WORLD_SIZE > 1:  # if any process was asked, all stop after the same step
                 stop = look and total(torch.tensor(int(stop))).item()
-            if not (look or due or stop):
+            if not (look or recorded or due or stop):
                 continue
             means = total(interval) / ((done - 1) % args.eval_every + 1)
             means = dict(zip(task.loss_names, means.tolist()))
             check_sound(f"steps {looked + 1} to {done}", means)
             looked = done
+            if recorded:
+                record(args, step=done, lr=lr, temperature=tau, losses=means,
+                    mixture=mixture.shares())
 
-            # 7. Every eval_every steps: evaluate, print a line, record it, draw the switches, save.
+            # 7. Every eval_every steps: evaluate, print a line, record it, draw it, save.
             if due:
                 speed = (done - timed_from) * args.batch / (time.time() - timed_since)
                 scores, switches = task.evaluate(model)
@@ -887,11 +894,13 @@ def stop_signals():
 
 # --- 8. The record --------------------------------------------------------------------------------
 #
-# metrics.jsonl has two kinds of lines. At most thirty hold the mixture of the switches in training
-# at that step: the frames of switches.gif. One per evaluation holds losses, held-out scores, and
-# what the switches chose: switches.png draws the last one.
+# metrics.jsonl has two kinds of lines. At most thirty hold the mixture of the switches in
+# training at that step: the frames of switches.gif. One per evaluation holds held-out scores,
+# and what the switches chose: switches.png draws the last one. Both hold the mean losses since
+# the last evaluation: curves.png draws these, the scores, lr and temperature.
 #
-#     {"step": 30, "temperature": 4.46, "mixture": {"modes": ..., "depths": ...}}
+#     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 3.97, ...},
+#         "mixture": {"modes": ..., "depths": ...}}
 #     {"step": 450, "examples": 28800, "lr": 5.6e-4, "temperature": 0.84, "per_second": 872,
 #         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
 #         "switches": {"modes": ..., "depths": ...}, "seconds": 71}      as in SwitchShares.shares
@@ -991,6 +1000,7 @@ def report(args, task, steps, **line):
         f"{line['seconds']:.0f} s")
     if RANK == 0:
         save_png(args.out / "switches.png", draw_switches(args.out))
+        save_png(args.out / "curves.png", draw_curves([args.out]))
 
 
 def read_metrics(folder):
@@ -1038,41 +1048,96 @@ def stack(images, columns=1):
     return whole
 
 
-COLOURS = ("#3366cc", "#ff6600", "#339933")  # of modes: blue, orange and green of mode P's palette
-BAR, ROW = 264, 24  # pixels: the width of a bar, the height of a row
+# Of modes and of runs. The colour-blind can tell these seven apart [Okabe and Ito]; then they
+# come again.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000") * 9
+WIDTH = 828  # pixels: what GitHub shows
+BAR, ROW = 340, 24  # pixels: the width of a bar and of all depths, the height of a row
+
+
+def canvas(width, height, title, names=()):
+    """A PIL image with a title and, below, names in their colours; and what draws on it."""
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(14)
+    draw.text((10, 8), title, "black")
+    for number, name in enumerate(names):
+        draw.text((10, 28 + 20 * number), str(name), COLOURS[number])
+    return image, draw
 
 
 def switches_picture(switches, title):
-    """What every layer chose, as a PIL image: bars for modes; squares for depths, black: always.
+    """What every layer chose, as a PIL image: bars for modes, cells for depths (black: always).
+
     switches: as SwitchShares.shares returns them.
     """
     layers = len(switches["modes"])
-    image = Image.new("RGB", (460 + ROW * layers, 75 + 2 * ROW * layers), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((10, 8), f"{title}\nattends to its own modality (blue), the other (orange), both "
-        "(green)     reads depth 0, 1, ...", "black", spacing=8, font_size=13)
+    top = 40 + 20 * len(MODES)
+    image, draw = canvas(WIDTH, top + 20 + 2 * ROW * layers,
+        f"{title}: how text and vision attend, and (black) which depth they read", MODES)
     for row, (modality, layer) in enumerate(np.ndindex(2, layers)):
         x = 120
-        y = 56 + ROW * row + 10 * modality
-        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black", font_size=13)
+        y = top + ROW * row + 10 * modality
+        draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
         for share, colour in zip(switches["modes"][layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
             x += BAR * share
         for share in switches["depths"][layer][modality]:
-            x += ROW
             grey = round(255 - 255 * share)
-            draw.rectangle([x, y, x + 20, y + 20], (grey, grey, grey), "grey")
+            right = x + 10 + BAR / layers
+            draw.rectangle([x + 14, y, right, y + 20], (grey, grey, grey), "grey")
+            x += BAR / layers
+    return image
+
+
+def draw_curves(folders):
+    """How runs went, as a PIL image: a panel per loss, rate and score, twelve at most."""
+    curves = defaultdict(lambda: defaultdict(list))  # name -> (colour, width) -> points
+    for folder, colour in zip(folders, COLOURS):
+        for line in reversed(read_metrics(folder)):  # the last one has all names
+            for width, kind in (2, "losses"), (5, "scores"):
+                for name, value in (line.get(kind, {}) | line).items():
+                    if isinstance(value, float):
+                        curves[name][colour, width].append((line["step"], value))
+    panels = []
+    for name, lines in [*curves.items()][:12]:
+        points = np.concatenate([*lines.values()])  # (points, 2): step and value
+        low = points.min(axis=0) * (0, 1)  # steps count from 0
+        high = points.max(axis=0)
+        panel, draw = canvas(WIDTH // 3, 200,
+            f"{name}: {low[1]:.4g} to {high[1]:.4g}\nsteps 0 to {high[0]:.0f}")
+        draw.rectangle([10, 48, 266, 192], outline="lightgrey")
+        for (colour, width), points in lines.items():
+            places = (13, 188) + (points - low) / (high - low + 1e-9) * (250, -136)
+            draw.line([*places.flat], colour, width)
+            for place in places:  # there may be one alone
+                draw.circle(place, width // 2, colour)
+        panels.append(panel)
+    panels = stack(panels, columns=3)
+    top = 40 + 20 * len(folders)
+    image, _ = canvas(WIDTH, top + panels.height, "thin: training, thick: held out", folders)
+    image.paste(panels, (0, top))
     return image
 
 
 def show(argv):
-    """python train.py show RUN [RUN ...]: draw the switches of some runs again."""
-    p = argparse.ArgumentParser("train.py show", description="Draw what the switches chose.")
+    """python train.py show RUN [RUN ...]: compare runs, in two pictures and a table."""
+    p = argparse.ArgumentParser("train.py show",
+        description="Draw how runs went and what switches chose; print final scores.")
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs; each gets a switches.gif")
-    p.add_argument("-o", "--out", type=Path, help="picture of all; None: first RUN/switches.png")
+    p.add_argument("-o", "--out", type=Path,
+        help="what all switches chose, beside it curves.png; None: first RUN/switches.png")
     args = p.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
     save_png(out, stack([draw_switches(folder) for folder in args.runs]))
+    save_png(out.with_name("curves.png"), draw_curves(args.runs))
+    for folder in args.runs:
+        scores = {}
+        for line in read_metrics(folder):
+            scores |= line.get("scores", {})
+        for path in folder.glob("result.json"):
+            scores |= read_json(path)["results"].get("val", {"hard": {}})["hard"]
+        print(f"{folder!s:24}", *(f"{name} {value:.3f} " for name, value in scores.items()))
     print(out)
 
 

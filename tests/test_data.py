@@ -151,6 +151,17 @@ def test_only_a_lock_that_is_held_means_a_second_run(tmp_path, monkeypatch, caps
     assert held or "run: cannot be locked; start no second run" in capsys.readouterr().out
 
 
+def test_off_a_terminal_progress_is_a_line_a_minute():
+    """And nothing of what takes less. Here a minute is a tenth of a second."""
+    code = ("import data, time; once = lambda: time.sleep(0.15); "
+        "[once() for _ in data.progress(range(3), 'short')]; "
+        "m = dict(delay=0.1, mininterval=0.1, maxinterval=0.1); "
+        "[once() for _ in data.progress(range(4), 'long', **m)]")
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(data.__file__)})
+    assert "short" not in end.stderr and re.search(r"long: +\d+%.*3/4 \[.*it/s", end.stderr)
+
+
 START = """
 import os, sys, time
 if "RANK" not in os.environ:

@@ -94,7 +94,7 @@ def wait_for_end(processes, seconds):
 def assert_alike(out, expected):
     """The same run but for the order in which numbers were added up."""
     torch.testing.assert_close(weights(out), weights(expected), rtol=1e-3, atol=2e-4)
-    for a, b in zip(metrics(out, "losses"), metrics(expected, "losses"), strict=True):
+    for a, b in zip(metrics(out, "scores"), metrics(expected, "scores"), strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
         assert a["scores"]["itm"] == pytest.approx(b["scores"]["itm"], rel=1e-3)
     for a, b in zip(metrics(out, "mixture"), metrics(expected, "mixture"), strict=True):
@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, 
     said = finish(start(tmp_path / "run", "--accum", 6, "--resume"))
     assert "resuming after step 4" in said or sign == signal.SIGINT
     torch.testing.assert_close(weights(tmp_path / "run"), weights(undisturbed), rtol=0, atol=0)
-    assert metrics(tmp_path / "run", "losses") == metrics(undisturbed, "losses")
+    assert metrics(tmp_path / "run", "scores") == metrics(undisturbed, "scores")
 
 
 def test_two_processes_train_like_one(start, undisturbed, tmp_path):
@@ -197,7 +197,7 @@ def test_a_run_outlives_its_terminal(start, tmp_path, flags):
         while time.time() < deadline:
             os.killpg(shell, 0)
             time.sleep(0.05)
-    assert [line["step"] for line in metrics(tmp_path, "losses")] == [4, 8, 12, 15]
+    assert [line["step"] for line in metrics(tmp_path, "scores")] == [4, 8, 12, 15]
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 15
 
 

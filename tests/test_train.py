@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import finetune
 import train
 from data import (SPECIALS, BadInput, Captions, FeatureStore, PretrainingDataset, collate,
-    only_run_in)
+    only_run_in, read_json, write_json)
 from switchbert import (SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForRetrieval)
 
@@ -118,7 +118,12 @@ def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
     assert any(clipped) and not all(clipped) and abs(weight - 1) > 1e-3
     assert task.model.weight.item() == pytest.approx(weight, abs=1e-6)
     assert task.taus[::accum] == pytest.approx([*map(tau, range(16))], rel=1e-9)
-    recorded = metrics(tmp_path / "run", "losses")
+    for line in metrics(tmp_path / "run", "mixture"):  # of every step, as there are under thirty
+        since = losses[(line["step"] - 1) // 5 * 5 : line["step"]]
+        mean = np.mean(since, axis=0).tolist()
+        assert list(line["losses"].values()) == pytest.approx(mean, rel=1e-4)
+        assert line["lr"] == train.learning_rate(line["step"] - 1, 16, 1e-3)
+    recorded = metrics(tmp_path / "run", "scores")
     assert [line["step"] for line in recorded] == [5, 10, 15, 16]
     for line, (first, last) in zip(recorded, ((0, 5), (5, 10), (10, 15), (15, 16))):
         mean = np.mean(losses[first:last], axis=0).tolist()
@@ -171,21 +176,21 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
 @pytest.mark.parametrize("score", [math.nan, 1e30, -1000.0])
 def test_what_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score):
     """Scores, if they are a thousand or more; and a loss in any step, if it is not finite: a run
-    looks at that every ten steps, and before it evaluates or saves.
+    looks at that every ten steps, and before it records (here every six), evaluates or saves.
     """
     keys, path = plain("clean", score=999.0).keys[12 * 6 : 12 * 7], tmp_path / "run/checkpoint.pt"
     with pytest.raises(BadInput, match="step 5: .*diverged.*lower --lr"):
         plain("run", score=score)
     assert not path.exists()
     for stop_at, every, steps in (
-            (None, 5, "6 to 10"), (12 * 7, 5, "6 to 8"), (None, 16, "1 to 10")):
-        flags = ["--eval-every", every]
+            (None, 5, "7 to 10"), (12 * 7, 5, "7 to 8"), (None, 16, "7 to 10")):
+        flags = ["--eval-every", every, "--epochs", 40]
         with pytest.raises(BadInput, match=rf"steps {steps}: .*diverged.*all nan.*lower --lr"):
             plain(f"run{every}", *flags, not_a_number=keys[0], stop_at=stop_at)
     saved = train.load_checkpoint(tmp_path / "run5/checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
     assert not (tmp_path / "run16/checkpoint.pt").exists()
-    with pytest.raises(BadInput, match="steps 6 to 10: .*diverged"):  # a gradient, not a loss
+    with pytest.raises(BadInput, match="steps 10 to 10: .*diverged"):  # a gradient, not a loss
         plain("steep", steep_at=10)
     saved = train.load_checkpoint(tmp_path / "steep/checkpoint.pt", "pretraining")
     assert saved["step"] == 5 and saved["model"]["weight"].isfinite()
@@ -345,11 +350,14 @@ def pretrain(folder, *flags):
 
 def test_a_data_folder_is_trained_on_and_the_run_leaves_its_record(folder, tmp_path, capsys):
     scores, out = pretrain(folder), tmp_path / "run"
-    names = ["checkpoint.pt", "config.json", "metrics.jsonl", "switches.gif", "switches.png"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    names = "checkpoint.pt config.json curves.png metrics.jsonl result.json switches.gif".split()
+    assert sorted(p.name for p in out.iterdir()) == [*names, "switches.png"]
+    result = read_json(out / "result.json")
+    assert result["batch"] == 8 and result["results"]["val"]["hard"] == scores
+    assert any("R@1" in name for name in scores)
     said = capsys.readouterr().out
     assert "training without MRC" in said and scores["mrc"] == 0 and "16 pairs" in said
-    evaluations, mixtures = metrics(out, "losses"), metrics(out, "mixture")
+    evaluations, mixtures = metrics(out, "scores"), metrics(out, "mixture")
     for found in (*(e["switches"] for e in evaluations), *(m["mixture"] for m in mixtures)):
         assert np.allclose(np.sum(found["modes"], axis=-1), 1)
         assert [np.shape(d) for d in found["depths"]] == [(2, 1), (2, 2), (2, 3), (2, 4)]
@@ -608,7 +616,7 @@ def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
     switches = {"modes": [[[1, 0, 0], [1, 0, 0]], [[0.25, 0, 0.75], [0, 1.0, 0]]],
         "depths": [[[1.0], [1.0]], [[0.2, 0.8], [1 - 1e-7, 1e-7]]]}
     pixels = np.asarray(train.switches_picture(switches, "title"))
-    colours = [ImageColor.getrgb(colour) for colour in train.COLOURS]
+    colours = [ImageColor.getrgb(colour) for colour in train.COLOURS[:3]]
     bars = np.stack([(pixels == colour).all(axis=2).sum(axis=1) for colour in colours], axis=1)
     starts = np.flatnonzero(np.diff(bars.sum(axis=1)) > 200) + 5  # of the four rows
     expected = np.array([[1, 0, 0], [0.25, 0, 0.75], [1, 0, 0], [0, 1, 0]])
@@ -638,3 +646,82 @@ def test_show_draws_the_end_of_a_run_and_the_start_of_a_finetuned_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n{\n{}\n")
     with pytest.raises(BadInput, match="metrics.jsonl: not the metrics.jsonl .*near line 2: "):
         train.main(["show", str(tmp_path)])
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """write_run(name, *lines) -> a run's folder with these lines of metrics.jsonl."""
+    switches = {"modes": [[[1, 0, 0], [0, 0, 1]]], "depths": [[[1.0], [1.0]]]}
+
+    def write(name, *lines):
+        folder = tmp_path / name
+        folder.mkdir()
+        for step, values in lines:
+            train.record(SimpleNamespace(out=folder), step=step, switches=switches, **values)
+        return folder
+
+    return write
+
+
+def drawn(picture, colour):
+    """(points, 2): x and y of a colour's pixels in the first panel; the frame is 256 x 144."""
+    pixels = np.asarray(picture)[-200:, : picture.width // 3]
+    found = (pixels == ImageColor.getrgb(colour)).all(axis=2)
+    return np.argwhere(found[48:193, 10:267])[:, ::-1]
+
+
+def test_curves_of_all_runs_share_their_axes(write_run):
+    """One falls from 3 to 2 in steps 5 to 10, the other, of an older version, is at 1 after 20."""
+    new = write_run("new", (5, {"losses": {"mlm": 3.0}}), (10, {"losses": {"mlm": 2.0}}))
+    old = write_run("old", (20, {"losses": {"mlm": 1.0}}))
+    picture = train.draw_curves([new, old])
+    falling = drawn(picture, train.COLOURS[0])
+    alone = drawn(picture, train.COLOURS[1])
+    assert falling.min(axis=0) == pytest.approx([64, 0], abs=6)
+    assert falling.max(axis=0) == pytest.approx([128, 72], abs=6)
+    assert alone.min(axis=0) == pytest.approx([256, 144], abs=8)
+
+
+def test_held_out_losses_are_drawn_thick_over_those_of_training(write_run):
+    """Both are flat, at 1 and at 2: of 256 x 144 pixels, one line is near the top."""
+    values = {"losses": {"mlm": 1.0}, "scores": {"mlm": 2.0}}
+    curves = drawn(train.draw_curves([write_run("run", (0, values), (9, values))]),
+        train.COLOURS[0])
+    heights = [len({*curves[part, 1]}) for part in (curves[:, 1] < 72, curves[:, 1] > 72)]
+    assert heights[0] > heights[1] > 0
+
+
+def test_twelve_curves_are_drawn_losses_first_and_more_runs_than_colours(write_run):
+    """Of VQA's 65 types of questions not all. Numbers of another kind are no curves."""
+    scores = {f"type {number}": 0.5 for number in range(65)}
+    runs = [write_run(f"{k}", (0, {"scores": scores}), (9, {"losses": {"loss": 9.0 - k},
+        "scores": scores, "lr": 1e-3, "examples": 9})) for k in range(8)]
+    picture = train.draw_curves(runs)
+    assert picture.size == (train.WIDTH, 40 + 20 * 8 + 4 * 200)
+    first_row = picture.crop((0, 0, picture.width, 40 + 20 * 8 + 200))
+    heights = [drawn(first_row, colour)[:, 1].max() for colour in train.COLOURS[1:7]]
+    assert heights == sorted({*heights})  # a loss each, the higher the earlier
+
+
+def test_show_prints_final_scores_with_recalls_and_legends_the_table_of_modes(
+        write_run, capsys, monkeypatch):
+    old = write_run("old", (5, {"scores": {"words": 0.25}}), (9, {"scores": {"words": 0.5}}))
+    new = write_run("new", (9, {"scores": {"words": 0.75}}), (10, {"lr": 1.0}))
+    test = write_run("test", (9, {"scores": {"accuracy": 0.125}}))
+    write_json(new / "result.json",
+        {"results": {"val": {"hard": {"words": 0.7, "image R@1": 0.875}}}})
+    write_json(test / "result.json", {"results": {"test2015": {"hard": {}, "soft": {}}}})
+    written = []
+    canvas = train.canvas
+    monkeypatch.setattr(train, "canvas", lambda width, height, title, names=(): (
+        written.append((title, [*names])) or canvas(width, height, title, names)))
+    monkeypatch.setattr(train, "MODES", ("intra", "inter", "joint", "summary"))
+    train.main(["show", *map(str, (old, new, test))])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[str(old), "words", "0.500"],
+        [str(new), "words", "0.700", "image", "R@1", "0.875"], [str(test), "accuracy", "0.125"],
+        [str(old / "switches.png")]]
+    assert "lr: 1 to 1\nsteps 0 to 10" in dict.fromkeys(title for title, _ in written)
+    names = [names for _, names in written if names]
+    assert names == [["intra", "inter", "joint", "summary"]] * 3 + [[old, new, test]]
+    assert Image.open(old / "curves.png").width == Image.open(old / "switches.png").width
