@@ -19,7 +19,7 @@ Letters: B batch, R regions, D hidden, P pooled, A answers.
     $ python finetune.py refer                           phrases find regions
     $ python finetune.py ask runs/vqa "how many things are there ?" picture.png
     $ python finetune.py ask runs/retrieval "a red star" a.png b.png
-    $ python finetune.py ask runs/pretrain texts.txt a.png b.png     which text fits which picture?
+    $ python finetune.py ask runs/pretrain texts.txt a.png b.png     which text fits which?
 
 First run train.py. With a folder data/vqa, data/retrieval or data/refer a task uses the real files
 and the paper's settings, without it the toy world. Every task is one class that defines its
@@ -54,18 +54,18 @@ from pathlib import Path
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 import train
 from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
-    load_checkpoint, match_scores, recall_at, send, share_of, stack, switches_picture, to_device,
-    total, toy_world)
+    load_checkpoint, match_scores, recall_at, send, share_of, stack, switches_picture,
+    to_device, total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
-    WordPiece, canonical_id, canonical_split, caption_records, files_below, flag, load_ahead,
-    model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json, reading,
-    region_inputs, run, save_png, say, say_found, split_words, write_json)
+from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore,
+    Scene, WordPiece, canonical_id, canonical_split, caption_records, files_below, flag,
+    load_ahead, model_inputs, normalise_boxes, open_text, pad, picture_names, progress,
+    read_json, reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -85,16 +85,16 @@ def parse_args(argv):
     p.add_argument("command", choices=[*TASKS, "ask"], help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
-        p.add_argument("run", help="folder of a run, pretrained or finetuned, or a checkpoint")
-        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained on; "
-            "or a .txt file with one in each line")
+        p.add_argument("run", help="folder of a pretrained or finetuned run, or a checkpoint")
+        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained "
+            "on; or a .txt file with one in each line")
         p.add_argument("pictures", nargs="+", help="picture files; with --store also ids")
         p.add_argument("--store", help="feature store that has the regions of these pictures "
             "(default: the detector finds them)")
         p.add_argument("--weights", default="runs/world/detector.pt",
             help="the detector's (default: %(default)s)")
-        flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the last "
-            "one before it in which they attend to vision (default: the last layer)")
+        flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the "
+            "last one before it in which they attend to vision (default: the last layer)")
         p.add_argument("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task = TASKS[command]
@@ -828,8 +828,8 @@ def draw_examples(args, task, predictions):
 
 
 def open_run(run):
-    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward pass
-    leaves a layer's attention weights (B, H, L, L) in model.bert.layers[l].attention.weights.
+    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward
+    pass leaves a layer's weights (B, H, L, L) in model.bert.layers[l].attention.weights.
 
     A pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
     """
@@ -850,8 +850,8 @@ def open_run(run):
 
 
 def read(ids, features, boxes, size):
-    """A model's inputs, B = 1: the ids of a text's pieces, and features (n, F) and boxes (n, 4) in
-    pixels of a picture of size (W, H).
+    """A model's inputs, B = 1: the ids of a text's pieces, and features (n, F) and boxes (n, 4)
+    in pixels of a picture of size (W, H).
     """
     return model_inputs([dict(input_ids=np.array(ids), region_features=features,
         region_boxes=normalise_boxes(boxes, size))])
@@ -859,13 +859,14 @@ def read(ids, features, boxes, size):
 
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a model says of each text and picture, the surest first; of that one also
-    what its words attend to and what its switches chose.
+    """Print and draw what a model says of each text and picture, the surest first; of that one
+    also what its words attend to and what its switches chose.
 
-    sure: the accuracy or IoU that the model expects, or the probability of a match. Of finetuned
-    retrieval only the order counts.
+    sure: the accuracy or IoU that the model expects, or the probability of a match. Of
+    finetuned retrieval only the order counts.
     """
-    from extract_features import build_detector, picture_regions, stored_picture  # torchvision
+    # Here, not above: training needs no torchvision.
+    from extract_features import build_detector, picture_regions, stored_picture
     saved, task, tokenizer, model = open_run(args.run)
     about = saved["store"]
     if not args.store:
@@ -884,15 +885,18 @@ def ask(args):
             features, boxes, size = store[row].values()
             image = image.resize(size)
         else:
-            image, boxes, features, _ = picture_regions(detector, picture, about["num_regions"])
-        of_scenes = about["detector"] == "toy" and "precision" not in about  # see stored_picture
+            most = about["num_regions"]
+            image, boxes, features, _ = picture_regions(detector, picture, most)
+        # A store of picture files has a precision, also if the toy detector made it.
+        of_scenes = about["detector"] == "toy" and "precision" not in about
         if of_scenes and image.size != (SCENE_PIXELS, SCENE_PIXELS):
             print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, all this model knows")
         for text in texts:
             ids = tokenizer.encode(text, task.max_tokens)
             inputs = read(ids, features, boxes, image.size)
             logits, _ = model(**inputs)
-            best = (saved["labels"] or boxes.tolist())[logits.argmax()]  # retrieval: any will do
+            # Retrieval has nothing to choose: any will do.
+            best = (saved["labels"] or boxes.tolist())[logits.argmax()]
             prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
             lines, found, _ = task.show({"image_id": picture}, prediction)
             lines = [f"{picture}: {text}", *lines]
@@ -909,19 +913,21 @@ def ask(args):
     _, out = model(**inputs)
     pieces = [tokenizer.pieces[i] for i in inputs["input_ids"][0]]
     panels += word_panels(model, pieces, image, boxes, args.layer)
-    chosen = {"modes": out.modes[0].tolist(), "depths": [each[0].tolist() for each in out.depths]}
+    depths = [each[0].tolist() for each in out.depths]
+    chosen = {"modes": out.modes[0].tolist(), "depths": depths}
     switches = switches_picture(chosen, "the first text and picture")
     save_png(args.out, stack([stack(panels, columns=4), switches]))
     print(args.out)
 
 
 def word_panels(model, pieces, image, boxes, most):
-    """For each word piece that a model has just read the picture, where a region is the brighter
-    the more the piece attends to it: in the mean over heads, in the last of the first `most` layers
-    in which text attends to vision. The largest weight in that layer gives full brightness.
+    """For each word piece that a model has just read the picture, where a region is the
+    brighter the more the piece attends to it: in the mean over heads, in the last of the first
+    `most` layers in which text attends to vision. The largest weight there is full brightness.
     """
     for number, part in enumerate(model.bert.layers[:most], 1):
-        weights = part.attention.weights[0].mean(dim=0)[: len(pieces), len(pieces) :]  # (T, 1+R)
+        weights = part.attention.weights[0].mean(dim=0)  # (L, L)
+        weights = weights[: len(pieces), len(pieces) :]  # (T, 1+R)
         if number == 1 or weights.any():
             layer = number
             shares = weights

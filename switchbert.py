@@ -355,7 +355,7 @@ class SwitchAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = config.attention_probs_dropout_prob
-        self.keep_weights = False  # True, for pictures: a forward pass leaves them in .weights
+        self.keep_weights = False  # True, for pictures: forward leaves them in .weights
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def heads(self, projected):
