@@ -522,22 +522,29 @@ def extract(args):
 # `show` draws a store's regions of one image: do boxes, names and picture fit together?
 
 
-def show(folder, which):
-    """A dimmed PIL image, its longer side 1000 pixels, with an image's boxes and classes.
+def stored_picture(folder, which):
+    """(store, row, PIL image) of an image in a feature store.
 
     which: a picture file whose name gives the id, or an id: a scene is drawn, others are grey.
-    Letters are ten pixels high, so all is drawn small, then enlarged.
     """
     store = FeatureStore(folder)
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
-    record = store[row]
-    image = Image.new("RGB", record["size"], "grey")
+    image = Image.new("RGB", store[row]["size"], "grey")
     if Path(which).is_file():
         image = open_picture(which)
     elif store.meta["detector"] == "toy" and "precision" not in store.meta:  # of extract_scenes
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
+    return store, row, image
+
+
+def show(folder, which):
+    """A dimmed PIL image, its longer side 1000 pixels, with an image's boxes and classes; folder,
+    which: see stored_picture. Letters are ten pixels high, so all is drawn small, then enlarged.
+    """
+    store, row, image = stored_picture(folder, which)
+    record = store[row]
     names = store.class_names or [f"class {c}" for c in range(store.num_region_classes)]
     labels = None
     if store.num_region_classes:

@@ -19,6 +19,7 @@ Letters: B batch, R regions, D hidden, P pooled, A answers.
     $ python finetune.py refer                           phrases find regions
     $ python finetune.py ask runs/vqa "how many things are there ?" picture.png
     $ python finetune.py ask runs/retrieval "a red star" a.png b.png
+    $ python finetune.py ask runs/pretrain texts.txt a.png b.png     which text fits which?
 
 First run train.py. With a folder data/vqa, data/retrieval or data/refer a task uses the real files
 and the paper's settings, without it the toy world. Every task is one class that defines its
@@ -53,17 +54,18 @@ from pathlib import Path
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 import train
 from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
-    load_checkpoint, match_scores, recall_at, send, share_of, stack, to_device, total, toy_world)
+    load_checkpoint, match_scores, recall_at, send, share_of, stack, switches_picture,
+    to_device, total, toy_world)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from data import (PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene, WordPiece,
-    canonical_id, canonical_split, caption_records, files_below, flag, load_ahead, model_inputs,
-    normalise_boxes, pad, picture_names, progress, read_json, reading, region_inputs, run,
-    save_png, say, say_found, write_json)
+from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore,
+    Scene, WordPiece, canonical_id, canonical_split, caption_records, files_below, flag,
+    load_ahead, model_inputs, normalise_boxes, open_text, pad, picture_names, progress,
+    read_json, reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
     SwitchBertForVQA)
 
@@ -83,10 +85,16 @@ def parse_args(argv):
     p.add_argument("command", choices=[*TASKS, "ask"], help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
-        p.add_argument("run", type=Path, help="folder of a finetuned run, or a checkpoint")
-        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained on")
-        p.add_argument("pictures", nargs="+", help="picture files")
-        p.add_argument("--weights", help="the detector's; None: the toy world's")
+        p.add_argument("run", help="folder of a pretrained or finetuned run, or a checkpoint")
+        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained "
+            "on; or a .txt file with one in each line")
+        p.add_argument("pictures", nargs="+", help="picture files; with --store also ids")
+        p.add_argument("--store", help="feature store that has the regions of these pictures "
+            "(default: the detector finds them)")
+        p.add_argument("--weights", default="runs/world/detector.pt",
+            help="the detector's (default: %(default)s)")
+        flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the "
+            "last one before it in which they attend to vision (default: the last layer)")
         p.add_argument("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task = TASKS[command]
@@ -670,7 +678,8 @@ class Refer(Task):
         if "box" not in item:
             return [f"box: {[round(corner) for corner in box]}"], {"magenta": box}, None
         boxes = {"white": item["box"], "magenta": box}
-        return [f"IoU {prediction['iou']:.2f}"], boxes, prediction["iou"]
+        line = f"magenta: chosen, white: meant; IoU {prediction['iou']:.2f}"
+        return [line], boxes, prediction["iou"]
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
@@ -768,8 +777,6 @@ def evaluate_splits(args, task):
 #
 # A score says how often a model is right; its answers show where it is wrong.
 
-ZOOM = 4  # scenes are drawn larger for people: a circle of 14 pixels would look like a square
-
 
 def picture_of(image_id, folder):
     """A picture of the data folder's images/, opened as extraction does; grey without one, or if it
@@ -777,7 +784,7 @@ def picture_of(image_id, folder):
     """
     from extract_features import open_picture
     if folder is None:
-        return Scene(int(image_id)).draw(ZOOM)
+        return Scene(int(image_id)).draw()
     with contextlib.suppress(BadInput):
         for path in files_below(folder / "images", PICTURES):
             if canonical_id(path) == canonical_id(image_id):
@@ -787,78 +794,154 @@ def picture_of(image_id, folder):
 
 def panel(image, boxes, lines, frame="white"):
     """A picture in a frame, with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
-    edge = 1 + max(image.size) // 150
+    edge = 1 + max(image.size) // 100
     for colour, box in boxes.items():
         outside = np.add(box, (-edge, -edge, edge, edge)).tolist()
         ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
-    image = ImageOps.expand(ImageOps.pad(image, (230, 230)), 5, frame)
-    text = "\n".join(textwrap.fill(line, 40) for line in lines)
-    image = ImageOps.expand(image, (5, 5, 5, 30 + 18 * text.count("\n")), "white")
-    ImageDraw.Draw(image).text((10, 250), text, "black", font_size=11)
+    image = ImageOps.expand(ImageOps.pad(image, (190, 190)), 5, frame)
+    text = "\n".join(textwrap.fill(line, 30) for line in lines)
+    image = ImageOps.expand(image, (3, 5, 3, 32 + 17 * text.count("\n")), "white")
+    ImageDraw.Draw(image).text((8, 209), text, "black", font_size=12)
     return image
 
 
 def draw_examples(args, task, predictions):
     """examples.png: the first four right and first four wrong of val, one per image."""
-    panels = {"green": [], "red": []}
+    panels = {"royalblue": [], "darkorange": []}  # right and wrong; told apart by everybody
     shown = set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
-        if args.data is None:
-            boxes = {colour: np.multiply(box, ZOOM) for colour, box in boxes.items()}
-        frame = "green" if right >= 0.5 else "red"
+        frame = "royalblue" if right >= 0.5 else "darkorange"
         image_id = prediction.get("found", item["image_id"])
         if len(panels[frame]) < 4 and image_id not in shown:
             shown.add(image_id)
             panels[frame].append(panel(picture_of(image_id, args.data), boxes,
                 [item["text"], *lines], frame))
-    save_png(args.out / "examples.png", stack(panels["green"] + panels["red"], columns=4))
+    save_png(args.out / "examples.png", stack(sum(panels.values(), []), columns=4))
 
 
 # --- 6. Your own pictures -------------------------------------------------------------------------
 #
 # A model knows the regions of one detector. Another's features can have the same size but another
 # meaning: every answer would be wrong, without an error. So a checkpoint records its detector.
+# A pretrained model can be asked, too: do this text and this picture match?
+
+
+def open_run(run):
+    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward
+    pass leaves a layer's weights (B, H, L, L) in model.bert.layers[l].attention.weights.
+
+    A pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
+    """
+    path = Path(run)
+    if path.is_dir():
+        path /= "checkpoint.pt"
+    saved = load_checkpoint(path, "pretraining", *TASKS)
+    task = TASKS.get(saved["task"], Retrieval)
+    config = SwitchBertConfig(**saved["config"])
+    if saved["task"] == "pretraining":
+        model = SwitchBertForRetrieval.from_pretraining(config, saved["model"])
+    else:
+        model = task.new_model(config, saved["labels"])
+        model.load_state_dict(saved["model"])
+    for layer in model.bert.layers:
+        layer.attention.keep_weights = True
+    return saved, task, WordPiece(saved["vocab"]), model.eval()
+
+
+def read(ids, features, boxes, size):
+    """A model's inputs, B = 1: the ids of a text's pieces, and features (n, F) and boxes (n, 4)
+    in pixels of a picture of size (W, H).
+    """
+    return model_inputs([dict(input_ids=np.array(ids), region_features=features,
+        region_boxes=normalise_boxes(boxes, size))])
 
 
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a finetuned model says of a text and each picture, the surest first.
+    """Print and draw what a model says of each text and picture, the surest first; of that one
+    also what its words attend to and what its switches chose.
 
-    sure: the accuracy or IoU that it expects. Retrieval compares pictures: only the order counts.
+    sure: the accuracy or IoU that the model expects, or the probability of a match. Of
+    finetuned retrieval only the order counts.
     """
-    from extract_features import build_detector, picture_regions  # training needs no torchvision
-    path = args.run / "checkpoint.pt" if args.run.is_dir() else args.run
-    saved = load_checkpoint(path, *TASKS)
-    task = TASKS[saved["task"]]
-    labels = saved.get("labels")
-    store = saved["store"]
-    name = store["detector"]
-    weights = args.weights or {"toy": "runs/world/detector.pt"}.get(name)
-    if name == "vg" and not weights:
-        raise BadInput(f"{path}: trained with the vg detector; give its weights with --weights")
-    detector = build_detector(name, weights)
-    model = task.new_model(SwitchBertConfig(**saved["config"]), labels).eval()
-    model.load_state_dict(saved["model"])
-    ids = np.array(WordPiece(saved["vocab"]).encode(args.text, task.max_tokens))
+    # Here, not above: training needs no torchvision.
+    from extract_features import build_detector, picture_regions, stored_picture
+    saved, task, tokenizer, model = open_run(args.run)
+    about = saved["store"]
+    if not args.store:
+        detector = build_detector(about["detector"], args.weights)
+    texts = [args.text]
+    if args.text.endswith(".txt"):
+        texts = open_text(args.text).read().strip().split("\n")
+    for word in sorted(set(split_words(" ".join(texts)))):
+        if word not in tokenizer.ids:
+            print(f"note: {word!r} is read as {' '.join(tokenizer.split_word(word))}")
     replies = []
     for picture in args.pictures:
-        image, boxes, features, _ = picture_regions(detector, picture, store["num_regions"])
-        if name == "toy" and image.size != (SCENE_PIXELS, SCENE_PIXELS):
+        if args.store:
+            store, row, image = stored_picture(args.store, picture)
+            check_fits(saved, store)
+            features, boxes, size = store[row].values()
+            image = image.resize(size)
+        else:
+            most = about["num_regions"]
+            image, boxes, features, _ = picture_regions(detector, picture, most)
+        # A store of picture files has a precision, also if the toy detector made it.
+        of_scenes = about["detector"] == "toy" and "precision" not in about
+        if of_scenes and image.size != (SCENE_PIXELS, SCENE_PIXELS):
             print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, all this model knows")
-        example = dict(input_ids=ids, region_features=features,
-            region_boxes=normalise_boxes(boxes, image.size))
-        logits, _ = model(**model_inputs([example]))
-        best = (labels or boxes.tolist())[logits.argmax()]  # retrieval has nothing to choose
-        prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
-        lines, found, _ = task.show({"image_id": picture}, prediction)
-        lines = [f"{picture}: {args.text}", *lines, f"sure: {logits.max().sigmoid():.3g}"]
-        replies.append((logits.max(), lines, panel(image, found, lines)))
+        for text in texts:
+            ids = tokenizer.encode(text, task.max_tokens)
+            inputs = read(ids, features, boxes, image.size)
+            logits, _ = model(**inputs)
+            # Retrieval has nothing to choose: any will do.
+            best = (saved["labels"] or boxes.tolist())[logits.argmax()]
+            prediction = dict(answer=best, box=best, found=picture)  # each task shows its own
+            lines, found, _ = task.show({"image_id": picture}, prediction)
+            lines = [f"{picture}: {text}", *lines]
+            if saved["task"] != "retrieval":
+                lines.append(f"sure: {logits.max().sigmoid():.3g}")
+            drawn = panel(image.copy(), found, lines)
+            replies.append((logits.max(), lines, drawn, inputs, image, boxes))
     replies.sort(key=lambda reply: reply[0], reverse=True)
-    for _, lines, _ in replies:
+    for _, lines, *_ in replies:
         print(*lines, sep="\n  ")
-    save_png(args.out, stack([drawn for _, _, drawn in replies], columns=4))
+    panels = [reply[2] for reply in replies]
+    # The last forward pass, whose weights the layers keep, is that of the first reply.
+    _, _, _, inputs, image, boxes = replies[0]
+    _, out = model(**inputs)
+    pieces = [tokenizer.pieces[i] for i in inputs["input_ids"][0]]
+    panels += word_panels(model, pieces, image, boxes, args.layer)
+    depths = [each[0].tolist() for each in out.depths]
+    chosen = {"modes": out.modes[0].tolist(), "depths": depths}
+    switches = switches_picture(chosen, "the first text and picture")
+    save_png(args.out, stack([stack(panels, columns=4), switches]))
     print(args.out)
+
+
+def word_panels(model, pieces, image, boxes, most):
+    """For each word piece that a model has just read the picture, where a region is the
+    brighter the more the piece attends to it: in the mean over heads, in the last of the first
+    `most` layers in which text attends to vision. The largest weight there is full brightness.
+    """
+    for number, part in enumerate(model.bert.layers[:most], 1):
+        weights = part.attention.weights[0].mean(dim=0)  # (L, L)
+        weights = weights[: len(pieces), len(pieces) :]  # (T, 1+R)
+        if number == 1 or weights.any():
+            layer = number
+            shares = weights
+    brightest = shares[:, 1:].max().clamp(min=1e-9)  # 0 where no layer attends to vision
+    panels = []
+    for piece, (whole, *regions) in zip(pieces, shares.tolist()):
+        light = Image.new("L", image.size, 50)
+        for weight, box in sorted(zip(regions, boxes.tolist())):  # the brightest on top
+            brightness = 50 + 205 * weight / brightest
+            ImageDraw.Draw(light).rectangle(box, int(brightness))
+        lit = ImageChops.multiply(image, light.convert("RGB"))
+        panels.append(panel(lit, {}, [f"{piece} (layer {layer})",
+            f"regions {sum(regions):.0%}, whole {whole:.0%}"]))
+    return panels
 
 
 def main(argv):

@@ -355,6 +355,7 @@ class SwitchAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = config.attention_probs_dropout_prob
+        self.keep_weights = False  # True, for pictures: forward leaves them in .weights
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def heads(self, projected):
@@ -368,6 +369,8 @@ class SwitchAttention(nn.Module):
         value = self.heads(self.value(states))
         dropout = self.dropout * self.training
         context = switch_attention(query, key, value, modes, layout, dropout)  # (B, H, L, d)
+        if self.keep_weights:
+            self.weights = attention_weights(query, key, modes, layout)  # (B, H, L, L)
         return self.dense(context.transpose(1, 2).flatten(2))  # (B, L, D)
 
 

@@ -1035,13 +1035,16 @@ def draw_switches(folder):
 
 
 def stack(images, columns=1):
-    """Some PIL images as one, `columns` per row; the largest width and height set the cells."""
+    """Some PIL images as one, `columns` per row: all as wide as the widest, a row as high as its
+    highest.
+    """
+    rows = [images[k : k + columns] for k in range(0, len(images), columns)]
+    heights = [max(image.height for image in row) for row in rows]
     width = max(image.width for image in images)
-    height = max(image.height for image in images)
-    size = width * min(columns, len(images)), height * math.ceil(len(images) / columns)
-    whole = Image.new("RGB", size, "white")
-    for k, image in enumerate(images):
-        whole.paste(image, (k % columns * width, k // columns * height))
+    whole = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
+    for k, row in enumerate(rows):
+        for column, image in enumerate(row):
+            whole.paste(image, (width * column, sum(heights[:k])))
     return whole
 
 

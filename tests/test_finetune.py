@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor
 
 import data
 import extract_features
@@ -202,12 +202,13 @@ def test_referring_counts_boxes_that_overlap_by_half(make):
     assert task.overlaps({"image_id": 99, "box": (0, 0, 5, 5)})[1].tolist() == [0]
 
 
-def test_examples_are_framed_green_or_red_one_per_image(make, tmp_path):
+def test_examples_are_framed_blue_or_orange_one_per_image(make, tmp_path):
     """Of image 3 the first expression is found, of image 4 the only one is not."""
     task, args = make(Refer), SimpleNamespace(out=tmp_path, data=tmp_path)
     finetune.draw_examples(args, task, scored(task, [2, 2, 2, 1])[2])
     picture = Image.open(tmp_path / "examples.png")
-    assert picture.getpixel((7, 7)) == (0, 128, 0) and picture.getpixel((257, 7)) == (255, 0, 0)
+    frames = [picture.getpixel((x, 7)) for x in (5, 211)]
+    assert frames == [ImageColor.getrgb(name) for name in ("royalblue", "darkorange")]
 
 
 def test_examples_are_read_as_extraction_reads_and_never_end_a_run(run, tmp_path, monkeypatch):
@@ -428,7 +429,7 @@ def run(pretrained, store, tokenizer, tmp_path, monkeypatch):
     config, weights = pretrained
     for name, size in (("pretrained.pt", 12), ("other.pt", 2048)):
         torch.save({"format": train.CHECKPOINT_FORMAT, "task": "pretraining", "model": weights,
-            "config": asdict(config), "vocab": tokenizer.pieces,
+            "config": asdict(config), "vocab": tokenizer.pieces, "labels": None,
             "store": {**store.meta, "num_regions": 100, "feature_size": size}}, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "picture_of", lambda *_: Image.new("RGB", (90, 60)))
@@ -452,7 +453,7 @@ def test_a_run_leaves_its_record_and_resumed_gives_the_same(run, kind, store, mo
     assert (record["command"], record["batch"], record["results"]) == (kind.name, 10, results)
     assert found["hard"].keys() == found["soft"].keys() and taus == {None, 0.2}
     assert train.read_metrics(out)[-1]["scores"] == found["hard"]
-    assert Image.open(out / "examples.png").width >= 250
+    assert Image.open(out / "examples.png").width >= 200
     # A resumed run chooses from the answers of its checkpoint, whatever people answer now.
     other = [{**item, "majority": "net"} for item in splits_of(kind, store)["train"]]
     assert run(kind.name, "--resume", train=other) == results
@@ -499,15 +500,28 @@ def test_true_boxes_are_in_a_store_of_their_own_and_the_toy_world_has_none(monke
         finetune.load_task(Refer, finetune.parse_args(["refer", "--boxes", "gt"])[0])
 
 
-@EACH_TASK
-def test_ask_says_of_pictures_what_the_run_said(run, kind, store, monkeypatch, capsys):
-    """A picture's regions are those of the image in the store that has its name."""
+@pytest.fixture
+def asked(run, store, monkeypatch, capsys):
+    """asked(*flags) -> the lines that `ask` prints. A picture's regions are those of the image in
+    the store that has its name.
+    """
     def regions(detector, path, most):
         image = store[store.row(path)]
         return Image.new("RGB", image["size"]), image["boxes"], image["features"], None
 
+    def ask(*flags):
+        capsys.readouterr()
+        finetune.main(["ask", *map(str, flags)])
+        return capsys.readouterr().out.splitlines()
+
     monkeypatch.setattr(extract_features, "build_detector", lambda *_: None)
     monkeypatch.setattr(extract_features, "picture_regions", regions)
+    return ask
+
+
+@EACH_TASK
+def test_ask_says_of_pictures_and_of_rows_of_a_store_what_the_run_said(run, asked, kind, store):
+    """It is sure of an answer or a box; of finetuned retrieval only the order counts."""
     items = splits_of(kind, store)["train"][:10]
     run(kind.name, val=items)
     predictions = read_json(f"{kind.name}/predictions.json")["val"]
@@ -520,16 +534,89 @@ def test_ask_says_of_pictures_what_the_run_said(run, kind, store, monkeypatch, c
         else:  # the surest comes first, whatever the order
             pictures = sorted({other["image_id"] for other in items})
             expected = f"{said['found']}: {item['text']}"
-        capsys.readouterr()
-        finetune.main(["ask", kind.name, item["text"], *pictures])
-        assert expected in capsys.readouterr().out.splitlines()[:2]
+        lines = asked(kind.name, item["text"], *pictures)
+        assert expected in lines[:2]
+        assert any("sure: " in line for line in lines) == (kind is not Retrieval)
+        assert asked(kind.name, item["text"], *pictures, "--store", store.folder) == lines
 
 
-def test_a_model_of_the_vg_detector_answers_only_with_its_weights(monkeypatch):
-    saved = {"task": "vqa", "store": {"detector": "vg"}}
-    monkeypatch.setattr(finetune, "load_checkpoint", lambda *_: saved)
-    with pytest.raises(BadInput, match="trained with the vg detector; give its weights with --w"):
-        finetune.main(["ask", "runs/vqa", "what ?", "a.png"])
+def test_a_pretrained_checkpoint_matches_texts_of_a_file_with_pictures(asked, pretrained, store,
+        tokenizer):
+    """As zero-shot retrieval does: the log odds of a match, here as a probability."""
+    texts = ["a small red star", "left of the ring", "a large blue circle", "a ring"]
+    Path("texts.txt").write_text("\n".join(texts) + "\n")
+    pictures = [*"12345"]
+    model = SwitchBertForRetrieval.from_pretraining(*pretrained)
+    scores = train.match_scores(model, store, tokenizer, texts, pictures).sigmoid()
+    lines = asked("pretrained.pt", "texts.txt", *pictures)
+    said = {line: float(sure.split()[1]) for line, sure in zip(lines[:-1:2], lines[1::2])}
+    assert [*said.values()] == sorted(said.values(), reverse=True) and len(said) == 20
+    for text, row in zip(texts, scores.tolist()):
+        for picture, score in zip(pictures, row):
+            assert said[f"{picture}: {text}"] == pytest.approx(score, rel=6e-3)
+
+
+def test_words_that_the_vocabulary_lacks_are_named(asked):
+    lines = asked("pretrained.pt", "a Ring, a red table", "3")
+    assert lines[:2] == ["note: ',' is read as [UNK]", "note: 'table' is read as t ##a ##b ##l ##e"]
+    assert lines[2] == "3: a Ring, a red table"
+
+
+def test_a_store_that_does_not_fit_or_lacks_the_image_is_refused(asked, store):
+    with pytest.raises(BadInput, match="feature_size is 12, .* trained with 2048"):
+        asked("other.pt", "a", "3", "--store", store.folder)
+    with pytest.raises(BadInput, match="no features of an image '77'"):
+        asked("pretrained.pt", "a", "77", "--store", store.folder)
+
+
+@pytest.mark.parametrize("about, notes", [({"detector": "toy"}, 1), ({"detector": "vg"}, 0),
+    ({"detector": "toy", "precision": "fp32"}, 0)])  # the toy detector's, but of picture files
+def test_only_a_model_of_scenes_says_that_a_picture_is_none(asked, about, notes):
+    saved = torch.load("pretrained.pt")
+    torch.save({**saved, "store": {"num_regions": 5, **about}}, "asked.pt")
+    assert sum("is no scene" in line for line in asked("asked.pt", "a", "3")) == notes
+
+
+def test_a_region_is_as_bright_as_its_share_in_the_last_layer_that_looks_at_vision():
+    """Two words, the whole picture and two regions; weights are the mean of two heads, of which
+    only one reads the first word."""
+    boxes, pieces = np.float32([[0, 0, 49, 99], [50, 0, 99, 99]]), ["a", "b"]
+
+    def layer(*looks):
+        weights = torch.zeros(1, 2, 5, 5)
+        weights[0, :, :2, 2:] = torch.tensor(looks) * torch.tensor([[0.0, 1], [2, 1]])[..., None]
+        weights[0, :, 2:, 2:] = 1.0  # vision's own weights are not drawn
+        return SimpleNamespace(attention=SimpleNamespace(weights=weights))
+
+    def drawn(*layers, most=None):
+        model = SimpleNamespace(bert=SimpleNamespace(layers=layers))
+        white = Image.new("RGB", (100, 100), "white")
+        panels = finetune.word_panels(model, pieces, white, boxes, most)
+        return [[p.getpixel((x, 100))[0] for x in (50, 150)] for p in panels]
+
+    first = layer([0.1, 0.2, 0.4], [0.0, 0.8, 0.0])
+    second = layer([0.9, 0.0, 0.1], [0.0, 0.0, 0.05])
+    blind = layer([0.0] * 3, [0.0] * 3)
+    assert drawn(first) == [[101, 152], [255, 50]]
+    assert drawn(first, second, blind) == drawn(second) == [[50, 255], [50, 152]]
+    assert drawn(first, second, most=1) == drawn(first)
+    assert drawn(blind) == [[50, 50], [50, 50]]
+
+
+def test_the_answer_shows_words_and_what_the_switches_chose(asked):
+    """The picture, [CLS] a red ring [SEP], and two layers: two rows of panels, one of switches."""
+    asked("pretrained.pt", "a red ring", "3", "--layer", 1)
+    picture = Image.open("answer.png")
+    switches = train.switches_picture({"modes": [[[1, 0, 0]] * 2] * 2,
+        "depths": [[[1]] * 2, [[1, 0]] * 2]}, "")
+    assert picture.width == switches.width and picture.height > 2 * 230 + switches.height
+
+
+def test_a_model_of_the_vg_detector_answers_only_with_its_weights(run):
+    saved = torch.load("pretrained.pt")
+    torch.save({**saved, "store": {**saved["store"], "detector": "vg"}}, "vg.pt")
+    with pytest.raises(BadInput, match="detector.pt: not the weights of the vg detector"):
+        finetune.main(["ask", "vg.pt", "what ?", "a.png"])
 
 
 @EACH_TASK

@@ -2,12 +2,16 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import finetune
 import train
+from extract_features import build_detector
+from switchbert import SwitchBertConfig, SwitchBertForPretraining
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +50,29 @@ def test_commands_of_the_readme_are_understood(line):
 def test_finetuning_commands_of_the_readme_are_understood(line):
     words = shlex.split(line)[2:]
     finetune.parse_args([word for word in words if word != "--resume"])
+
+
+def test_the_lines_for_a_notebook_give_features_states_and_attention(
+        tokenizer, tmp_path, monkeypatch):
+    """On an untrained detector and model, in the places that the README names."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/world", "runs/pretrain"):
+        Path(folder).mkdir(parents=True)
+    Path("assets").symlink_to(ROOT / "assets")
+    config = SwitchBertConfig.tiny(vocab_size=len(tokenizer), region_feature_size=128)
+    torch.save(build_detector("toy").state_dict(), "runs/world/detector.pt")
+    torch.save({"format": train.CHECKPOINT_FORMAT, "task": "pretraining", "labels": None,
+        "config": asdict(config), "vocab": tokenizer.pieces,
+        "model": SwitchBertForPretraining(config).state_dict()}, "runs/pretrain/checkpoint.pt")
+    snippet, = (code for code in re.findall("```python\n(.*?)```", README, flags=re.S)
+        if "attention.weights" in code)
+    names = {}
+    exec(snippet, names)
+    length, regions = len(names["ids"]), len(names["features"])
+    assert names["features"].shape == (regions, 128) and names["score"].shape == (1,)
+    assert names["out"].text_states.shape == (1, length, 16)
+    assert names["out"].region_states.shape == (1, regions, 16)
+    assert names["weights"].shape == (1, 2, length + 1 + regions, length + 1 + regions)
 
 
 @pytest.mark.parametrize("path", re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", README))

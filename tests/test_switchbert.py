@@ -111,6 +111,27 @@ def test_a_soft_switch_that_is_all_but_hard_has_bounded_gradients(share, ahead):
         assert gradient.isfinite().all() and gradient.abs().max() < 1e18
 
 
+@pytest.mark.parametrize("switches", ["learned", "IX"])
+def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switches):
+    """Padding has none, nor what a mode does not see: in IX text no vision, vision no vision. They
+    are kept in layers that are asked for.
+    """
+    model = SwitchBert(SwitchBertConfig.tiny(switches=switches)).eval()
+    attention = model.layers[1].attention
+    attention.keep_weights = True
+    seen = {}
+    attention.value.register_forward_hook(lambda *call: seen.update(value=call[2]))
+    attention.dense.register_forward_hook(lambda *call: seen.update(context=call[1][0]))
+    model(**inputs)
+    weights = attention.weights  # (B, H, L, L)
+    averages = weights @ attention.heads(seen["value"])
+    close(averages.transpose(1, 2).flatten(2), seen["context"])
+    close(weights.sum(-1), torch.ones(3, 2, 10))
+    assert not weights[1, :, :, 3:5].any() and not weights[1, :, :, 8:].any()
+    assert weights[..., 5:].any() == (switches == "learned")
+    assert not hasattr(model.layers[0].attention, "weights")
+
+
 def test_dropout_reaches_attention_weights_and_both_residual_branches():
     """At rate 1 nothing is left of what is dropped."""
     states, modes = torch.randn(2, 6, 16), torch.ones(2, 2, 3) / 3

@@ -624,6 +624,16 @@ def test_the_picture_shows_each_share_as_a_length_and_as_a_shade():
     assert {(204, 204, 204), (51, 51, 51)} <= {*map(tuple, pixels.reshape(-1, 3).tolist())}
 
 
+def test_pictures_are_stacked_in_rows_as_high_as_their_highest():
+    """A row of a high and a low one, a row of a low one: no gap is left for a second high one."""
+    red = Image.new("RGB", (5, 9), "red")
+    blue = Image.new("RGB", (5, 4), "blue")
+    pixels = np.asarray(train.stack([red, blue, blue], columns=2))
+    assert pixels.shape == (13, 10, 3)
+    assert pixels[8, 4].tolist() == [255, 0, 0] and pixels[8, 5].tolist() == [255] * 3
+    assert pixels[3, 5].tolist() == pixels[9, 0].tolist() == [0, 0, 255]
+
+
 def test_show_draws_the_end_of_a_run_and_the_start_of_a_finetuned_one(tmp_path):
     shares, heights = {"modes": [[[1, 0, 0], [0, 0, 1]]], "depths": [[[1.0], [1.0]]]}, []
     for steps in ((5, 10), (0, 15)):
