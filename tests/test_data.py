@@ -5,6 +5,7 @@ import base64
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -153,13 +154,14 @@ def test_only_a_lock_that_is_held_means_a_second_run(tmp_path, monkeypatch, caps
 
 def test_off_a_terminal_progress_is_a_line_a_minute():
     """And nothing of what takes less. Here a minute is a tenth of a second."""
-    code = ("import data, time; once = lambda: time.sleep(0.15); "
-        "[once() for _ in data.progress(range(3), 'short')]; "
-        "m = dict(delay=0.1, mininterval=0.1, maxinterval=0.1); "
-        "[once() for _ in data.progress(range(4), 'long', **m)]")
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(data.__file__)})
-    assert "short" not in end.stderr and re.search(r"long: +\d+%.*3/4 \[.*it/s", end.stderr)
+    log = io.StringIO()
+    for _ in data.progress(range(3), "short", file=log):
+        time.sleep(0.05)
+    assert log.getvalue() == ""
+    minute = dict(delay=0.1, mininterval=0.1, maxinterval=0.1)
+    for _ in data.progress(range(4), "long", file=log, **minute):
+        time.sleep(0.12)
+    assert re.search(r"long: +75%.*3/4 \[.*it/s\].*\n$", log.getvalue(), re.S)
 
 
 START = """
@@ -172,7 +174,7 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("event, status, words", [("sys.exit(7)", 7, ""),
+@pytest.mark.parametrize("event, status, words", [pytest.param("sys.exit(7)", 7, "", marks=pytest.mark.slow),
     ("os.kill(os.getpid(), 9)", 1, "error: a process was ended by signal 9; .*--resume\n"),
     ("time.sleep(1); os.kill(os.getppid(), 15); time.sleep(60)", 130, "")])
 def test_a_process_that_fails_and_sigterm_end_all_processes(event, status, words):

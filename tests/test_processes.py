@@ -102,14 +102,23 @@ def assert_alike(out, expected):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start, tmp_path_factory):
+def begun(start, tmp_path_factory):
+    """(a run that nothing will disturb, its folder): it has just begun."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(out, "--accum", 6))
+    return start(out, "--accum", 6), out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(begun):
+    """The folder of that run, which has ended."""
+    process, out = begun
+    finish(process)
     return out
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=SLOW)])
-def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, tmp_path, sign):
+def test_a_run_that_was_stopped_resumes_to_the_same_weights(
+        start, begun, request, tmp_path, sign):
     """Bit for bit. Killed where it stands; Ctrl-C lets it save first."""
     process = start(tmp_path / "run", "--accum", 6)
     wait_for(tmp_path / "run" / "metrics.jsonl", '{"step": 6')
@@ -117,6 +126,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_weights(start, undisturbed, 
     finish(process, -9 if sign == signal.SIGKILL else 130)
     said = finish(start(tmp_path / "run", "--accum", 6, "--resume"))
     assert "resuming after step 4" in said or sign == signal.SIGINT
+    undisturbed = request.getfixturevalue("undisturbed")
     torch.testing.assert_close(weights(tmp_path / "run"), weights(undisturbed), rtol=0, atol=0)
     assert metrics(tmp_path / "run", "scores") == metrics(undisturbed, "scores")
 
@@ -147,9 +157,8 @@ TWO = ["--gpus", 2, "--accum", 3]
 
 
 @pytest.mark.parametrize("whom, sign, flags", [
-    (group, signal.SIGTERM, ["--workers", 1]), (one, signal.SIGTERM, [*TWO, "--workers", 1]),
-    *(pytest.param(*case, marks=SLOW) for case in (
-        (group, signal.SIGINT, ["--workers", 2]), (one, signal.SIGINT, ["--workers", 1]),
+    (group, signal.SIGTERM, ["--workers", 1]), *(pytest.param(*case, marks=SLOW) for case in (
+        (one, signal.SIGTERM, [*TWO, "--workers", 1]), (group, signal.SIGINT, ["--workers", 2]), (one, signal.SIGINT, ["--workers", 1]),
         (one, signal.SIGTERM, []), (group, signal.SIGINT, []), (group, signal.SIGTERM, TWO),
         (group, signal.SIGINT, [*TWO, "--workers", 1]), (one, signal.SIGTERM, TWO),
         (one, signal.SIGINT, TWO), (rank, signal.SIGTERM, [*TWO, "--workers", 1]),
