@@ -158,7 +158,8 @@ TWO = ["--gpus", 2, "--accum", 3]
 
 @pytest.mark.parametrize("whom, sign, flags", [
     (group, signal.SIGTERM, ["--workers", 1]), *(pytest.param(*case, marks=SLOW) for case in (
-        (one, signal.SIGTERM, [*TWO, "--workers", 1]), (group, signal.SIGINT, ["--workers", 2]), (one, signal.SIGINT, ["--workers", 1]),
+        (one, signal.SIGTERM, [*TWO, "--workers", 1]), (group, signal.SIGINT, ["--workers", 2]),
+        (one, signal.SIGINT, ["--workers", 1]),
         (one, signal.SIGTERM, []), (group, signal.SIGINT, []), (group, signal.SIGTERM, TWO),
         (group, signal.SIGINT, [*TWO, "--workers", 1]), (one, signal.SIGTERM, TWO),
         (one, signal.SIGINT, TWO), (rank, signal.SIGTERM, [*TWO, "--workers", 1]),
