@@ -562,6 +562,8 @@ def test_layers_compile_to_one_graph_for_all_lengths_and_temperatures(config, in
     model, compiled = (SwitchBert(replace(config, num_hidden_layers=6)) for _ in range(2))
     compiled.load_state_dict(model.state_dict())
     train.compile_layers(SimpleNamespace(bert=compiled))
+    torch._dynamo.reset()  # of what other tests have compiled
+    torch._dynamo.utils.counters.clear()
     graphs = torch._dynamo.utils.counters["stats"]
 
     def run(pairs, length, temperature):
