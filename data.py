@@ -88,9 +88,9 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # A progress bar of the first process: how far, how fast, and how long still. Where nobody watches a
 # terminal, it is a line a minute in the log.
-seldom = 0 if sys.stderr.isatty() else 60  # seconds
-progress = functools.partial(tqdm, leave=seldom > 0, disable=RANK > 0, delay=seldom,
-    mininterval=seldom or 0.1, maxinterval=seldom or 10)
+pause = 0 if sys.stderr.isatty() else 60  # seconds
+progress = functools.partial(tqdm, leave=pause > 0, disable=RANK > 0, delay=pause,
+    mininterval=pause or 0.1, maxinterval=pause or 10)
 # What asks a script to stop. A closed terminal, SIGHUP, does not. But where it closes on a torchrun
 # that you have started, that passes the signal on, and ends its processes half a minute later.
 STOPS = [signal.SIGTERM, signal.SIGINT]
