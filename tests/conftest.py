@@ -1,11 +1,20 @@
-"""Shared by all tests: one thread, a fixed seed, a tiny model, a tiny store."""
+"""Shared by all tests: the CPU, one thread, a fixed seed, a tiny model, a tiny store."""
 
-import numpy as np
-import pytest
-import torch
+import os
 
-from data import FeatureStore, WordPiece, build_vocab
-from switchbert import SwitchBertConfig
+# Tests compute on the CPU, also on a machine with a GPU, and so do the programs that they start:
+# what they compare with is exact there. test_processes.py has one test of the accelerator.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.accelerator.is_available = lambda: False  # nor on Apple's GPU
+torch._C._mps_is_available = lambda: False
+
+from data import FeatureStore, WordPiece, build_vocab  # noqa: E402
+from switchbert import SwitchBertConfig  # noqa: E402
 
 # Two threads on tensors this small, beside one busy process, are many times slower than one.
 torch.set_num_threads(1)

@@ -8,10 +8,14 @@ come from; --gpus starts this same command again, so the replacement holds in ev
 """
 
 import functools
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if "ON_ACCELERATOR" not in os.environ:
+    import conftest  # noqa: F401  asks for the CPU
 
 import finetune  # noqa: E402
 import train  # noqa: E402

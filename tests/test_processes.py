@@ -139,6 +139,22 @@ def test_two_processes_train_like_one(start, undisturbed, tmp_path):
     assert_alike(tmp_path, undisturbed)
 
 
+@SLOW
+def test_an_accelerator_trains_like_the_cpu(start, undisturbed, tmp_path, monkeypatch):
+    """A real run on whatever GPU there is, in the precision that is its default."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("ON_ACCELERATOR", "yes")
+    found = subprocess.run([sys.executable, "-c", "import torch; print(torch.accelerator."
+        "current_accelerator() if torch.accelerator.is_available() else 'cpu')"],
+        capture_output=True, text=True, check=True).stdout.strip()
+    if found == "cpu":
+        pytest.skip("this machine has no accelerator")
+    assert f"on {found.split(':')[0]}" in finish(start(tmp_path, "--accum", 6))
+    expected, *_ = metrics(undisturbed, "scores")
+    on_gpu, *_ = metrics(tmp_path, "scores")
+    assert on_gpu["losses"] == pytest.approx(expected["losses"], rel=0.2)
+
+
 def one(process, sign):
     process.send_signal(sign)
 
