@@ -14,8 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-if "ON_ACCELERATOR" not in os.environ:
-    import conftest  # noqa: F401  asks for the CPU
+import torch  # noqa: E402
+
+if "ON_ACCELERATOR" not in os.environ:  # as conftest.py
+    torch.accelerator.is_available = lambda: False
+    torch._C._mps_is_available = lambda: False
 
 import finetune  # noqa: E402
 import train  # noqa: E402

@@ -205,7 +205,8 @@ def test_what_a_kill_leaves_behind_ends_by_itself(start, tmp_path, flags):
     wait_for_end(children, seconds=30)
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param([*TWO, "--workers", 1], marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("flags", [[], [*TWO, "--workers", 1]])
 def test_a_run_outlives_its_terminal(start, tmp_path, flags):
     """The terminal closes: its shell ends, the run hears SIGHUP, and nothing can be printed."""
     def begin(command):
