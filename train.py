@@ -325,7 +325,7 @@ LOOK_EVERY = 10  # steps, after which a run asks itself: has it diverged, should
 
 
 def fit(args, task, checkpoint=None):
-    """Train a task; for args and checkpoint see parse_settings. Returns the scores of the last
+    """Train a task; for args and checkpoint see fill_settings. Returns the scores of the last
     evaluation, or None if it was asked to stop. Raises BadInput if training diverges.
     """
     # 1. The model, AdamW, and the state of an earlier run.
