@@ -74,10 +74,18 @@ from torch.utils.checkpoint import checkpoint
 
 # Names and indices that code, metrics and pictures share.
 MODALITIES = ("text", "vision")
-TEXT, VISION = 0, 1
-MODES = ("intra", "inter", "joint")  # own modality, the other one, both
-INTRA, INTER, JOINT = 0, 1, 2
-MISMATCH, MATCH = 0, 1  # classes of image-text matching. In ViLBERT and VOLTA 0 means match.
+TEXT, VISION = range(2)
+MISMATCH, MATCH = range(2)  # classes of image-text matching; in ViLBERT and VOLTA 0 means match
+# The modes of attention, and what a query sees in each (1) or not (0): of its own modality and
+# of the other one, the first token, which is [CLS] or the global region, and the rest. No mode
+# here tells them apart; one that you add, as a row, may do so.
+#           own first, own rest, other first, other rest
+MODES = {
+    "intra": (1, 1, 0, 0),
+    "inter": (0, 0, 1, 1),
+    "joint": (1, 1, 1, 1),
+}
+INTRA, INTER, JOINT = range(3)
 
 # --- 1. Configuration -----------------------------------------------------------------------------
 # Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model
@@ -130,10 +138,12 @@ class SwitchBertConfig:
     switches: str = "learned"  # or "attention", "input"; or frozen: "single", "II,XX", ...
 
     def __post_init__(self):
-        path = rf"([IXJ]{{2}},){{0,{self.num_hidden_layers - 1}}}[IXJ]{{2}}"
-        if self.switches not in (*LEARNED, *FROZEN) and not re.fullmatch(path, self.switches):
-            raise ValueError(f"switches={self.switches!r}: expected one of "
-                f"{', '.join((*LEARNED, *FROZEN))}, or two letters of I, X, J for each of at most "
+        names = LEARNED + tuple(FROZEN)
+        pair = f"[{LETTERS}]{{2}}"
+        path = f"{pair}(,{pair}){{0,{self.num_hidden_layers - 1}}}"
+        if self.switches not in names and not re.fullmatch(path, self.switches):
+            raise ValueError(f"switches={self.switches!r}: expected one of {', '.join(names)}, "
+                f"or two letters of {', '.join(LETTERS)} for each of at most "
                 f"{self.num_hidden_layers} layers, as in II,XX")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
@@ -196,7 +206,8 @@ def switch(logits, temperature, training, start=0.0):
     """
     if temperature is None:
         odds = logits / FINAL_TEMPERATURE + start
-        return F.one_hot(odds.argmax(dim=-1), odds.shape[-1]).to(odds.dtype)
+        best = odds.argmax(dim=-1)
+        return F.one_hot(best, odds.shape[-1]).to(odds.dtype)
     if training:
         # -log(E) of an exponential variable E is Gumbel(0, 1):
         # P(-log(E) < x) = P(E > e^-x) = exp(-e^-x). On Apple's GPUs a draw can be 0.
@@ -227,18 +238,19 @@ class Gate(nn.Module):
 
     def forward(self, states, averages, temperature):
         with full_precision(states):  # gates are tiny and steer everything
-            summary = (averages @ states.float()).flatten(1)  # (B, 2D)
-            logits = self.linear(summary).view(-1, 2, len(self.start))  # (B, 2, M)
+            means = averages @ states.float()  # (B, 2, D)
+            logits = self.linear(means.flatten(1))  # (B, 2M)
+            logits = logits.unflatten(-1, (2, -1))  # (B, 2, M)
         return switch(logits, temperature, self.training, self.start)
 
 
 # --- 3. Switch-Attention --------------------------------------------------------------------------
 # Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among
-# three modes, separately for text and vision queries:
+# three modes, separately for text and vision queries. They are the rows of MODES:
 #
 #     intra   the query's own modality       inter   the other one       joint   all tokens
 #
-# Its switch g = (g_intra, g_inter, g_joint) says how open a key is to a query, by adding up the
+# A switch g = (g_intra, g_inter, g_joint) says how open a key is to a query. It adds up the
 # modes that let the query see it:
 #
 #     open(q, k)  =  sum over modes m of  g_m [mode m lets q see k]
@@ -257,9 +269,9 @@ class Gate(nn.Module):
 # softmaxes by g instead was measured, and is no better.)
 #
 # Because open e^s = e^(s + log open), a factor on a weight is a bias on its score. So this is
-# plain attention with a bias, for which torch has one fused operation. The bias has four
-# values per pair, one for each cell of the table; the Layout spreads them over the L x L
-# pairs of tokens.
+# plain attention with a bias, for which torch has one fused operation. The bias has few values
+# per pair: one for a query's modality and a key's group, which is [CLS], the other words, the
+# global region, or the other regions. The Layout spreads them over the L x L pairs of tokens.
 
 # The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so the
 # key has weight 0, however high its score. It is not -inf, which turns into NaN where it meets
@@ -267,24 +279,40 @@ class Gate(nn.Module):
 CLOSED = -1e30
 
 
-class Layout(NamedTuple):
-    """What masks alone say about the sequence [text | vision], and the table of modes."""
+def sees_of(modes):
+    """What text and vision queries see in each mode: (2, M, 4), a key's group last.
 
-    member: Tensor  # (L, 2): the modality of each token, one-hot
+    modes: rows as those of MODES, which begin with the query's own modality. So for vision, whose
+    own groups are the last two, the halves of a row change places.
+    """
+    for_text = torch.tensor([*modes.values()], dtype=torch.float32)  # (M, 4)
+    for_vision = for_text.roll(2, dims=1)
+    return torch.stack([for_text, for_vision])  # (2, M, 4)
+
+
+SEES = sees_of(MODES)
+
+
+class Layout(NamedTuple):
+    """What masks alone say about the sequence [text | vision], and what a mode lets it see."""
+
+    modality: Tensor  # (L, 2): of each token, TEXT or VISION, one-hot
+    group: Tensor  # (L, 4): of each token, [CLS], word, global region or region, one-hot
     averages: Tensor  # (B, 2, L): rows that average the real tokens of TEXT and of VISION
     padding: Tensor  # (B, 1, L): 0 for a real key, CLOSED for padding
-    sees: Tensor  # (2, 3, 2): 1 where a query's modality sees, in a mode, a key's modality
+    sees: Tensor  # (2, M, 4): see sees_of
 
 
-def layout_of(mask, num_text):
+def layout_of(mask, num_text, sees=SEES):
     """The Layout of a mask (B, L), 1 = real, whose first num_text tokens are text."""
-    is_vision = torch.arange(mask.shape[1], device=mask.device) >= num_text  # (L,)
-    member = F.one_hot(is_vision.long(), 2).float()  # (L, 2)
-    averages = averaging(member.T * mask[:, None])  # (B, 2, L)
+    position = torch.arange(mask.shape[1], device=mask.device)  # (L,)
+    is_vision = (position >= num_text).long()
+    is_first = (position == 0) | (position == num_text)
+    modality = F.one_hot(is_vision, 2).float()  # (L, 2)
+    group = F.one_hot(2 * is_vision + ~is_first, 4).float()  # (L, 4)
+    averages = averaging(modality.T * mask[:, None])  # (B, 2, L)
     padding = CLOSED * (mask[:, None] == 0)  # (B, 1, L)
-    own = torch.eye(2, device=mask.device)  # what INTRA lets text and vision see
-    sees = torch.stack([own, 1 - own, torch.ones_like(own)], dim=1)  # in the order of MODES
-    return Layout(member, averages, padding, sees)
+    return Layout(modality, group, averages, padding, sees)
 
 
 def averaging(mask):
@@ -298,30 +326,32 @@ def averaging(mask):
 
 
 def open_to(modes, layout):
-    """How open text and vision keys are to text and vision queries: (B, 2, 3) -> (B, 2, 2).
+    """How open a key of each group is to text and vision queries: (B, 2, M) -> (B, 2, 4).
 
     >>> layout = layout_of(torch.ones(1, 2), num_text=1)
     >>> open_to(torch.tensor([[[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]]), layout)  # vision is joint
-    tensor([[[0.5000, 0.8000],
-             [1.0000, 1.0000]]])
+    tensor([[[0.5000, 0.5000, 0.8000, 0.8000],
+             [1.0000, 1.0000, 1.0000, 1.0000]]])
     """
-    return (modes[..., None] * layout.sees).sum(dim=2)  # (B, 2, 3, 1) x (2, 3, 2), over modes
+    seen = modes.unsqueeze(-1) * layout.sees  # (B, 2, M, 1) x (2, M, 4)
+    return seen.sum(dim=2)  # over modes
 
 
 def switch_bias(modes, layout):
-    """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, 3) -> (B, L, L)"""
-    opened = open_to(modes, layout)  # (B, 2, 2)
-    # The clamp keeps the gradient of the logarithm, 1 / open, finite.
-    bias = opened.clamp(min=1e-18).log().masked_fill(opened == 0, CLOSED)  # (B, 2, 2)
+    """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, M) -> (B, L, L)"""
+    opened = open_to(modes, layout)  # (B, 2, 4)
+    logarithm = opened.clamp(min=1e-18).log()  # the clamp keeps its gradient, 1 / open, finite
+    bias = logarithm.masked_fill(opened == 0, CLOSED)  # (B, 2, 4)
     with full_precision(modes):
-        return layout.member @ bias @ layout.member.T + layout.padding  # (B, L, L)
+        spread = layout.modality @ bias @ layout.group.T  # (L, 2) (B, 2, 4) (4, L)
+        return spread + layout.padding  # (B, L, L)
 
 
 def switch_attention(query, key, value, modes, layout, dropout=0.0):
     """Attention of every token, each modality in its own modes: (B, H, L, d). [abstract]
 
-    query, key, value (B, H, L, d); modes (B, 2, 3), rows TEXT and VISION, columns INTRA,
-    INTER, JOINT; dropout: the share of attention weights that is dropped.
+    query, key, value (B, H, L, d); modes (B, 2, M), rows TEXT and VISION, columns as MODES;
+    dropout: the share of attention weights that is dropped.
 
     A word and a region with equal scores and the values 1 and 0. The word's switch is that of
     open_to's example: .5 e^0 / (.5 e^0 + .8 e^0) = .3846. The region attends jointly: .5.
@@ -332,8 +362,9 @@ def switch_attention(query, key, value, modes, layout, dropout=0.0):
     >>> switch_attention(query, key, value, modes, layout).flatten()
     tensor([0.3846, 0.5000])
     """
-    bias = switch_bias(modes, layout).to(query.dtype)  # as the fused operation wants it
-    return F.scaled_dot_product_attention(query, key, value, bias.unsqueeze(1), dropout)
+    bias = switch_bias(modes, layout).unsqueeze(1)  # (B, 1, L, L): the same for all heads
+    bias = bias.to(query.dtype)  # as the fused operation wants it
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout)
 
 
 def attention_weights(query, key, modes, layout):
@@ -341,8 +372,10 @@ def attention_weights(query, key, modes, layout):
 
     For tests and pictures. The fused operation computes the same, but does not keep them.
     """
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, H, L, L)
-    return (scores + switch_bias(modes, layout).unsqueeze(1)).softmax(dim=-1)
+    head_size = query.shape[-1]
+    scores = query @ key.transpose(-1, -2) / math.sqrt(head_size)  # (B, H, L, L)
+    bias = switch_bias(modes, layout).unsqueeze(1)  # (B, 1, L, L)
+    return (scores + bias).softmax(dim=-1)
 
 
 class SwitchAttention(nn.Module):
@@ -363,7 +396,7 @@ class SwitchAttention(nn.Module):
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, states, modes, layout):
-        """states (B, L, D), modes (B, 2, 3) -> (B, L, D)"""
+        """states (B, L, D), modes (B, 2, M) -> (B, L, D)"""
         query = self.heads(self.query(states))
         key = self.heads(self.key(states))
         value = self.heads(self.value(states))
@@ -396,10 +429,19 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature:
-        # it has weight e^5 / (e^5 + l), .99 to .93 in twelve layers. So training begins as
-        # the ordinary stack and departs from it where that pays. With a start of 3, gates
-        # soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
+        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature.
+        # So training begins as the ordinary stack and departs from it where that pays. With a
+        # start of 3, gates soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
+        #
+        # Without noise the newest depth then weighs e^5 / (e^5 + l): .99 to .93 in twelve
+        # layers. In training the noise counts, too. It is divided by tau and the start is
+        # not: so the start is worth 5 tau logits, 25 at first and 1 in the end. A gate that
+        # has learned nothing gives the newest depth, on average,
+        #
+        #     among    tau 5    tau 2    tau 1    tau .5    tau .2
+        #     2        .99      .99      .97      .90       .73
+        #     4        .98      .97      .92      .76       .47
+        #     12       .93      .90      .78      .47       .20
         self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
 
     def forward(self, depths, layout, temperature):
@@ -407,7 +449,7 @@ class SwitchInput(nn.Module):
         newest = depths[-1]
         weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
         with full_precision(newest):
-            shares = layout.member @ weights  # (B, L, l+1): each token, that of its modality
+            shares = layout.modality @ weights  # (B, L, l+1): each token, that of its modality
         # The backward pass needs the stack again. To keep those of twelve layers would take
         # 15 MB per pair, where all the rest takes 64: checkpoint stacks the depths anew.
         mixed = checkpoint(mixture, shares.to(newest.dtype), *depths, use_reentrant=False,
@@ -425,9 +467,9 @@ class SwitchBertLayer(nn.Module):
         learns_depths = config.switches in ("learned", "input") and layer > 0
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
-        self.mode_gate = Gate(config.hidden_size, 3) if learns_modes else None
+        self.mode_gate = Gate(config.hidden_size, len(MODES)) if learns_modes else None
         frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
-        constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, 3)
+        constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -438,7 +480,7 @@ class SwitchBertLayer(nn.Module):
 
     def forward(self, depths, layout, temperature):
         """The states (B, L, D) of depths 0..l, the newest last -> those of depth l+1, the
-        modes (B, 2, 3) and the weights of the depths (B, 2, l+1).
+        modes (B, 2, M) and the weights of the depths (B, 2, l+1).
         """
         if self.switch_input:
             states, depth_weights = self.switch_input(depths, layout, temperature)
@@ -447,16 +489,17 @@ class SwitchBertLayer(nn.Module):
             shape = (len(states), 2, len(depths))
             depth_weights = states.new_zeros(shape, dtype=torch.float32)
             depth_weights[..., -1] = 1
-        return *self.block(states, layout, temperature), depth_weights
+        states, modes = self.block(states, layout, temperature)
+        return states, modes, depth_weights
 
     def block(self, states, layout, temperature):
-        """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, 3). `train.py
+        """All that follows Switch-Input: (B, L, D) -> (B, L, D), modes (B, 2, M). `train.py
         --compile` compiles it.
         """
         if self.mode_gate:
             modes = self.mode_gate(states, layout.averages, temperature)
         else:
-            modes = self.constant_modes.expand(len(states), 2, 3)
+            modes = self.constant_modes.expand(len(states), -1, -1)
         attended = self.attention(states, modes, layout)
         states = self.attention_norm(states + self.dropout(attended))
         processed = self.output(F.gelu(self.intermediate(states)))
@@ -502,7 +545,7 @@ class RegionEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         # The box of the global region, the whole picture. A buffer moves with the model; a
-        # tensor made from a list in `forward` would make the GPU wait in every step.
+        # tensor made from a list in `forward` would make a GPU wait in every step.
         self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
@@ -514,9 +557,11 @@ class RegionEmbeddings(nn.Module):
         # The global region [A7: VOLTA's] is a mean that does not leak a masked region.
         mean = averaging(visible)[:, None] @ features  # (B, 1, F)
         whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
-        content = self.feature_norm(self.feature(torch.cat([mean, features], dim=1)))
-        place = self.box_norm(self.box(2 * torch.cat([whole, region_boxes], dim=1) - 1))
-        return self.dropout(self.norm(content + place))  # (B, 1+R, D)
+        features = torch.cat([mean, features], dim=1)  # (B, 1+R, F)
+        boxes = torch.cat([whole, region_boxes], dim=1)  # (B, 1+R, 5)
+        content = self.feature_norm(self.feature(features))  # (B, 1+R, D)
+        position = self.box_norm(self.box(2 * boxes - 1))
+        return self.dropout(self.norm(content + position))  # (B, 1+R, D)
 
 
 class Pooler(nn.Module):
@@ -528,7 +573,9 @@ class Pooler(nn.Module):
         self.vision = nn.Linear(config.hidden_size, config.pooler_size)
 
     def forward(self, cls_state, global_state):
-        return F.relu(self.text(cls_state)) * F.relu(self.vision(global_state))
+        text = F.relu(self.text(cls_state))  # (B, P)
+        vision = F.relu(self.vision(global_state))
+        return text * vision
 
 
 # --- 6. The encoder -------------------------------------------------------------------------------
@@ -543,7 +590,7 @@ class SwitchBertOutput:
     text_states: Tensor  # (B, T, D)
     region_states: Tensor  # (B, R, D), without the global region
     pooled: Tensor  # (B, P)
-    modes: Tensor  # (B, layers, 2, 3): weights of INTRA, INTER, JOINT, for TEXT and VISION
+    modes: Tensor  # (B, layers, 2, M): weights of INTRA, INTER, JOINT, for TEXT and VISION
     depths: list  # for each layer (B, 2, l+1): the weights of depths 0..l in its input
 
 
@@ -562,9 +609,11 @@ class SwitchBert(nn.Module):
         self.config = config
         self.text_embeddings = TextEmbeddings(config)
         self.region_embeddings = RegionEmbeddings(config)
-        self.layers = nn.ModuleList(
-            SwitchBertLayer(config, layer) for layer in range(config.num_hidden_layers))
+        layers = [SwitchBertLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.pooler = Pooler(config)
+        # A buffer moves with the model: a copy in every step would make a GPU wait.
+        self.register_buffer("sees", sees_of(MODES), persistent=False)
         init_weights(self, config.initializer_range)
 
     def forward(self, input_ids, text_mask, region_features, region_boxes, region_mask,
@@ -578,20 +627,23 @@ class SwitchBert(nn.Module):
         global_mask = torch.ones_like(region_mask[:, :1])
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text = text.shape[1]
-        layout = layout_of(mask, num_text)
+        layout = layout_of(mask, num_text, self.sees)
         # Under autocast a GPU's LayerNorm returns float32. Depths are kept as products are: bf16.
         device = states.device.type
         rounds = torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if rounds else states.dtype
-        depths, modes, depth_weights = [], [], []
+        depths = []
+        modes = []
+        depth_weights = []
         for layer in self.layers:
             depths.append(states.to(precision))
             states, mode, weights = layer(depths, layout, temperature)
             modes.append(mode)
             depth_weights.append(weights)
-        text, vision = states[:, :num_text], states[:, num_text:]
+        text = states[:, :num_text]
+        vision = states[:, num_text:]
         pooled = self.pooler(text[:, 0], vision[:, 0])
-        modes = torch.stack(modes, dim=1)  # (B, layers, 2, 3)
+        modes = torch.stack(modes, dim=1)  # (B, layers, 2, M)
         return SwitchBertOutput(text, vision[:, 1:], pooled, modes, depth_weights)
 
 
@@ -641,7 +693,8 @@ def region_loss(logits, targets):
     >>> round(region_loss(p.log(), target).item(), 3)
     0.085
     """
-    return F.kl_div(logits.float().log_softmax(dim=-1), targets.float(), reduction="sum")
+    log_prediction = logits.float().log_softmax(dim=-1)
+    return F.kl_div(log_prediction, targets.float(), reduction="sum")
 
 
 @dataclass
@@ -661,7 +714,8 @@ class PretrainingOutput:
     def losses(self):
         """(3,): the mean of each loss; zero, not NaN, where nothing was masked."""
         # Divided by plain numbers: to copy a list to the GPU, the host would wait for it.
-        return torch.stack([each / max(1, n) for each, n in zip(self.sums, self.counts)])
+        means = [total / max(1, n) for total, n in zip(self.sums, self.counts)]
+        return torch.stack(means)
 
     @property
     def loss(self):
@@ -689,8 +743,8 @@ class SwitchBertForPretraining(nn.Module):
         self.mrc_classifier = nn.Linear(config.hidden_size, classes) if classes else nn.Identity()
         self.itm_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.itm_classifier = nn.Linear(config.pooler_size, 2)
-        for head in (self.mlm_transform, self.mrc_transform, self.mrc_classifier,
-                self.itm_classifier):
+        heads = (self.mlm_transform, self.mrc_transform, self.mrc_classifier, self.itm_classifier)
+        for head in heads:
             init_weights(head, config.initializer_range)
 
     def mlm_logits(self, states):
@@ -710,11 +764,14 @@ class SwitchBertForPretraining(nn.Module):
             states = self.mrc_transform(out.region_states.flatten(0, 1)[mrc_positions])  # (K', D)
             mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
         itm = self.itm_classifier(self.itm_dropout(out.pooled))  # (B, 2)
+        itm_sum = label_loss(itm, itm_labels)
         words_right = (words.argmax(dim=-1) == mlm_labels).sum()
         pairs_right = (itm.argmax(dim=-1) == itm_labels).sum()
-        return PretrainingOutput(torch.stack([mlm_sum, mrc_sum, label_loss(itm, itm_labels)]),
-            (len(words), len(mrc_positions), len(itm)),
-            torch.stack([words_right, pairs_right]).float(), out)
+        return PretrainingOutput(
+            sums=torch.stack([mlm_sum, mrc_sum, itm_sum]),
+            counts=(len(words), len(mrc_positions), len(itm)),
+            correct=torch.stack([words_right, pairs_right]).float(),
+            encoder=out)
 
 
 class TaskModel(nn.Module):
@@ -746,11 +803,15 @@ class SwitchBertForVQA(TaskModel):
 
     def __init__(self, config, num_answers):
         wide = 2 * config.hidden_size
-        super().__init__(config, nn.Linear(config.pooler_size, wide), nn.GELU(),
-            nn.LayerNorm(wide, eps=config.layer_norm_eps), nn.Linear(wide, num_answers))
+        super().__init__(config,
+            nn.Linear(config.pooler_size, wide),
+            nn.GELU(),
+            nn.LayerNorm(wide, eps=config.layer_norm_eps),
+            nn.Linear(wide, num_answers))
         # Every answer starts at probability 1/A: sigmoid(-log(A - 1)) = 1/A. From 1/2,
         # hundreds of steps would only push answers down [focal loss, Lin et al. 2017, 4.1].
-        nn.init.constant_(self.classifier[-1].bias, -math.log(max(1, num_answers - 1)))
+        others = max(1, num_answers - 1)
+        nn.init.constant_(self.classifier[-1].bias, -math.log(others))
 
 
 class SwitchBertForRetrieval(TaskModel):
@@ -770,8 +831,9 @@ class SwitchBertForRetrieval(TaskModel):
         model = cls(config)
         for name in ("weight", "bias"):
             rows = weights[f"itm_classifier.{name}"]
-            weights = weights | {f"classifier.1.{name}": (rows[MATCH] - rows[MISMATCH])[None]}
-        model.load_state_dict({k: weights[k] for k in model.state_dict()})
+            difference = rows[MATCH] - rows[MISMATCH]
+            weights = weights | {f"classifier.1.{name}": difference[None]}
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
         return model
 
     def forward(self, **inputs):
@@ -791,7 +853,8 @@ class SwitchBertForReferring(TaskModel):
     def forward(self, region_mask, **inputs):
         out = self.bert(region_mask=region_mask, **inputs)
         logits = self.score(out.region_states).squeeze(-1)  # (B, R)
-        return logits.masked_fill(region_mask == 0, torch.finfo(logits.dtype).min), out
+        lowest = torch.finfo(logits.dtype).min
+        return logits.masked_fill(region_mask == 0, lowest), out
 
 
 # --- 8. BERT weights ------------------------------------------------------------------------------
@@ -835,7 +898,9 @@ def load_bert(model, folder):
     for name, value in expected.items():
         if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
-    own, found, unexpected = model.state_dict(), {}, []
+    own = model.state_dict()
+    found = {}
+    unexpected = []
     prefix = "bert." if isinstance(model, SwitchBert) else ""
     if (folder / "model.safetensors").exists():
         weights = read_safetensors(folder / "model.safetensors")
@@ -863,11 +928,13 @@ def read_safetensors(path):
     JSON header {name: {dtype, shape, data_offsets}}, and the raw tensors behind it.
     """
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-    data, tensors = bytearray(path.read_bytes()), {}
+    data = bytearray(path.read_bytes())
+    tensors = {}
     start = 8 + int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            values = torch.frombuffer(memoryview(data)[begin:end], dtype=types[entry["dtype"]])
+            begin, end = entry["data_offsets"]
+            raw = memoryview(data)[start + begin : start + end]
+            values = torch.frombuffer(raw, dtype=types[entry["dtype"]])
             tensors[name] = values.view(entry["shape"])
     return tensors

@@ -46,7 +46,7 @@ def test_a_key_counts_as_much_as_it_is_open_to_its_query(modes, words, regions):
     mask[1, T + regions :] = 0
     modes = torch.tensor(modes, dtype=torch.float64).repeat(B, 1, 1).requires_grad_()
     layout = layout_of(mask, T)
-    layout = layout._replace(member=layout.member.double())
+    layout = layout._replace(modality=layout.modality.double(), group=layout.group.double())
     weights = definition(q, k, mask, modes)
     close(attention_weights(q, k, modes, layout), weights)
     found = switch_attention(q, k, v, modes, layout)
