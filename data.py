@@ -19,10 +19,12 @@ A batch begins as a caption and an image id, and everything in between happens h
         +-----------------> labels <--------------+
             mlm_positions (K,)   which of the B T pieces are predicted; mlm_labels (K,)
             mrc_positions (K',)  which of the B R regions are; mrc_targets (K', C)
-            itm_labels (B,)      MATCH, or MISMATCH: then nothing else is predicted
+            itm_positions (K",)  which of the B pairs are shown whole and matched instead;
+                                 itm_labels (K"): MATCH or MISMATCH
 
-Letters: B batch, T word pieces, R regions, F region feature, C region classes, K and K' predicted
-pieces and regions of a batch, (W, H) width and height of an image. Masks: 1 = real, 0 = padding.
+Letters: B batch, T word pieces, R regions, F region feature, C region classes, K, K' and K" the
+predicted pieces, regions and matches of a batch, (W, H) width and height of an image. Masks: 1 =
+real, 0 = padding.
 
 Map of the file (* = read these first)
 
@@ -787,12 +789,16 @@ def normalise_boxes(boxes, size):
 # --- 4. Pretraining examples ----------------------------------------------------------------------
 #
 # Pretraining and all tasks read the store by region_inputs and make batches by model_inputs. What
-# is predicted is decided here, once, and passed on as a list of positions. Of a mismatched pair
-# only the mismatch is predicted: its words say nothing about its picture.
+# is predicted is decided here, once, and passed on as lists of positions. A pair is of one of two
+# kinds, which are equally frequent (ASSUMPTION A7):
 #
-#     pair         masked words   masked regions   match
-#     matched      MLM            MRC              MATCH      each modality helps restore the other
-#     mismatched   hidden only    hidden only      MISMATCH   the mismatch is the only question
+#     pair      words and regions   picture               predicted
+#     masked    15 % are hidden     its own               hidden words (MLM) and regions (MRC)
+#     whole     all are seen        half: another one's   does it match? (ITM)
+#
+# So matching is learned on pairs as they are: zero-shot retrieval and finetuning show such pairs,
+# too. (UNITER does it in this way. If every pair is masked, as in ViLBERT, whole ones are new to
+# the model, and matching them may get worse while the loss falls: see tests/ABLATION.md.)
 
 
 def region_inputs(store, row):
@@ -809,13 +815,13 @@ def region_inputs(store, row):
 
 
 class PretrainingDataset(torch.utils.data.Dataset):
-    """Image-caption pairs, masked and half of them mismatched. ASSUMPTION A7.
+    """Image-caption pairs: half of them masked, half whole, to be matched. ASSUMPTION A7.
 
     store: a FeatureStore. captions: Captions, or a list of (image id, text). Captions that are
     empty or whose image is not in the store are left out and counted in `.skipped`; BadInput if
-    fewer than two images are left. mismatch: share of pairs whose image is replaced by another.
-    masking=False masks nothing, to measure matching on whole pairs. blind=True shows no regions and
-    mismatches nothing: such a model learns what words alone give away.
+    fewer than two images are left. mismatch: share of whole pairs whose image is replaced.
+    masking=False shows all pairs whole, to measure matching. blind=True masks all pairs, mismatches
+    none and shows no regions: such a model learns what words alone give away.
     name: what messages call the captions. .captions, .rows (N,) and .lengths (N,): the kept pairs,
     their store rows, and their number of spaces, to sort by length.
     """
@@ -826,7 +832,9 @@ class PretrainingDataset(torch.utils.data.Dataset):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.seed = seed
-        self.rate = 0.15 if masking else 0.0
+        self.whole = 1.0  # the share of pairs that are shown whole
+        if masking:
+            self.whole = 0.0 if blind else 0.5
         self.blind = blind
         self.mismatch = 0.0 if blind else mismatch
         captions = captions if isinstance(captions, Captions) else Captions(captions)
@@ -853,26 +861,27 @@ class PretrainingDataset(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch, index])
         row = self.rows[index]
-        match = MATCH
-        if rng.random() < self.mismatch:
-            # Another caption's image may fit by chance; with many images that is rare. Swapping
-            # captions instead would give texts of unknown lengths to train.epoch_batches.
-            match = MISMATCH
-            while row == self.rows[index]:
-                row = self.rows[rng.integers(len(self))]
+        match = []
+        rate = 0.15
+        if rng.random() < self.whole:
+            rate = 0.0
+            match = [MATCH]
+            if rng.random() < self.mismatch:
+                # Another image may fit the caption by chance; with many images that is rare.
+                # Another caption would have another length: see train.epoch_batches.
+                match = [MISMATCH]
+                while row == self.rows[index]:
+                    row = self.rows[rng.integers(len(self))]
         ids = self.tokenizer.encode(self.captions[index][1], self.max_tokens)
-        input_ids, words = mask_tokens(ids, self.tokenizer, rng, self.rate)
+        input_ids, words = mask_tokens(ids, self.tokenizer, rng, rate)
         regions = region_inputs(self.store, None if self.blind else row)
-        hidden = choose(len(regions["region_boxes"]), rng, self.rate)
+        hidden = choose(len(regions["region_boxes"]), rng, rate)
         classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
-        if match == MISMATCH:  # its masks stay: unmasked inputs would give it away
-            words = words[:0]
-            classes = classes[:0]
         stored = "class_probs" in self.store.arrays  # else see class_targets
         targets = self.store.class_probs(row, classes) if stored else None  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
             mlm_labels=np.array(ids)[words], mrc_positions=classes, mrc_targets=targets,
-            itm_labels=match)
+            itm_positions=np.arange(len(match)), itm_labels=np.array(match, np.int64))
 
 
 class Captions:
@@ -981,15 +990,14 @@ def collate(examples):
     region_hidden (B, R) bool, True = the model must not see this region's feature; mlm_positions
     (K,), b T + t for piece t of pair b, and mlm_labels (K,); mrc_positions (K',), b R + r, and
     mrc_targets (K', C), or None where the store has no stored distributions: see class_targets;
-    itm_labels (B,), MATCH or MISMATCH.
+    itm_positions (K",), b, and itm_labels (K",), MATCH or MISMATCH.
     """
     batch = model_inputs(examples)
     batch["region_hidden"] = pad([example["region_hidden"] for example in examples])
-    batch["itm_labels"] = torch.tensor([example["itm_labels"] for example in examples])
     batch["mrc_targets"] = None
     # Positions count on from pair to pair, in steps of the padded length.
     steps = dict(mlm_positions=batch["text_mask"].shape[1], mlm_labels=0,
-        mrc_positions=batch["region_mask"].shape[1], mrc_targets=0)
+        mrc_positions=batch["region_mask"].shape[1], mrc_targets=0, itm_positions=1, itm_labels=0)
     for name, step in steps.items():
         if examples[0][name] is not None:
             parts = [example[name] + step * b for b, example in enumerate(examples)]

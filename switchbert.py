@@ -661,10 +661,10 @@ def init_weights(module, std):
 #
 #     MLM   mean over masked words w            -log p(w)                     p from text_states
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
-#     ITM   mean over pairs y (match or not)    -log p(y)                     p from pooled
+#     ITM   mean over whole pairs y (match?)    -log p(y)                     p from pooled
 #
 # c is the detector's distribution over C classes, p the model's: MRC is KL(c || p), summed
-# over classes as in VOLTA. Of a mismatched pair no word or region is predicted.
+# over classes as in VOLTA. A pair is either masked, or whole and matched: see data.py.
 
 
 class Transform(nn.Sequential):
@@ -752,18 +752,19 @@ class SwitchBertForPretraining(nn.Module):
         embeddings = self.bert.text_embeddings.word_embeddings.weight  # (V, D)
         return F.linear(self.mlm_transform(states), embeddings, self.mlm_bias)
 
-    def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_labels,
-            temperature=None, **inputs):
+    def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_positions,
+            itm_labels, temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # Output layers run on predicted places only, 15 % of half of the pairs, given as
-        # indices: for a mask, the GPU would have to wait until its places are counted.
+        # Output layers run on what is predicted only, given as indices: for a mask, the GPU
+        # would have to wait until its places are counted.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
         mlm_sum = label_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
         if mrc_targets is not None:
             states = self.mrc_transform(out.region_states.flatten(0, 1)[mrc_positions])  # (K', D)
             mrc_sum = region_loss(self.mrc_classifier(states), mrc_targets)
-        itm = self.itm_classifier(self.itm_dropout(out.pooled))  # (B, 2)
+        pairs = self.itm_dropout(out.pooled[itm_positions])  # (K", P)
+        itm = self.itm_classifier(pairs)  # (K", 2)
         itm_sum = label_loss(itm, itm_labels)
         words_right = (words.argmax(dim=-1) == mlm_labels).sum()
         pairs_right = (itm.argmax(dim=-1) == itm_labels).sum()

@@ -219,7 +219,7 @@ def make_batch(config, pairs, pieces, regions):
             region_hidden=np.isin(np.arange(regions), places), mlm_positions=words,
             mlm_labels=rng.integers(5, config.vocab_size, len(words)), mrc_positions=places,
             mrc_targets=rng.dirichlet(np.ones(classes), len(places)).astype("f4"),
-            itm_labels=MATCH))
+            itm_positions=np.array([0]), itm_labels=np.array([MATCH])))
     return train.to_device(collate(examples))
 
 

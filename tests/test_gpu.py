@@ -66,7 +66,7 @@ def pretraining(config):
     targets = torch.ones(6, config.num_region_classes).half()
     batch = dict(encoder_inputs(config), region_hidden=torch.zeros(B, R).bool(),
         mlm_positions=places, mlm_labels=places, mrc_positions=places, mrc_targets=targets,
-        itm_labels=torch.zeros(B).long())
+        itm_positions=places, itm_labels=places)
     return model, lambda tau: model(**batch, temperature=tau).loss
 
 
