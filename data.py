@@ -328,13 +328,15 @@ def flag(parser, name, kind, default, text):
 
 @contextlib.contextmanager
 def only_run_in(folder):
-    """Lock a folder during a block. A second run is refused, and changes nothing.
+    """Lock a folder during a block. A second run is refused, and changes nothing. A folder in which
+    nothing has been written, because the block failed, is removed.
 
     The lock (POSIX, on the file .lock in it) belongs to this process alone, not to its loading
     processes, and the system releases it however the process ends, even by SIGKILL.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    lock = folder / ".lock"
+    with open(lock, "w") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,7 +346,12 @@ def only_run_in(folder):
                     "another --out") from None
             # Windows, and network disks without locks.
             say(f"{folder}: cannot be locked; start no second run there")
-        yield
+        try:
+            yield
+        finally:
+            if [*folder.iterdir()] == [lock]:
+                lock.unlink()
+                os.removedirs(folder)
 
 
 def start_processes(count):

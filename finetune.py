@@ -54,7 +54,7 @@ from pathlib import Path
 # Before torch: train.py sets the variable for Apple's GPU, which torch reads on import.
 import train
 from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
-    load_checkpoint, match_scores, recall_at, send, share_of, stack, switches_picture,
+    load_checkpoint, match_scores, read_folder, recall_at, send, share_of, stack, switches_picture,
     to_device, total, toy_world)
 
 import numpy as np
@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore,
-    Scene, WordPiece, canonical_id, canonical_split, caption_records, files_below, flag,
+    Scene, WordPiece, canonical_id, canonical_split, files_below, flag,
     load_ahead, model_inputs, normalise_boxes, open_text, pad, picture_names, progress,
     read_json, reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 from switchbert import (SwitchBertConfig, SwitchBertForReferring, SwitchBertForRetrieval,
@@ -99,8 +99,8 @@ def parse_args(argv):
         return p.parse_args(argv), None
     task = TASKS[command]
     add_run_flags(p, Path("data", command), task.files, Path("runs", command))
-    flag(p, "--checkpoint", Path, "runs/pretrain/checkpoint.pt",
-        "checkpoint to start from (default: %(default)s)")
+    flag(p, "--checkpoint", Path, Path("runs/pretrain"), "pretrained run to start from, or one of "
+        "this task: to go on from, or with --epochs 0 to evaluate (default: %(default)s)")
     p.add_argument("--scratch", action="store_true", default=None,
         help="start from random weights instead")
     if task is Refer:
@@ -190,13 +190,18 @@ def answer_accuracy(prediction, answers):
 
 def answer_vocabulary(questions):
     """The answers that a model chooses from: each is the majority of at least nine questions,
-    normalised (so without commas), the most frequent first. On VQA v2's train and val: 3,129.
+    normalised (so without commas), the most frequent first. On VQA v2's train and val: 3,129. Of
+    fewer than 9,000 questions, the majority of one in a thousand is enough. Raises BadInput.
     """
     # Sorted first: most_common keeps the order of answers that are equally frequent.
     counts = Counter(sorted(normalise_answer(q["majority"]) for q in questions))
-    answers = [answer for answer, n in counts.most_common() if n >= 9]
+    least = min(9, len(questions) / 1000)
+    answers = [answer for answer, n in counts.most_common() if n >= least]
     if not answers:
-        raise BadInput("no answer of nine training questions to choose from")
+        raise BadInput("no training questions, so no answers to choose from")
+    covered = sum(counts[answer] for answer in answers) / len(questions)
+    say(f"{len(answers):,} answers to choose from; for {covered:.1%} of the training questions the "
+        "majority's is among them")
     return answers
 
 
@@ -218,8 +223,8 @@ class Task(train.Task):
 
     A subclass defines: name, unit, files, model_class, max_tokens [supp. 2]; from_folder -> splits;
     scene_items -> items of a toy scene; for an item: targets, shares from 0 to 1; score_item; and
-    show(item, prediction) -> lines of text, boxes {colour: corners in pixels}, and how right it is,
-    0 to 1. An item of `ask` has no truth.
+    truth, the key of what is right; and show(item, prediction) -> lines of text, boxes {colour:
+    corners in pixels}, and how right it is, 0 to 1. An item of `ask` has no truth.
     """
 
     full = FULL
@@ -238,20 +243,27 @@ class Task(train.Task):
         self.missing = {}
         self.held_out = {}
         for name, items in splits.items():
-            rows = store.find([item["image_id"] for item in items], f"{name}: {self.unit}")
+            self.missing[name] = len(items)
+            try:
+                rows = store.find([item["image_id"] for item in items], f"{name}: {self.unit}")
+            except BadInput as error:
+                say(f"{error}; {name} is left out")
+                continue
             found = [item for item, row in zip(items, rows) if row >= 0]
-            self.missing[name] = len(items) - len(found)
+            self.missing[name] -= len(found)
             self.held_out[name] = found if name == "train" or self.needs_features else items
         self.items = self.held_out.pop("train", [])[: args.limit]
-        if not self.items:
+        if not self.items and (args.epochs or not self.held_out):
             raise BadInput(f"no training {self.unit} for {store.folder}; expected {self.files}")
-        self.watched = "val" if "val" in self.held_out else "train"
+        self.watched = "val"
+        if "val" not in self.held_out:
+            self.watched = "train" if self.items else next(iter(self.held_out))
         if not self.held_out:
             say(f"no held-out {self.unit}: scores are of the {self.unit} that it is trained on")
         self.captions = Captions((item["image_id"], item["text"]) for item in self.items)
         # Batches hold texts of similar length: a text has about one word per space.
         self.lengths = np.array([item["text"].count(" ") for item in self.items])
-        self.labels = labels or self.vocabulary(splits["train"])
+        self.labels = labels or self.vocabulary(splits.get("train", []))
         # Looked up in this, the targets of a question take a third of the time.
         self.index = {label: i for i, label in enumerate(self.labels or [])}
 
@@ -375,13 +387,14 @@ class VQA(Task):
 
     name = "vqa"
     unit = "questions"
+    truth = "majority"
     model_class = SwitchBertForVQA
     max_tokens = 23
     vocabulary = staticmethod(answer_vocabulary)
     files = "features/ and VQA v2's questions and annotations (*.json)"
 
     @staticmethod
-    def from_folder(folder):
+    def from_folder(folder, _):
         """The splits of a folder with any of VQA v2's JSON files, recognised by their content:
         train2014 becomes train. A test subset without annotations keeps its name, for a submission;
         other questions without any are left out. Ids may be numbers or text. "" + x raises BadInput
@@ -476,21 +489,22 @@ class Retrieval(Task):
 
     name = "retrieval"
     unit = "captions"
+    truth = "image_id"
     model_class = SwitchBertForRetrieval
     max_tokens = 30
-    files = "features/ and Karpathy's dataset_flickr30k.json or dataset_coco.json"
+    files = "features/ and captions, such as Karpathy's dataset_flickr30k.json"
     full = FULL | {"batch": 64}
     toy = TOY | {"epochs": 1, "batch": 32}
     looked_at = 100
     needs_features = True  # a pair without an image cannot be ranked
 
     @staticmethod
-    def from_folder(folder):
-        """The splits of the caption files in a folder. Raises BadInput."""
+    def from_folder(folder, store):
+        """The splits of the captions in a folder, any that pretraining reads. Raises BadInput."""
         splits = defaultdict(list)
-        for path in sorted(folder.glob("[!.]*.json")):
-            for image_id, text, split in caption_records(path):
-                splits[split].append(dict(image_id=image_id, text=text))
+        for (image_id, text), split in zip(*read_folder(folder, store)):
+            splits[split.decode()].append(dict(image_id=image_id, text=text))
+        splits.pop("", None)
         return splits
 
     @staticmethod
@@ -504,7 +518,7 @@ class Retrieval(Task):
     def __init__(self, *args):
         super().__init__(*args)
         self.images, self.own = images_of(self.items)
-        if len(self.images) < 3:
+        if self.items and len(self.images) < 3:
             raise BadInput(f"{self.store.folder}: captions of fewer than three images, too few")
         self.nearest = self.nearest_images()
 
@@ -514,8 +528,10 @@ class Retrieval(Task):
         """
         means = [self.store[row]["features"].mean(axis=0, dtype=np.float32)
             for row in progress(self.store.rows(self.images), "features")]
-        means = F.normalize(torch.tensor(np.stack(means), device=device()))
         nearest = []
+        if not means:  # without training
+            return nearest
+        means = F.normalize(torch.tensor(np.stack(means), device=device()))
         for block in means.split(1000):
             similarity = block @ means.T
             # The image itself, and copies of it under other names, are no negatives.
@@ -544,10 +560,10 @@ class Retrieval(Task):
         return [self.example(pair) for pair in pairs]
 
     def build_model(self, config, weights):
-        """The task's model, its head pretrained as well ({}: all of it new)."""
-        if not weights:
-            return SwitchBertForRetrieval(config)
-        return SwitchBertForRetrieval.from_pretraining(config, weights)
+        """As every task's, but pretraining's matching head becomes its own."""
+        if "itm_classifier.weight" in weights:
+            return SwitchBertForRetrieval.from_pretraining(config, weights)
+        return super().build_model(config, weights)
 
     def collate(self, examples):
         """The encoder's inputs for 4 B pairs, and targets (B,): the right one of each four, 0."""
@@ -573,8 +589,7 @@ class Retrieval(Task):
             recalls |= {f"1K {name}": np.mean([fold[name] for fold in folds]) for name in recalls}
         elif len(images) > 1000 and tau is None:
             say(f"{len(images):,} images: 1K recalls need all 5,000 of COCO's")
-        predictions = [item | {"found": images[k]}
-            for item, k in zip(items, scores.argmax(dim=1).tolist())]
+        predictions = [{"found": images[k]} for k in scores.argmax(dim=1).tolist()]
         return recalls, self.predict(model, items, tau)[1], predictions
 
     @staticmethod
@@ -582,7 +597,7 @@ class Retrieval(Task):
         """Which image was found, if it is not the right one."""
         own = item["image_id"]
         found = prediction["found"]
-        lines = [] if found == own else [f"found {found}, right is {own}"]
+        lines = [] if found == own else [f"found {found} (left), right is {own} (right)"]
         return lines, {}, found == own
 
 
@@ -595,6 +610,7 @@ class Refer(Task):
 
     name = "refer"
     unit = "expressions"
+    truth = "box"
     model_class = SwitchBertForReferring
     max_tokens = 20
     files = "features-detected/ or features-gt/, refs(unc).p and instances.json"
@@ -603,7 +619,7 @@ class Refer(Task):
     toy = TOY | {"epochs": 1, "eval_every": 25}
 
     @staticmethod
-    def from_folder(folder):
+    def from_folder(folder, _):
         """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both); those
         of RefCOCOg have another name of the file, and test alone.
         """
@@ -715,8 +731,11 @@ def finetune(args, checkpoint):
     """
     kind = TASKS[args.command]
     say(f"{kind.name} on {args.data or 'the toy world'}")
-    # 1. The start: the run's own checkpoint, or the pretrained one.
-    source = checkpoint or load_checkpoint(args.checkpoint, "pretraining")
+    # 1. The start: the run's own checkpoint, a pretrained one, or another one of this task.
+    source = checkpoint or load_checkpoint(args.checkpoint, "pretraining", kind.name)
+    if not checkpoint and args.checkpoint == args.out:
+        raise BadInput(f"--checkpoint {args.out}: a new run there would replace it; choose another "
+            "--out, or continue it with --resume")
     # 2. The task and its model. Words come from the checkpoint; so do answers when resuming.
     store, splits = load_task(kind, args)
     check_fits(source, store)
@@ -739,18 +758,22 @@ def load_task(kind, args):
         store, training, held_out = toy_world()
         return store, kind.from_scenes(training, held_out)
     features = f"features-{args.boxes}" if kind is Refer else "features"
-    return FeatureStore(args.data / features), kind.from_folder(args.data)
+    store = FeatureStore(args.data / features)
+    return store, kind.from_folder(args.data, store)
 
 
 def evaluate_splits(args, task):
     """Evaluate every split: print a table and write result.json (settings and scores),
-    predictions.json (every answer) and examples.png (of val). A split without answers becomes a
-    submission, in the evaluation server's format.
+    predictions.json (every text, the truth and the answer) and examples.png (of val). A split
+    without answers becomes a submission, in the evaluation server's format.
     """
     results = {}
     predictions = {}
+    answers = {}
     for split, items in task.held_out.items():
-        hard, _, predictions[split] = task.evaluate_items(task.model, items)
+        hard, _, answers[split] = task.evaluate_items(task.model, items)
+        predictions[split] = [{"image_id": item["image_id"], "text": item["text"],
+            "truth": item.get(task.truth)} | answer for item, answer in zip(items, answers[split])]
         soft = task.evaluate_items(task.model, items, 0.2)[0] if hard else {}
         results[split] = {"hard": hard, "soft": soft}
         say(f"{split:32s}            hard            soft")
@@ -759,14 +782,14 @@ def evaluate_splits(args, task):
         if not hard:
             say(f"  no answers to compare with; the model's are in submission-{split}.json")
             if RANK == 0:
-                write_json(args.out / f"submission-{split}.json", predictions[split])
+                write_json(args.out / f"submission-{split}.json", answers[split])
     if RANK == 0:
         write_json(args.out / "predictions.json", predictions)
         write_json(args.out / "result.json",
             vars(args) | {"without_features": task.missing, "results": results})
-        if "val" in predictions:
+        if "val" in answers:
             try:
-                draw_examples(args, task, predictions["val"])
+                draw_examples(args, task, answers["val"])
             except Exception as error:  # hours of training may lie before it
                 say(f"{args.out}/examples.png could not be drawn: {error!r}")
     say(f"the results are in {args.out}")
@@ -812,11 +835,14 @@ def draw_examples(args, task, predictions):
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.show(item, prediction)
         frame = "royalblue" if right >= 0.5 else "darkorange"
-        image_id = prediction.get("found", item["image_id"])
+        image_id = item["image_id"]
         if len(panels[frame]) < 4 and image_id not in shown:
             shown.add(image_id)
-            panels[frame].append(panel(picture_of(image_id, args.data), boxes,
-                [item["text"], *lines], frame))
+            image = picture_of(image_id, args.data)
+            found = prediction.get("found", image_id)
+            if found != image_id:
+                image = stack([picture_of(found, args.data), image], columns=2)
+            panels[frame].append(panel(image, boxes, [item["text"]] + lines, frame))
     save_png(args.out / "examples.png", stack(sum(panels.values(), []), columns=4))
 
 
@@ -833,10 +859,7 @@ def open_run(run):
 
     A pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
     """
-    path = Path(run)
-    if path.is_dir():
-        path /= "checkpoint.pt"
-    saved = load_checkpoint(path, "pretraining", *TASKS)
+    saved = load_checkpoint(Path(run), "pretraining", *TASKS)
     task = TASKS.get(saved["task"], Retrieval)
     config = SwitchBertConfig(**saved["config"])
     if saved["task"] == "pretraining":

@@ -145,6 +145,17 @@ class SwitchBertConfig:
             raise ValueError(f"switches={self.switches!r}: expected one of {', '.join(names)}, "
                 f"or two letters of {', '.join(LETTERS)} for each of at most "
                 f"{self.num_hidden_layers} layers, as in II,XX")
+        sizes = (self.vocab_size, self.hidden_size, self.num_hidden_layers,
+            self.num_attention_heads, self.intermediate_size, self.region_feature_size,
+            self.pooler_size, self.num_region_classes + 1)
+        if min(sizes) < 1:
+            raise ValueError(f"expected sizes of 1 or more, found {min(sizes)}")
+        dropout = (self.hidden_dropout_prob, self.attention_probs_dropout_prob)
+        if min(dropout) < 0 or max(dropout) >= 1:
+            raise ValueError(f"expected dropout of 0 or more, below 1, found {dropout}")
+        if self.max_position_embeddings < 38:  # what pretraining reads [supp. 2]
+            raise ValueError(f"max_position_embeddings={self.max_position_embeddings}: expected "
+                "38 or more, the word pieces of the longest text")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}")

@@ -85,7 +85,7 @@ from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCEN
     caption_records, class_targets, collate, flag, load_ahead, model_inputs, on_stop, only_run_in,
     progress, read_json, reading, region_inputs, run, save_png, say, start_processes,
     write_json, write_whole)
-from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
+from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
     SwitchBertForPretraining, SwitchBertForRetrieval, load_bert, temperature)
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -98,7 +98,8 @@ from switchbert import (FROZEN, LEARNED, MODALITIES, MODES, SwitchBertConfig,
 # (Two are of finetune.py: scratch and boxes.)
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
-    switches="learned", seed=0, limit=None, blind=False, scratch=False, boxes="detected")
+    switches="learned", set=[], seed=0, limit=None, blind=False, scratch=False,
+    boxes="detected")
 FULL = TOY | dict(model="base", epochs=10, batch=256, lr=1e-4, eval_every=1000, anneal=None)
 
 
@@ -111,9 +112,14 @@ def parse_args(argv):
         f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
-    flag(p, "--bert", Path, None, "Hugging Face BERT folder to start from; None: DATA/bert, if any")
+    p.add_argument("--set", nargs="+", metavar="FIELD=VALUE", help="change the model: any fields "
+        "of SwitchBertConfig, such as num_hidden_layers=6 hidden_size=256")
+    start = p.add_mutually_exclusive_group()
+    flag(start, "--bert", Path, None,
+        "Hugging Face BERT folder to start from; None: DATA/bert, if any")
+    flag(start, "--init", Path, None, "pretrained run whose words and weights to start from")
     args, checkpoint = fill_settings(p, argv, TOY, FULL, "pretraining")
-    if args.data and not args.bert:
+    if args.data and not args.bert and not args.init:
         args.bert = next(args.data.glob("bert"), None)
     return args, checkpoint
 
@@ -162,8 +168,8 @@ def fill_settings(parser, argv, toy, full, task):
     settings = full if args.data else toy
     checkpoint = None
     if args.resume:
-        checkpoint = load_checkpoint(args.out / "checkpoint.pt", task)
-        settings = checkpoint["settings"]
+        checkpoint = load_checkpoint(args.out, task)
+        settings = settings | checkpoint["settings"]
     for key, value in settings.items():
         given = getattr(args, key, value)
         if given is None:
@@ -188,8 +194,13 @@ def pretrain(args, checkpoint=None):
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
 
     # 1. The task: its regions, captions and words, its model, losses and evaluation.
-    words = checkpoint and checkpoint["vocab"]
-    task = Pretraining(args, load_data(args.data, args.bert, words), checkpoint)
+    earlier = checkpoint
+    if checkpoint:
+        args.init = None  # it has done its work
+    elif args.init:
+        earlier = load_checkpoint(args.init, "pretraining")
+    words = earlier and earlier["vocab"]
+    task = Pretraining(args, load_data(args.data, args.bert, words), earlier)
     # 2. Training.
     scores = fit(args, task, checkpoint)
     if scores is None:
@@ -239,7 +250,7 @@ class Task:
 
 class Pretraining(Task):
     """Masked words, masked regions and matching, on captions: a task for `fit` [supp. 1].
-    checkpoint: the run to resume, or None for a new model, from BERT if there is one.
+    earlier: the checkpoint that is resumed, or with --init the one to start from, or None.
     """
 
     name = "pretraining"
@@ -252,7 +263,7 @@ class Pretraining(Task):
     evaluates_at_start = False
     collate = staticmethod(collate)
 
-    def __init__(self, args, data, checkpoint=None):
+    def __init__(self, args, data, earlier=None):
         self.store, captions, held_out, self.tokenizer = data
         store = self.store
         pairs = functools.partial(PretrainingDataset, store, tokenizer=self.tokenizer,
@@ -269,17 +280,22 @@ class Pretraining(Task):
                 say(f"left out: {count} captions {why}")
         if not store.num_region_classes:
             say(f"{store.folder} has no class distributions: training without MRC")
-        with reading(f"--switches {args.switches}", "a setting of the switches"):
-            config = model_config(args.model, store, self.tokenizer, args.switches)
-        torch.manual_seed(args.seed)
-        self.model = SwitchBertForPretraining(config)
-        if checkpoint:
-            check_fits(checkpoint, store, "num_region_classes")
+        with reading(" ".join(["--switches", args.switches, "--set", *args.set]), "a model"):
+            config = model_config(args.model, store, self.tokenizer, args.switches, args.set)
+            torch.manual_seed(args.seed)
+            self.model = SwitchBertForPretraining(config)
+        if earlier and not args.init:
+            check_fits(earlier, store, "num_region_classes")
+        elif earlier:
+            take_weights(self.model, earlier, args.init)
+            theirs = earlier["store"]["detector"]
+            if theirs != store.meta["detector"]:
+                say(f"note: {args.init} has learned the regions of {theirs!r}, and {store.folder} "
+                    f"has those of {store.meta['detector']!r}: what it knows of regions is lost")
         elif args.bert:
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, args.bert)  # A6
-            say(f"started from {args.bert}; new in this model: {len(missing)} parameters; not used "
-                f"of BERT: {', '.join(unused) or 'nothing'}")
+            say_taken(args.bert, missing, unused)
 
     @staticmethod
     def counts(batch):
@@ -303,8 +319,35 @@ class Pretraining(Task):
         return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
 
 
-def model_config(size, store, tokenizer, switches):
-    """The configuration of a run: the paper's, or the toy run's, under a million parameters."""
+def take_weights(model, checkpoint, source):
+    """Load what fits of a checkpoint, by name and shape, and say what does not. Raises BadInput if
+    layers do not fit. source: where it is from.
+    """
+    own = model.state_dict()
+    fits = {name: tensor for name, tensor in checkpoint["model"].items()
+        if name in own and own[name].shape == tensor.shape}
+    if "bert.layers.0.attention.query.weight" not in fits:
+        raise BadInput(f"{source}: its layers have another size than this model's; give the "
+            "--model and --set that it was trained with")
+    model.load_state_dict(fits, strict=False)
+    say_taken(source, own.keys() - fits, checkpoint["model"].keys() - fits)
+
+
+def say_taken(source, new, unused):
+    """Say that a model starts from a source, which of its parameters are new, which are not used.
+    """
+    def some(names):
+        """How many names there are, and the first five."""
+        names = sorted(names)
+        return f"{len(names)} parameters ({', '.join(names[:5])}{' ...' * (len(names) > 5)})"
+
+    say(f"started from {source}; new in this model: {some(new)}; not used: {some(unused)}")
+
+
+def model_config(size, store, tokenizer, switches, changes=()):
+    """The configuration of a run: the paper's, or the toy run's, under a million parameters.
+    changes: "field=value" of SwitchBertConfig. Raises AttributeError, TypeError, ValueError.
+    """
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With .02
     # matching was learned only after 450 steps, with .05 after 225. No dropout: a run
     # sees each pair only four times.
@@ -313,6 +356,10 @@ def model_config(size, store, tokenizer, switches):
         sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, pooler_size=128,
             intermediate_size=256, max_position_embeddings=40, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, initializer_range=0.05)
+    for change in changes:
+        field, _, value = change.partition("=")
+        read = type(getattr(SwitchBertConfig, field))  # int or float
+        sizes[field] = read(value)
     return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **sizes,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
@@ -348,7 +395,8 @@ def fit(args, task, checkpoint=None):
 
     # 2. Every process loads its share of each batch. DistributedDataParallel averages gradients.
     started = time.time()
-    steps = number_of_steps(args, len(task.examples))
+    cut_batch(args, task)
+    steps = args.epochs * (len(task.examples) // args.batch)
     begin_record(args, task, first, steps)
     loader = load_parts(args, task, first, steps)
     if args.compile and model.config.num_hidden_layers > 4:
@@ -364,9 +412,7 @@ def fit(args, task, checkpoint=None):
     looked = first
     timed_from = first
     timed_since = time.time()
-    rate = 1e-6  # at which the temperature decays per example (A5)
-    if args.anneal:  # it reaches 0.2 at this share of the run
-        rate = math.log(task.initial_temperature / 0.2) / (args.anneal * max(1, steps) * args.batch)
+    rate = anneal_rate(args, task, steps)
 
     with stop_signals() as stop_asked:
         for step in progress(range(first, steps), "training", initial=first, total=steps):
@@ -456,14 +502,33 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
     return torch.optim.AdamW(list(groups.values()), eps=1e-6, fused=True)  # betas: .9, .999
 
 
-def number_of_steps(args, num_examples):
-    """Steps of a run; BadInput if examples are too few for a batch, or it has no equal parts."""
-    if args.epochs and num_examples < args.batch:
-        raise BadInput(f"--batch {args.batch}: there are only {num_examples} training examples")
-    if args.batch % (WORLD_SIZE * args.accum):
-        raise BadInput(f"--batch {args.batch} cannot be cut into {WORLD_SIZE} processes x "
-            f"--accum {args.accum} equal parts")
-    return args.epochs * (num_examples // args.batch)
+def cut_batch(args, task):
+    """Make the batch no larger than the data. Raises BadInput if it has no equal parts."""
+    parts = WORLD_SIZE * args.accum
+    number = len(task.examples)
+    if args.epochs and number < args.batch:
+        say(f"--batch {args.batch} is cut: there are only {number} training {task.unit}")
+        args.batch = number // parts * parts
+    if args.batch % parts or args.batch == 0:
+        raise BadInput(f"--batch {args.batch}: {number} {task.unit} cannot be cut into equal parts "
+            f"for {WORLD_SIZE} processes x --accum {args.accum}")
+
+
+def anneal_rate(args, task, steps):
+    """The rate at which the temperature decays per example: the paper's, 1e-6 (A5). With --anneal,
+    or if a run is too short for it, one that reaches the floor after a share of the run, .9 if none
+    is given: what is used are closed switches, so a run must end with them.
+    """
+    decay = math.log(task.initial_temperature / FINAL_TEMPERATURE)
+    examples = max(1, steps * args.batch)
+    share = args.anneal
+    if not share:
+        if 1e-6 * examples >= decay:
+            return 1e-6
+        share = 0.9
+        say(f"switches close after 90 % of the run: its {examples:,} {task.unit} are fewer than "
+            f"the {1e6 * decay:,.0f} of the paper's rate")
+    return decay / (share * examples)
 
 
 @functools.lru_cache(1)  # called in every step
@@ -579,7 +644,7 @@ class SwitchShares:
 
     def __init__(self, config):
         layers = config.num_hidden_layers
-        shapes = [(layers, 2, 3)] + [(2, depths) for depths in range(1, layers + 1)]
+        shapes = [(layers, 2, len(MODES))] + [(2, depths) for depths in range(1, layers + 1)]
         self.sums = [torch.zeros(shape, device=device()) for shape in shapes]
 
     def add(self, out):
@@ -588,7 +653,7 @@ class SwitchShares:
             kept += new.detach().sum(0)
 
     def shares(self):
-        """{"modes": (layers, 2, 3), "depths": per layer (2, l+1)}; every process must call it."""
+        """{"modes": (layers, 2, M), "depths": per layer (2, l+1)}; every process must call it."""
         shares = []
         for part in self.sums:
             part = total(part)
@@ -718,9 +783,21 @@ def find_words(folder, bert, texts):
 
 
 def split_captions(folder, store):
-    """(training, held-out) captions of all files in a folder. Held out are 1,000 `val` captions of
-    files with splits; without any, captions of the 1 % of images with features, at least 5, whose
-    ids have the smallest crc32: that does not depend on the order of files.
+    """(training, held-out) captions of all files in a folder: those of train, and 1,000 of val."""
+    captions, splits = read_folder(folder, store)
+    training = captions[splits == b"train"]
+    held_out = captions[splits == b"val"][:1000]
+    unused = len(captions) - len(training) - len(held_out)
+    if unused:
+        say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or training "
+            "captions of its images")
+    return training, held_out
+
+
+def read_folder(folder, store):
+    """(captions, splits (N,) bytes) of all files in a folder. Without any val, captions of the 1 %
+    of images with features, at least 5, whose ids have the smallest crc32 become val: that does not
+    depend on the order of files. Training captions of val's images are of no split, b"".
     """
     paths = sorted(path for path in folder.glob("[!.]*")
         if path.name not in ("features", "bert", "vocab.txt"))
@@ -755,19 +832,14 @@ def split_captions(folder, store):
     in_training = splits == b"train"
     held_out = splits == b"val"
     if held_out.any():
-        in_training &= ~np.isin(captions.ids, captions.ids[held_out])  # of whichever file
+        in_both = in_training & np.isin(captions.ids, captions.ids[held_out])  # of whichever file
+        splits[in_both] = b""
     else:
         codes = np.fromiter(map(zlib.crc32, captions.ids), np.uint32)
         images = np.unique(codes[in_training & found])
-        held_out = in_training & np.isin(codes, images[: max(5, len(images) // 100)])
-        in_training &= ~held_out
-    training = captions[in_training]
-    held_out = captions[held_out][:1000]
-    unused = len(captions) - len(training) - len(held_out)
-    if unused:
-        say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or training "
-            "captions of its images")
-    return training, held_out
+        chosen = np.isin(codes, images[: max(5, len(images) // 100)])
+        splits[in_training & chosen] = b"val"
+    return captions, splits
 
 
 def check_names(ids, sources, paths):
@@ -924,18 +996,23 @@ def save_checkpoint(args, task, optimizer, step, interval):
 
 
 def load_checkpoint(path, *tasks):
-    """A checkpoint of one of these tasks: a dict of plain values and tensors. Raises BadInput.
+    """A checkpoint of one of these tasks, or that of a run's folder: a dict of plain values and
+    tensors. Raises BadInput.
+
     torch does not verify the checksums of its file, so a flipped bit would load as another number;
     zipfile does. weights_only refuses any code that a pickle could run.
     """
+    if path.is_dir():
+        path /= "checkpoint.pt"
     with reading(path, f"a whole checkpoint of {' or '.join(tasks)}"):
         with zipfile.ZipFile(path) as file:
             if broken := file.testzip():
                 raise ValueError(f"{broken} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT or checkpoint["task"] not in tasks:
-            raise ValueError(f"it is a checkpoint of {checkpoint['task']} in format "
-                f"{checkpoint['format']}, expected {CHECKPOINT_FORMAT}")
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {checkpoint['format']}, not {CHECKPOINT_FORMAT}")
+        if checkpoint["task"] not in tasks:
+            raise ValueError(f"it is one of {checkpoint['task']}")
     return checkpoint
 
 

@@ -282,8 +282,8 @@ def make_kinds(home):
         "COCO captions": ([coco], lambda: data.Captions(data.read_captions(coco))),
         "Karpathy's splits": ([karpathy], lambda: data.Captions(data.read_captions(karpathy))),
         "vocabulary": ([vocab], lambda: data.WordPiece(vocab).encode("a ring", 9)),
-        "VQA": ([asked, answered], lambda: finetune.VQA.from_folder(home / "vqa")),
-        "RefCOCO": ([refs, instances], lambda: finetune.Refer.from_folder(home / "refer")),
+        "VQA": ([asked, answered], lambda: finetune.VQA.from_folder(home / "vqa", None)),
+        "RefCOCO": ([refs, instances], lambda: finetune.Refer.from_folder(home / "refer", None)),
         "boxes": ([boxes], lambda: extract_features.read_boxes(boxes)),
         "pictures": ([picture], lambda: extract_features.open_picture(picture)),
         "checkpoints": ([checkpoint], read_checkpoint), "BERT": (sorted(bert.iterdir()), read_bert)}

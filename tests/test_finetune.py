@@ -102,11 +102,15 @@ def test_answers_are_normalised_only_where_annotators_disagree_and_each_is_left_
     assert answer_accuracy(prediction, answers) == pytest.approx(accuracy)
 
 
-def test_the_vocabulary_has_the_answers_of_nine_questions_after_normalisation():
-    """The most frequent first; among equals by the alphabet."""
-    asked = [question(1, k, majority=m) for k, m in enumerate(
-        ["The Net"] * 5 + ["net"] * 4 + ["1,000"] * 10 + ["dog"] * 8 + [""] * 9)]
-    assert finetune.answer_vocabulary(asked) == ["1000", "", "net"]
+def test_the_vocabulary_has_the_answers_of_nine_questions_after_normalisation(capsys):
+    """The most frequent first; among equals by the alphabet. Few questions need not be nine."""
+    few = ["The Net"] * 5 + ["net"] * 4 + ["1,000"] * 10 + ["dog"] * 8 + [""] * 9  # 36
+    asked = [question(1, k, majority=m) for k, m in enumerate(few + ["rare"] * 2)]
+    others = [question(1, k, majority=f"once {k}") for k in range(8962)]
+    assert finetune.answer_vocabulary(asked) == ["1000", "", "net", "dog", "rare"]
+    assert "5 answers to choose from; for 100.0% of the training" in capsys.readouterr().out
+    assert finetune.answer_vocabulary(asked + others) == ["1000", "", "net"]
+    assert "3 answers to choose from; for 0.3% of the" in capsys.readouterr().out  # 28 of 9,000
 
 
 def scored(task, choices):
@@ -182,7 +186,7 @@ def test_recall_is_over_all_texts_and_images_and_of_5000_also_over_five_folds(ma
         own[own // 1000 == k] - 1000 * k, ks) for k in range(5)]
     for name in folds[0]:
         assert found[f"1K {name}"] == pytest.approx(np.mean([fold[name] for fold in folds]))
-    assert predictions == [i | {"found": k} for i, k in zip(items, scores.argmax(dim=1).tolist())]
+    assert predictions == [{"found": k} for k in scores.argmax(dim=1).tolist()]
 
 
 def test_a_blind_task_sees_no_picture(make, pretrained):
@@ -311,7 +315,7 @@ def test_vqas_files_are_read_as_they_are_published(tmp_path):
         asked = dict(image_id=3, question="what", question_id=3000 + k)
         write_json(tmp_path / f"{k}.json", {"data_subtype": subset, "questions": [asked]})
     unanswered = dict(image_id=3, text="what", question_id=3002, answers=[])
-    assert VQA.from_folder(tmp_path) == {"train": [question(3, 0, "what", ["a"] * 10, "a")],
+    assert VQA.from_folder(tmp_path, None) == {"train": [question(3, 0, "what", ["a"] * 10, "a")],
         "val": [question(3, 1, "what", ["b"] * 10, "b")], "test-dev2015": [unanswered]}
 
 
@@ -333,7 +337,7 @@ def test_questions_are_joined_by_their_ids_as_they_are_written(tmp_path, capsys)
         asked = [dict(image_id=3, question="what", question_id=9 if "test" in subset else 10)]
         write_json(tmp_path / f"{subset}.json", {"data_subtype": subset, "questions": asked})
     write_json(tmp_path / "other.json", {})
-    splits = VQA.from_folder(tmp_path)
+    splits = VQA.from_folder(tmp_path, None)
     assert {k: [(i["question_id"], i["image_id"]) for i in items] for k, items in splits.items()
         } == {"train": [("007", "dog"), (7, 3)], "val": [(8, 3)], "test2015": [(9, 3)],
             "test-dev2015": [(9, 3)]}
@@ -354,7 +358,7 @@ def test_repeated_ids_and_unknown_splits_are_refused(tmp_path, files, message):
         if subset.startswith("test"):
             (tmp_path / f"{name}-annotations.json").unlink()
     with pytest.raises(BadInput, match=message):
-        VQA.from_folder(tmp_path)
+        VQA.from_folder(tmp_path, None)
 
 
 def test_the_score_of_a_run_says_of_which_split_it_is(make, capsys):
@@ -365,11 +369,11 @@ def test_the_score_of_a_run_says_of_which_split_it_is(make, capsys):
     assert "no held-out questions: scores are of" in capsys.readouterr().out
 
 
-def test_karpathys_splits_are_read_as_they_are_published(tmp_path):
-    published = {"images": [dict(filename=f"{split}.jpg", split=split, sentences=[{"raw": split}])
-        for split in ("train", "test", "restval", "val")]}
+def test_karpathys_splits_are_read_as_they_are_published(tmp_path, store):
+    published = {"images": [dict(filename=f"{k}.jpg", split=split, sentences=[{"raw": split}])
+        for k, split in enumerate(("train", "test", "restval", "val"))]}
     write_json(tmp_path / "dataset_coco.json", published)
-    found = Retrieval.from_folder(tmp_path).items()
+    found = Retrieval.from_folder(tmp_path, store).items()
     assert {split: [item["text"] for item in items] for split, items in found} == {
         "train": ["train", "restval"], "val": ["val"], "test": ["test"]}
 
@@ -385,10 +389,10 @@ def test_refcoco_files_are_read_as_they_are_published_but_no_class_in_them(tmp_p
         {"id": 12, "bbox": [0, 0, 5, 5]}, {"id": 11, "bbox": [10, 20, 30, 40]}]})
     items = {name: 2 * [dict(image_id=3, text="caf\xe9", box=[10, 20, 40, 60], ref_id=name,
         sent_id=5)] for name in names}
-    assert Refer.from_folder(tmp_path) == items | {"test": items["testA"] + items["testB"]}
+    assert Refer.from_folder(tmp_path, None) == items | {"test": items["testA"] + items["testB"]}
     path.write_bytes(pickle.dumps([Path()]))  # a class could do anything
     with pytest.raises(BadInput, match="asks for pathlib"):
-        Refer.from_folder(tmp_path)
+        Refer.from_folder(tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["refs(umd).p", "refs(unc).p"])
@@ -400,12 +404,12 @@ def test_refcocog_has_other_splits_and_another_name(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(refs))
     write_json(tmp_path / "instances.json", {"images": [{"id": 3, "file_name": "dog.jpg"}],
         "annotations": [{"id": 11, "bbox": [10, 20, 30, 40]}]})
-    splits = Refer.from_folder(tmp_path)
+    splits = Refer.from_folder(tmp_path, None)
     assert {split: [(i["sent_id"], i["image_id"]) for i in items] for split, items in splits.items()
         } == {"train": [(0, "dog")], "val": [(1, "dog")], "test": [(2, "dog")]}
     (tmp_path / "refs(google).p").touch()
     with pytest.raises(BadInput, match="expected one file refs.unc..p, .* found 2"):
-        Refer.from_folder(tmp_path)
+        Refer.from_folder(tmp_path, None)
 
 
 @pytest.mark.parametrize("kind, content, message", [
@@ -417,7 +421,7 @@ def test_refcocog_has_other_splits_and_another_name(tmp_path, name):
 def test_files_that_are_not_as_published_are_refused(tmp_path, kind, content, message):
     write_json(tmp_path / "instances.json", content)
     with pytest.raises(BadInput, match=f"instances.json: .*{message}"):
-        kind.from_folder(tmp_path)
+        kind.from_folder(tmp_path, None)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -467,10 +471,44 @@ def test_a_test_set_without_answers_gets_a_complete_submission_also_without_val(
     assert all([*s] == ["answer"] and s["answer"] in ("star", "blue", "2") for s in submission)
 
 
+@EACH_TASK
+def test_a_finished_run_is_evaluated_on_other_data_without_training(run, kind, store, capsys):
+    """Also on data without a training split; a split without any picture is not scored."""
+    items = splits_of(kind, store)["train"][:9]
+    expected = run(kind.name, val=items)["val"]
+    lost = [item | {"image_id": 99} for item in items]
+    found = run(kind.name, f"--epochs 0 --checkpoint {kind.name} --out other", train=[], val=items,
+        testA=lost)
+    assert found == {"val": expected}
+    assert f"testA: {kind.unit}: 0 of 9 found" in capsys.readouterr().out
+    assert read_json("other/result.json")["without_features"] == {"val": 0, "testA": 9}
+
+
+def test_predictions_stand_beside_their_questions_and_truths(run, store):
+    for kind, truth in ((VQA, "majority"), (Refer, "box"), (Retrieval, "image_id")):
+        run(kind.name)
+        items = splits_of(kind, store)["val"]
+        for item, said in zip(items, read_json(f"{kind.name}/predictions.json")["val"], strict=True):
+            assert (said["text"], said["truth"]) == (item["text"], item[truth])
+            assert {"answer", "box", "found"} & said.keys()
+
+
+def test_retrieval_reads_the_captions_that_pretraining_reads(store, tmp_path):
+    """Those of a table have no splits: five images are held out."""
+    (tmp_path / "a.tsv").write_text("".join(f"{i}\ta ring {i}\n" for i in range(10)))
+    splits = Retrieval.from_folder(tmp_path, store)
+    assert {split: len(items) for split, items in splits.items()} == {"train": 5, "val": 5}
+    for item in splits["train"] + splits["val"]:
+        assert item["text"] == f"a ring {item['image_id']}"
+
+
 def test_no_step_is_zero_shot_or_from_scratch_also_below_a_batch(run, make, pretrained):
     task, out = make(Retrieval), Path("retrieval")
     zero_shot = SwitchBertForRetrieval.from_pretraining(*pretrained)
-    expected = task.evaluate_items(zero_shot, task.held_out["val"])[2]
+    items = task.held_out["val"]
+    found = task.evaluate_items(zero_shot, items)[2]
+    expected = [dict(image_id=i["image_id"], text=i["text"], truth=i["image_id"]) | f
+        for i, f in zip(items, found)]
     for flag in ("", "--scratch"):
         run("retrieval", f"--epochs 0 --limit 9 {flag}")
         assert (read_json(out / "predictions.json")["val"] == expected) == (flag == "")
@@ -478,10 +516,11 @@ def test_no_step_is_zero_shot_or_from_scratch_also_below_a_batch(run, make, pret
 
 
 @pytest.mark.parametrize("task, flags, splits, message", [
-    ("vqa", "", dict(train=[question(99, k) for k in range(20)]), "train: questions: 0 of 20 fou"),
-    ("vqa", "", dict(train=[question(k, k) for k in range(8)]), "no answer of nine"),
+    ("vqa", "", dict(train=[question(99, k) for k in range(20)]), "no training questions for"),
+    ("vqa", "--epochs 0", dict(train=[]), "no training questions, so no answers"),
     ("retrieval", "", dict(train=[dict(image_id=i, text="a") for i in (1, 2, 99)]), "fewer than t"),
-    ("vqa", "--checkpoint refer/checkpoint.pt", {}, "checkpoint.pt: .*a checkpoint of refer"),
+    ("vqa", "--checkpoint refer", {}, "checkpoint of pretraining or vqa .it is one of refer"),
+    ("refer", "--checkpoint refer", {}, "refer: a new run there would replace it"),
     ("vqa", "--checkpoint other.pt", {}, "feature_size is 12, .* trained with 2048"),
     ("refer", "--resume --boxes gt", {}, "--boxes gt: the run that is resumed has detected")])
 def test_nothing_to_learn_from_and_what_does_not_fit_is_refused(run, task, flags, splits, message):
@@ -492,10 +531,11 @@ def test_nothing_to_learn_from_and_what_does_not_fit_is_refused(run, task, flags
 
 def test_true_boxes_are_in_a_store_of_their_own_and_the_toy_world_has_none(monkeypatch):
     monkeypatch.setattr(finetune, "FeatureStore", Path)
-    monkeypatch.setattr(Refer, "from_folder", str)
+    monkeypatch.setattr(Refer, "from_folder", lambda folder, store: f"{folder} {store}")
     for boxes in ("detected", "gt"):
         args, _ = finetune.parse_args(["refer", "--data", "d", "--boxes", boxes])
-        assert finetune.load_task(Refer, args) == (Path("d", f"features-{boxes}"), "d")
+        assert finetune.load_task(Refer, args) == (
+            Path(f"d/features-{boxes}"), f"d d/features-{boxes}")
     with pytest.raises(BadInput, match="--boxes gt: the toy world"):
         finetune.load_task(Refer, finetune.parse_args(["refer", "--boxes", "gt"])[0])
 

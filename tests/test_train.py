@@ -99,7 +99,7 @@ def metrics(out, kind):
 
 @pytest.mark.parametrize("accum, flags, tau", [
     (1, ["--anneal", 0.5], lambda step: max(0.2, 3 * (1 / 15) ** (step / 8))),  # 8 of 16 steps
-    *((parts, ["--data", "x"], lambda step: 3 * math.exp(-1e-6 * step * 12))  # the paper's
+    *((parts, ["--data", "x"], lambda step: max(0.2, 3 * (1 / 15) ** (step / 14.4)))  # 9 tenths
         for parts in (2, 3, 6))])
 def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
         plain, tmp_path, accum, flags, tau):
@@ -365,6 +365,50 @@ def test_a_data_folder_is_trained_on_and_the_run_leaves_its_record(folder, tmp_p
     assert pretrain(folder, "--resume") == scores  # by the checkpoint's weights
 
 
+def test_a_run_that_is_too_short_for_the_papers_rate_closes_its_switches_at_nine_tenths(capsys):
+    """From 5 to .2 at a rate of 1e-6 takes ln 25 = 3.22 million pairs."""
+    task = SimpleNamespace(initial_temperature=5.0, unit="pairs")
+
+    def last_temperatures(batch, *flags):
+        """At nine tenths, and a tenth earlier, of a run of 10,000 steps."""
+        args = train.parse_args(["--data", "x", "--batch", str(batch), *flags])[0]
+        rate = train.anneal_rate(args, task, 10_000)
+        return [train.temperature(share * 10_000 * batch, rate=rate) for share in (0.8, 0.9)]
+
+    short = [5 * 25 ** (-8 / 9), 0.2]
+    assert last_temperatures(100) == pytest.approx(short)
+    assert "its 1,000,000 pairs are fewer than the 3,218,876 of" in capsys.readouterr().out
+    assert last_temperatures(330) == pytest.approx([5 * math.exp(-2.64), 5 * math.exp(-2.97)])
+    assert last_temperatures(330, "--anneal", "0.9") == pytest.approx(short)
+    assert not capsys.readouterr().out
+
+
+def test_a_batch_is_cut_to_the_data(plain, capsys):
+    task = plain("run", "--batch", 64, "--accum", 4)
+    assert "--batch 64 is cut: there are only 50 training numbers" in capsys.readouterr().out
+    assert [len({index for _, index in task.keys[k : k + 48]}) for k in (0, 48)] == [48, 48]
+    assert len(task.keys) == 4 * 48
+
+
+def test_a_run_starts_from_the_words_and_weights_of_another_that_fit(folder, capsys):
+    """Here another one of three layers, and with other captions."""
+    pretrain(folder)
+    first = folder.with_name("run").rename(folder.with_name("first"))
+    (folder / "a.tsv").write_text("".join(f"{i}\tan unknown cat\n" for i in range(40)))
+    init = ["--init", str(first)]
+    pretrain(folder, *init, "--epochs", "1", "--lr", "1e-12", "--set", "num_hidden_layers=3")
+    said = capsys.readouterr().out
+    assert f"started from {first}; new in this model: 0 parameters (); not used: 20 " in said
+    one, two = (train.load_checkpoint(run, "pretraining") for run in (first, folder / "../run"))
+    assert two["config"]["num_hidden_layers"] == 3 and two["vocab"] == one["vocab"]
+    assert two["settings"]["set"] == ["num_hidden_layers=3"] and two["step"] == 2
+    for name, weights in two["model"].items():
+        torch.testing.assert_close(weights, one["model"][name])
+    assert pretrain(folder, "--epochs", "1", "--lr", "1e-12", "--resume")["words"] >= 0
+    with pytest.raises(BadInput, match="first: its layers have another size"):
+        pretrain(folder, *init, "--set", "hidden_size=64")
+
+
 def test_a_blind_run_sees_no_picture(folder, monkeypatch):
     monkeypatch.setattr(FeatureStore, "__getitem__", lambda *_: pytest.fail("a picture was read"))
     assert "R@" not in " ".join(pretrain(folder, "--blind"))
@@ -587,10 +631,10 @@ def test_layers_compile_to_one_graph_for_all_lengths_and_temperatures(config, in
     ("--resume", lambda whole: whole[:-100], "checkpoint.pt: not a whole checkpoint"),
     ("--resume", lambda whole: whole.replace(b"\0\0\x80?", b"\0\0\x81?"), "is damaged"),
     ("--resume", {"vocab": Path()}, "checkpoint.pt: not a whole checkpoint"),  # runs no code
-    ("--resume", {"format": "switchbert-3"}, "format switchbert-3, expected switchbert-4"),
+    ("--resume", {"format": "switchbert-3"}, "its format is switchbert-3, not switchbert-4"),
     ("--resume --lr 0.5", {}, "--lr 0.5: the run that is resumed has 1e-12"),
-    ("--batch 64", {}, "--batch 64: there are only 50 training examples"),
-    ("--accum 5", {}, "--batch 12 cannot be cut into 1 processes x --accum 5 equal parts")])
+    ("--accum 5", {}, "--batch 12: 50 numbers cannot be cut into equal parts for 1 processes x "),
+    ("--batch 64 --accum 51", {}, "--batch 0: 50 numbers cannot be cut into equal parts")])
 def test_damaged_checkpoints_and_wrong_flags_are_refused(plain, tmp_path, flags, change, message):
     plain("run", "--lr", 1e-12)  # so that the weight is still 1, and its bytes known
     path = tmp_path / "run/checkpoint.pt"
@@ -603,7 +647,14 @@ def test_damaged_checkpoints_and_wrong_flags_are_refused(plain, tmp_path, flags,
 
 
 @pytest.mark.parametrize("flags, change, message", [
-    ("--switches both", None, "--switches both: not a setting .*4 layers"),
+    ("--switches both", None, "--switches both --set: not a model .*4 layers"),
+    ("--set layers=6", None, "--set layers=6: not a model .*no attribute 'layers'"),
+    ("--set hidden_size=100 num_attention_heads=8", None, "100 is not a multiple of .*heads=8"),
+    ("--set hidden_size=0", None, "expected sizes of 1 or more, found 0"),
+    ("--set hidden_size=wide", None, "invalid literal for int.* 'wide'"),
+    ("--set hidden_dropout_prob=1.5", None, "expected dropout of 0 or more, below 1"),
+    ("--set max_position_embeddings=20", None, "expected 38 or more"),
+    ("--set vocab_size=9", None, "multiple values for keyword argument 'vocab_size'"),
     ("--bert nowhere", None, "nowhere: not a Hugging Face BERT"),
     ("", {"detector": "vg"}, "detector is 'made up', .* trained with 'vg'"),
     ("", {"num_region_classes": 8}, "classes is 7, .* with 8")])
