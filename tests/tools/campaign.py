@@ -1,6 +1,6 @@
 """A hostile day in ten minutes: kills, damaged files, impossible flags. Not part of the test suite.
 
-    python tests/campaign.py [kills|files|flags ...] [--kills 1000] [--files 3000] [--seed 0]
+    python tests/tools/campaign.py [kills|files|flags ...] [--kills 1000] [--files 3000] [--seed 0]
 
     kills    a small run, half of the time with a loading process, is killed (SIGKILL) at random
              moments and at its renames and fsyncs, or stopped (SIGTERM to its group), and resumed,
@@ -30,7 +30,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
