@@ -1,65 +1,247 @@
-"""The ablation's arithmetic by hand, and the README's table as its results give it."""
+"""The ablation's arithmetic by hand, what its results file keeps, and the tables that are shown."""
 
+import json
 from pathlib import Path
 
 import ablation
 import pytest
 
+import train
+from data import BadInput
+
 ROOT = Path(__file__).parent.parent
+CURVE = {"step": [225, 450], "words": [0.5, 0.6], "mrc": [2.5, 2.0], "match": [0.7, 0.8]}
+RECALLS = {"image R@1": 0.6, "text R@1": 0.5}
+PRETRAINED = RECALLS | {"masked words": 0.7, "region KL": 2.0, "matching": 0.9}
 
 
-def line(setting, seed, **scores):
-    return {"setting": setting, "seed": seed, "quick": False, "pairs per second": 100.0,
-        "scores": {name.replace("_", " "): score for name, score in scores.items()}}
+def line(setting, seed=0, epochs=4, scores=RECALLS, path="JJ,JJ,JJ,JJ"):
+    """A line of the results file."""
+    return {"setting": setting, "switches": "single", "seed": seed, "epochs": epochs,
+        "path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE}
 
 
-RESULTS = [line("learned", 0, VQA=0.8, region_KL=2.0), line("learned", 1, VQA=0.6, region_KL=1.8),
-    line("single", 0, VQA=0.5, region_KL=1.5), line("single", 1, VQA=0.5, region_KL=1.5),
-    line("dual", 0, VQA=0.7, region_KL=1.9), line("dual", 1, VQA=0.3, region_KL=1.9)]
+def group(**scores):
+    """Lines with VQA's accuracy and the region KL of these settings, one for each seed."""
+    lines = []
+    for setting, values in scores.items():
+        for seed, (accuracy, divergence) in enumerate(values):
+            measured = {"VQA": accuracy, "region KL": divergence}
+            lines.append(line(setting, seed, scores=measured))
+    return lines
 
 
-def test_means_errors_and_differences_paired_by_seed():
-    assert ablation.mean_and_error([0.8, 0.6]) == pytest.approx((0.7, 0.1))  # .1414 / sqrt 2
+GROUP = group(
+    learned=[(0.8, 2.0), (0.6, 1.8)],
+    single=[(0.5, 1.5), (0.5, 1.5)],
+    dual=[(0.7, 1.9), (0.3, 1.9)],
+)
+
+
+# --- The arithmetic -------------------------------------------------------------------------------
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    """.8 and .6 deviate by .1414 (n - 1 in the denominator); divided by the root of 2: .1."""
+    assert ablation.mean_and_error([0.8, 0.6]) == pytest.approx((0.7, 0.1))
     assert ablation.mean_and_error([0.5]) == (0.5, 0)
-    one, other = {0: 0.8, 1: 0.6, 2: 0.1}, {1: 0.5, 0: 0.5}
-    assert ablation.paired(one, other) == pytest.approx((0.2, 0.1))  # of .3 and .1
+
+
+def test_a_difference_is_paired_by_seed():
+    """The differences are .3 and .1; seed 2 has no partner."""
+    one = {0: 0.8, 1: 0.6, 2: 0.1}
+    other = {1: 0.5, 0: 0.5}
+    assert ablation.paired(one, other) == pytest.approx((0.2, 0.1))
 
 
 def test_ranks_know_which_direction_is_better():
     """VQA .7 .5 .5: ranks 1, 2, 2; KL, lower is better, 1.9 1.5 1.9: ranks 2, 1, 2."""
-    scores = ablation.scores_of(RESULTS)
-    assert ablation.mean_ranks(scores, ["learned", "single", "dual"]) == pytest.approx(
-        {"learned": 1.5, "single": 1.5, "dual": 2.0})
+    scores = ablation.scores_of(GROUP)
+    ranks = ablation.mean_ranks(scores, ["learned", "single", "dual"])
+    assert ranks == pytest.approx({"learned": 1.5, "single": 1.5, "dual": 2.0})
+
+
+def test_ranks_are_over_the_measures_that_all_settings_have():
+    """Were VQA counted, which `dual` has no score of, `learned` would have rank 1.5."""
+    scores = ablation.scores_of(GROUP)
+    del scores["VQA"]["dual"]
+    ranks = ablation.mean_ranks(scores, ["learned", "single", "dual"])
+    assert ranks == {"learned": 2, "single": 1, "dual": 2}
+
+
+@pytest.mark.parametrize("mean, error, sign, text", [
+    (0.781, 0.012, "", ".781±.012"),
+    (-0.02, 0.01, "+", "-.020±.010"),
+    (0.02, 0, "+", "+.020±.000"),
+    (9.5, 1.2, "", "9.500±1.200"),
+    (0.9999, 0, "", "1.000±.000"),
+])
+def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
+    assert ablation.with_error(mean, error, sign) == text
+
+
+# --- The tables and the figure --------------------------------------------------------------------
 
 
 def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
-    table = ablation.table(RESULTS).splitlines()
+    table = ablation.table(GROUP).splitlines()
     assert table[0] == "| measure | learned | single | dual | learned - best fixed |"
-    assert table[2] == "| VQA | **.700±.100** | .500±.000 | .500±.200 | +.200±.100 |"
-    assert table[3] == "| region KL | 1.900±.100 | **1.500±.000** | 1.900±.000 | +.400±.100 |"
+    assert table[2] == "| region KL | 1.900±.100 | **1.500±.000** | 1.900±.000 | +.400±.100 |"
+    assert table[3] == "| VQA | **.700±.100** | .500±.000 | .500±.200 | +.200±.100 |"
     assert table[4] == "| mean rank | 1.5 | 1.5 | 2.0 |  |"
+    assert table[5] == "| pairs/s | 100 | 100 | 100 |  |"
 
 
-def test_a_path_is_a_fixed_structure_and_nothing_is_compared_where_there_is_no_rival():
-    path = [line("II,XX", 0, VQA=0.9), line("learned", 0, VQA=0.8), line("chosen", 0, VQA=0.95)]
-    table = ablation.table(path).splitlines()
-    assert table[0] == "| measure | learned | chosen | II,XX | learned - best fixed |"
-    assert table[2] == "| VQA | .800±.000 | **.950±.000** | .900±.000 | -.100±.000 |"
-    assert table[3] == "| mean rank | 2.0 |  | 1.0 |  |"
-    for alone in (path[1:], path[2:]):
-        assert ablation.table(alone).splitlines()[2].endswith("**.950±.000** |  |")
+def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is():
+    lines = group(**{"II,XX": [(0.9, 2)], "learned": [(0.8, 2)], "chosen": [(0.95, 2)],
+        "single+dropout": [(0.97, 2)]})
+    table = ablation.table(lines).splitlines()
+    assert table[0] == (
+        "| measure | learned | chosen | single+dropout | II,XX | learned - best fixed |")
+    assert table[3] == (
+        "| VQA | .800±.000 | .950±.000 | **.970±.000** | .900±.000 | -.100±.000 |")
+    assert table[4] == "| mean rank | 1.5 |  |  | 1.0 |  |"
 
 
-@pytest.mark.parametrize("mean, error, sign, text", [(0.781, 0.012, "", ".781±.012"),
-    (-0.02, 0.01, "+", "-.020±.010"), (0.02, 0, "+", "+.020±.000"), (9.5, 1.2, "", "9.500±1.200")])
-def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
-    assert ablation.short(mean, error, sign) == text
+@pytest.mark.parametrize("setting", ["learned", "single", "chosen"])
+def test_nothing_is_compared_where_there_is_no_rival(setting):
+    table = ablation.table(group(**{setting: [(0.9, 2.0)]})).splitlines()
+    assert table[3] == "| VQA | **.900±.000** |  |"
 
 
-def test_the_picture_has_a_panel_per_measure():
-    assert ablation.draw(RESULTS, width=200, height=100).size == (400, 100)
+def test_a_setting_without_a_score_leaves_its_cell_empty():
+    lines = [line("learned", scores={"VQA": 0.8} | RECALLS), line("single")]
+    table = ablation.table(lines).splitlines()
+    assert table[4] == "| VQA | **.800±.000** |  |  |"
 
 
-def test_the_readme_shows_the_table_of_the_results_that_are_committed():
-    table = ablation.table(ablation.read_results())
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_each_length_of_training_and_each_number_of_layers_has_a_table():
+    results = [line("learned@12"), line("learned", epochs=16), line("single"), line("single@12")]
+    tables = ablation.tables(results)
+    assert list(tables) == ["4 layers, 900 steps", "4 layers, 3,600 steps", "12 layers, 900 steps"]
+    heads = [table.splitlines()[0] for table in tables.values()]
+    assert heads[0] == "| measure | single | learned - best fixed |"
+    assert heads[1] == "| measure | learned | learned - best fixed |"
+    assert heads[2] == "| measure | learned | single | learned - best fixed |"
+
+
+def test_the_figure_has_curves_of_the_longest_runs_and_recalls_at_each_length():
+    """Curves are means over seeds; 450 of 900 steps are within the last three quarters, and so is
+    225, their first quarter's end.
+    """
+    other = CURVE | {"words": [0.7, 0.9]}
+    results = [line("learned"), line("learned", seed=1) | {"curve": other}, line("dual", epochs=1)]
+    points = ablation.points_of(results)
+    assert points["masked words"] == {"learned": [(225, 0.6, 0), (450, 0.75, 0)]}
+    assert points["text R@1"] == {"learned": [(900, 0.5, 0)], "dual": [(225, 0.5, 0)]}
+    assert ablation.draw(results).size == (828, 440)  # five panels and a legend
+
+
+def test_the_committed_results_are_those_that_are_shown():
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown += (ROOT / "tests" / "ABLATION.md").read_text(encoding="utf-8")
+    for table in ablation.tables(ablation.read_results()).values():
+        assert table in shown
+
+
+# --- The runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting, switches, flags", [
+    ("learned", "learned", "--switches learned"),
+    ("II,XX,JJ,JJ", "II,XX,JJ,JJ", "--switches II,XX,JJ,JJ"),
+    ("learned@12", "learned", "--switches learned --set num_hidden_layers=12"),
+    ("dual+dropout", "dual", "--switches dual --set hidden_dropout_prob=0.1 "
+        "attention_probs_dropout_prob=0.1"),
+    ("dual+dropout@12", "dual", "--switches dual --set hidden_dropout_prob=0.1 "
+        "attention_probs_dropout_prob=0.1 num_hidden_layers=12"),
+])
+def test_a_setting_becomes_flags_of_train_py(setting, switches, flags):
+    assert ablation.find_switches(setting, 0, 4, results=[]) == switches
+    assert " ".join(ablation.train_flags(setting, switches)) == flags
+
+
+def test_the_chosen_path_is_that_of_the_same_seed_length_and_number_of_layers():
+    results = [line("learned", path="II"), line("learned", seed=1, path="XX"),
+        line("learned", epochs=16, path="JJ"), line("learned@12", path="IX")]
+    assert ablation.find_switches("chosen", 1, 4, results) == "XX"
+    assert ablation.find_switches("chosen", 0, 16, results) == "JJ"
+    assert ablation.find_switches("chosen@12", 0, 4, results) == "IX"
+    with pytest.raises(BadInput, match="path of learned with seed 2 and 4 epochs"):
+        ablation.find_switches("chosen", 2, 4, results)
+
+
+def test_a_line_is_replaced_by_one_of_the_same_setting_seed_and_epochs_only(tmp_path):
+    path = tmp_path / "results.jsonl"
+    others = [line("learned"), line("learned", seed=1), line("learned", epochs=16), line("dual")]
+    for each in others:
+        ablation.keep_line(each, path)
+    assert ablation.read_results(path) == others
+    better = line("learned", scores=PRETRAINED)
+    ablation.keep_line(better, path)
+    assert ablation.read_results(path) == [better, *others[1:]]
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file
+
+
+@pytest.mark.parametrize("scores, tasks, missing", [
+    ({}, False, ["pretrain"]),
+    ({}, True, ["pretrain", "vqa", "retrieval", "refer-25", "refer"]),
+    (PRETRAINED, False, []),
+    (PRETRAINED, True, ["vqa", "retrieval", "refer-25", "refer"]),
+    (PRETRAINED | {"VQA": 0.8, "refer": 0.9}, True, ["retrieval", "refer-25"]),
+])
+def test_only_what_a_line_lacks_is_run(scores, tasks, missing):
+    assert ablation.missing_parts(line("learned", scores=scores), tasks) == missing
+
+
+def test_a_finished_part_is_not_made_again_and_a_half_finished_one_is_resumed(
+        tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablation, "call", lambda work, *words: calls.append(words))
+    out = tmp_path / "refer"
+    out.mkdir()
+    ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
+    assert calls == [(ROOT / "finetune.py", "refer", "--flag", "--seed", 3, "--threads", 1,
+        "--out", out)]
+    ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
+    assert len(calls) == 1
+    (out / "finished").unlink()
+    (out / "checkpoint.pt").touch()
+    ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
+    assert "--resume" in calls[1]
+
+
+def test_the_tasks_of_a_pretrained_run_are_added_to_its_line(tmp_path, monkeypatch):
+    """Of a run with scores of pretraining, only the tasks are measured; the rest is kept."""
+    results = [line("dual", scores=PRETRAINED), line("single", seed=1, epochs=16, scores=PRETRAINED)]
+    measured = []
+
+    def call(work, script, *words):
+        if words[0] == "measure":
+            measured.extend(words[2:])
+            return json.dumps({"scores": {"VQA": 0.8}})
+        out = words[-1]
+        out.mkdir(parents=True, exist_ok=True)
+        return ""
+
+    monkeypatch.setattr(ablation, "call", call)
+    monkeypatch.setattr(ablation, "read_results", lambda: results)
+    monkeypatch.setattr(ablation, "keep_line", results.append)
+    args = ablation.parse_args(["--epochs", "16", "--tasks", "--work", str(tmp_path)])
+    ablation.make_run("single", 1, args, ablation.threading.Lock())
+    assert measured == ["vqa", "retrieval", "refer-25", "refer"]
+    assert results[2] == results[1] | {"scores": PRETRAINED | {"VQA": 0.8}}
+    trained = [path.parent.name for path in tmp_path.glob("single-1-16/*/finished")]
+    assert sorted(trained) == ["pretrain", "refer", "refer-25", "retrieval", "vqa"]
+    ablation.make_run("dual", 0, ablation.parse_args([]), None)  # it has its scores
+
+
+def test_the_curve_is_that_of_the_evaluations_in_a_metrics_file(tmp_path):
+    """Lines of the mixture alone have no scores."""
+    metrics = [{"step": 30, "losses": {"mlm": 3.0}, "mixture": {}}]
+    for step, words, divergence, match in zip(*CURVE.values()):
+        scores = {"mlm": 1.0, "mrc": divergence, "itm": 0.3, "words": words, "match": match}
+        metrics.append({"step": step, "scores": scores})
+    text = "".join(json.dumps(each) + "\n" for each in metrics)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert ablation.curve_of(train.read_metrics(tmp_path)) == CURVE

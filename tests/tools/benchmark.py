@@ -1,4 +1,4 @@
-"""Speed, as ratios of things measured in turn in one run: python tests/benchmark.py [NAME ...]
+"""Speed, as ratios of things measured in turn in one run: python tests/tools/benchmark.py [NAME ...]
 
 A figure in seconds says more of the machine than of the code; a ratio of two that took turns within
 a second of each other says something of the code on any machine. Let nothing else run beside it.
@@ -81,7 +81,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import extract_features  # noqa: E402
