@@ -47,6 +47,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -81,10 +82,9 @@ WEIGHTS = {"vg": "download pytorch_model.bin from "
 
 
 class Detector(detection.FasterRCNN):
-    """torchvision's Faster R-CNN, with two properties that `build_detector` adds."""
+    """torchvision's Faster R-CNN; `build_detector` adds what a store records of it."""
 
-    confidence: float  # the lowest score of a region that is kept, see select_regions
-    about: dict  # what a feature store records of its detector
+    about: dict
 
 
 def build_detector(name, weights=None, classes=None):
@@ -106,8 +106,13 @@ def build_detector(name, weights=None, classes=None):
         load_weights(model, name, weights)
     head = model.roi_heads.box_predictor.cls_score
     if classes:
-        class_names = read_class_names(classes, head.out_features)
-    model.confidence = 0.2 if name == "toy" else 0.0
+        count = head.out_features - 1
+        with reading_existing(classes, f"{count} class names, one per line"):
+            text = Path(classes).read_text("utf-8-sig")
+            lines = text.strip().split("\n")
+            if len(lines) != count:
+                raise ValueError(f"found {len(lines)}")
+        class_names = ["background"] + lines
     model.about = dict(detector=name, class_names=class_names,
         feature_size=head.in_features, weights=Path(weights or "").name,
         class_head=[parameter.detach().numpy() for parameter in head.parameters()])
@@ -123,15 +128,6 @@ def load_weights(model, name, path):
         if name == "vg":
             weights = convert_vg_weights(weights)
         model.load_state_dict(weights)
-
-
-def read_class_names(path, count):
-    """`count` names: the background, then those of a file."""
-    with reading_existing(path, f"{count - 1} class names, one per line"):
-        names = Path(path).read_text("utf-8-sig").strip().split("\n")
-        if len(names) != count - 1:
-            raise ValueError(f"found {len(names)}")
-    return ["background"] + names
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------
@@ -186,7 +182,7 @@ class C4RoIPool(nn.Module):
 
     def forward(self, maps, boxes, sizes):
         """(P, 1024, 14, 14) from maps {"0": (B, 1024, h, w)} and boxes B x (n, 4)."""
-        return roi_pool(maps["0"], boxes, output_size=14, spatial_scale=1 / 16)
+        return roi_pool(maps["0"], boxes, 14, spatial_scale=1 / 16)
 
 
 class Res5Head(nn.ModuleDict):
@@ -220,7 +216,7 @@ def vg_detector():
     classifier = nn.Linear(2048, 1601)
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals.
     model = Detector(backbone, rpn_anchor_generator=anchors, rpn_head=rpn_head,
-        rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300,
+        rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300, box_score_thresh=0.0,
         box_head=Res5Head({"layer4": net.layer4}),
         box_predictor=nn.ModuleDict({"cls_score": classifier}))
     model.transform = VGTransform()
@@ -238,14 +234,14 @@ VG_NAMES = {"backbone.stem.": "backbone.", "res2.": "layer1.", "res3.": "layer2.
     "proposal_generator.rpn_head.anchor_deltas.": "rpn.head.bbox_pred.",
     "proposal_generator.anchor_generator.cell_anchors.0": "rpn.anchor_generator.cells"}
 # Not needed: the final box regression, the attributes ("red", "wooden"), the pixels' mean.
-VG_UNUSED = ("bbox_pred", "cls_embedding", "fc_attr", "attr_score", "pixel_")
+VG_UNUSED = "bbox_pred|cls_embedding|fc_attr|attr_score|pixel_"
 
 
 def convert_vg_weights(published):
     """torchvision's state dict from Hugging Face's, where the background is the last class."""
     converted = {}
     for name, value in published.items():
-        if any(unused in name for unused in VG_UNUSED):
+        if re.search(VG_UNUSED, name):
             continue
         for theirs, ours in VG_NAMES.items():
             name = name.replace(theirs, ours)
@@ -275,18 +271,19 @@ def toy_network():
     backbone = nn.Sequential(OrderedDict(stem=stem, norm=norm, relu=relu,
         layer1=residual_block(32, 32), layer2=residual_block(32, 64)))
     backbone.out_channels = 64
+    anchors = detection.rpn.AnchorGenerator(sizes=((20, 36),), aspect_ratios=((1.0,),))
+    # One sample per bin instead of four, 5 x 5 bins instead of 7 x 7: faster, no worse.
+    roi_align = MultiScaleRoIAlign(["0"], output_size=5, sampling_ratio=1)
     # (P, 64, 5, 5) -> (P, 128): one more convolution, then the mean over its bins.
     box_head = Conv2dNormActivation(64, 128, stride=2)
     box_head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    classifier = detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES))
     return Detector(backbone, min_size=SCENE_PIXELS, max_size=SCENE_PIXELS,
-        rpn_anchor_generator=detection.rpn.AnchorGenerator(((20, 36),), ((1.0,),)),
-        # One sample per bin instead of four, 5 x 5 bins instead of 7 x 7: faster, no worse.
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=5, sampling_ratio=1),
-        box_head=box_head,
-        box_predictor=detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES)),
+        rpn_anchor_generator=anchors,
+        box_roi_pool=roi_align, box_head=box_head, box_predictor=classifier,
         rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=40, rpn_nms_thresh=0.5,
         rpn_pre_nms_top_n_test=100, rpn_post_nms_top_n_test=16,
-        rpn_batch_size_per_image=64, box_batch_size_per_image=16)
+        rpn_batch_size_per_image=64, box_batch_size_per_image=16, box_score_thresh=0.2)
 
 
 def train_toy_detector(numbers, iterations=900, batch=8):
@@ -302,7 +299,8 @@ def train_toy_detector(numbers, iterations=900, batch=8):
     order = torch.cat([torch.randperm(len(numbers)) for _ in range(epochs)])
     batches = order.split(batch)[:iterations]
     for chosen in progress(batches, "training the detector"):
-        losses = model(list(images[chosen] / 255), [targets[i] for i in chosen])
+        pictures = list(images[chosen] / 255)  # 8 x (3, 128, 128)
+        losses = model(pictures, [targets[i] for i in chosen])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -313,13 +311,15 @@ def train_toy_detector(numbers, iterations=900, batch=8):
 def toy_targets(scene):
     """The things of a scene as torchvision's targets: boxes (n, 4) in pixels, labels (n,)."""
     boxes = [thing.box for thing in scene.things]
-    labels = [TOY_CLASSES.index(thing.named("colour", "shape")) for thing in scene.things]
+    names = [thing.named("colour", "shape") for thing in scene.things]
+    labels = [TOY_CLASSES.index(name) for name in names]
     return {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels)}
 
 
 def draw_scenes(numbers):
     """The pictures of N scenes: uint8 (N, 3, 128, 128)."""
-    return torch.stack([pil_to_tensor(Scene(number).draw()) for number in numbers])
+    pictures = [Scene(number).draw() for number in numbers]
+    return torch.stack([pil_to_tensor(picture) for picture in pictures])
 
 
 def toy_detector(weights, numbers):
@@ -356,15 +356,14 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     Boxes are x1, y1, x2, y2 in pixels of the picture. They are those that were pooled: the
     detector's final correction is not applied.
     """
-    device = next(model.parameters()).device
-    images = images.to(device)
-    lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    images = images.to(next(model.parameters()).device)
+    lower = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
     with lower:
         features = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
     # Boxes are computed in fp32: bf16 would round them to 4 pixels, even out of the picture.
     maps = {"0": features.float()}
-    height, width = images.shape[2:]
+    _, _, height, width = images.shape
     prepared_height, prepared_width = prepared.image_sizes[0]
     scale = images.new_tensor([prepared_width / width, prepared_height / height] * 2)
     # A box in pixels of `prepared` is a proposal; `pictured` is the same in the picture's.
@@ -381,11 +380,12 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     counts = [len(proposal) for proposal in proposals]
     features = features.split(counts)  # B x (P, F)
     probs = probs.split(counts)  # B x (P, C)
+    confidence = model.roi_heads.score_thresh
     results = []
     for i, proposal in enumerate(proposals):
         kept = slice(None)
         if boxes is None:
-            kept = select_regions(proposal, probs[i], num_regions, model.confidence)
+            kept = select_regions(proposal, probs[i], num_regions, confidence)
         values = (pictured[i], features[i], probs[i])
         results.append([value[kept].cpu().numpy() for value in values])
     return results
@@ -418,7 +418,8 @@ def select_regions(boxes, probs, most, confidence):
 def picture_regions(model, path, num_regions):
     """A picture file's (PIL image, boxes (n, 4), features (n, F), probs (n, C))."""
     image = open_picture(path)
-    boxes, features, probs = regions(model, pil_to_tensor(image)[None] / 255, num_regions)[0]
+    images = pil_to_tensor(image)[None] / 255  # (1, 3, H, W)
+    boxes, features, probs = regions(model, images, num_regions)[0]
     return image, boxes, features, probs
 
 
@@ -440,7 +441,8 @@ def open_picture(path):
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
         if "16" in image.mode:  # bits per pixel: `convert` would clip, not scale
-            image = Image.fromarray(np.uint8(np.asarray(image) // 256))
+            pixels = np.asarray(image) // 256
+            image = Image.fromarray(np.uint8(pixels))
         elif image.mode in "IF":
             image = Image.fromarray(scale_pixels(np.asarray(image, float)))
         image = image.convert("RGB")
@@ -487,7 +489,7 @@ def read_boxes(path):
                 raise ValueError(f"a box of {[x, y, w, h]}")
             image_id = canonical_id(name(record["image_id"]))
             boxes[image_id].append([x, y, x + w, y + h])
-    return {image_id: np.float32(each) for image_id, each in boxes.items()}
+    return {image_id: np.float32(listed) for image_id, listed in boxes.items()}
 
 
 def clip_boxes(boxes, size):
@@ -501,52 +503,53 @@ def clip_boxes(boxes, size):
 
 
 # --- 6. Extraction --------------------------------------------------------------------------
-# A store is filled in blocks of rows: 16 scenes of one size, or one picture. An interrupted
-# extraction goes on with the pending rows, and ends with the same bits. Pitfall: a batch of
-# another size rounds differently. So a block is always computed whole, even if some of its
-# rows have been written already.
-
-
-def fill(writer, model, sources, load, batch, boxes=None, precision="fp32", workers=0, gpus=1):
-    """Extract this process's share of the pending rows, if `gpus` processes share them.
-
-    load(sources of a block): its pictures, uint8 (B, 3, H, W), or BadInput. boxes: None, or
-    {id: given boxes}. A process that starts late sees fewer pending blocks, so a block's
-    number, not its place among those, decides who extracts it.
-    """
-    numbers = sorted({row // batch for row in writer.pending()})
-    mine = [number for number in numbers if number % gpus == RANK]
-    rows = range(len(sources))
-    blocks = [rows[batch * number : batch * (number + 1)] for number in mine]
-    loader = load_ahead(sources, blocks, load, workers)
-    for block, images in zip(blocks, progress(loader, "extracting")):
-        try:
-            if isinstance(images, BadInput):
-                raise images
-            height, width = images.shape[2:]
-            size = (width, height)
-            given = None
-            if boxes:
-                given = clip_boxes(boxes[canonical_id(sources[block[0]])], size)
-            most = writer.meta["num_regions"]
-            results = regions(model, images / 255, most, given, precision)
-            for row, (pictured, features, _) in zip(block, results):
-                writer.write(row, features, pictured, size)
-        except BadInput as error:
-            if batch > 1:  # a scene is always sound, so the detector is not
-                raise
-            writer.fail(block[0], str(error))
+# A store is filled scene by scene or picture by picture. An interrupted extraction goes on with
+# the pending rows, and ends with the same bits.
 
 
 def extract_scenes(model, numbers, folder):
-    """A feature store of these scenes; an interrupted one is continued."""
+    """A feature store of these scenes; an interrupted one is continued.
+
+    Pitfall: a batch of another size rounds differently. So a block of 16 scenes is always
+    computed whole, even if some of its rows have been written already.
+    """
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
-    fill(writer, model, numbers, draw_scenes, batch=16)
+    blocks = sorted({row // 16 for row in writer.pending()})
+    for block in progress(blocks, "extracting"):
+        first = 16 * block
+        images = draw_scenes(numbers[first : first + 16]) / 255
+        results = regions(model, images, TOY_REGIONS)
+        for row, (boxes, features, _) in enumerate(results, first):
+            writer.write(row, features, boxes, (SCENE_PIXELS, SCENE_PIXELS))
     return writer.finish()
 
 
+def fill(writer, model, paths, boxes=None, precision="fp32", workers=0, gpus=1):
+    """Extract this process's share of the pending pictures, if `gpus` processes share them.
+
+    boxes: None, or {id: given boxes}. A process that starts late sees fewer pending rows, so
+    the number of a row, not its place among those, decides who extracts it.
+    """
+    rows = [row for row in writer.pending() if row % gpus == RANK]
+    loader = load_ahead(paths, [[row] for row in rows], load_picture, workers)
+    most = writer.meta["num_regions"]
+    for row, image in zip(rows, progress(loader, "extracting")):
+        try:
+            if isinstance(image, BadInput):
+                raise image
+            _, _, height, width = image.shape
+            size = (width, height)
+            given = None
+            if boxes:
+                given = clip_boxes(boxes[canonical_id(paths[row])], size)
+            pictured, features, _ = regions(model, image / 255, most, given, precision)[0]
+            writer.write(row, features, pictured, size)
+        except BadInput as error:
+            writer.fail(row, str(error))
+
+
 def load_picture(paths):
-    """A block of one picture, uint8 (1, 3, H, W), or the BadInput that it caused."""
+    """The one picture of a batch, uint8 (1, 3, H, W), or the BadInput that it caused."""
     try:
         return pil_to_tensor(open_picture(paths[0]))[None]
     except BadInput as error:
@@ -562,7 +565,9 @@ def extract(args):
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS[args.detector]}")
     with reading_existing(args.images, "a picture, or a folder of pictures"):
-        paths = [args.images] if args.images.is_file() else files_below(args.images, PICTURES)
+        paths = [args.images]
+        if args.images.is_dir():
+            paths = files_below(args.images, PICTURES)
     if not paths:
         raise BadInput(f"{args.images}: found no pictures")
     boxes = None
@@ -578,15 +583,14 @@ def extract(args):
     with output_folder(args.out):
         writer = FeatureStore.create(args.out, paths, args.regions or most,
             precision=args.precision, boxes_file=args.boxes and args.boxes.name, **model.about)
+        pending = len(writer.pending())
         if WORLD_SIZE == 1:
-            pending = len(writer.pending())
             say(f"{args.out}: {pending:,} of {len(paths):,} pictures to extract")
         if args.gpus > WORLD_SIZE:
             start_processes(args.gpus)
         else:
             model.to(device())
-            fill(writer, model, paths, load_picture, 1, boxes, args.precision, args.workers,
-                args.gpus)
+            fill(writer, model, paths, boxes, args.precision, args.workers, args.gpus)
         if WORLD_SIZE == 1:
             report(writer.finish())
 
@@ -597,7 +601,7 @@ def report(store):
     result = f"{store.folder}: {extracted:,} of {len(store):,} pictures extracted"
     failed = store.folder / "failed.txt"
     if not extracted:
-        _, _, reason = failed.read_text("utf-8").split("\n")[0].partition("\t")
+        reason = re.split("[\t\n]", failed.read_text("utf-8"))[1]
         raise BadInput(f"{result}; the first failed because of {reason}")
     if extracted < len(store):
         result += f"; {failed} lists the others; to try again, remove the store"
@@ -669,26 +673,25 @@ def draw_regions(folder, which):
     """
     store, row, image = stored_picture(folder, which)
     record = store[row]
-    # Letters are ten pixels high, so all is drawn at 500 pixels, then enlarged.
-    image = ImageOps.contain(image, (500, 500))
-    boxes = record["boxes"] * 500 / max(record["size"])
+    # Letters are ten pixels high, so all is drawn at 500 pixels, then enlarged. The order is
+    # reversed: the best region comes last, on top.
+    dimmed = pil_to_tensor(ImageOps.contain(image, (500, 500))) // 2
+    boxes = record["boxes"][::-1] * 500 / max(record["size"])
     labels = None
-    if store.num_region_classes:
-        names = store.class_names or [f"class {c}" for c in range(store.num_region_classes)]
-        probs = store.class_probs(row)[:, 1:]  # without the background
-        labels = [f"{names[1 + p.argmax()]} {p.max():.2f}" for p in probs][::-1]
+    classes = range(store.num_region_classes)
+    if classes:
+        names = store.class_names or [f"class {c}" for c in classes]
+        probs = store.class_probs(row)[::-1, 1:]  # without the background
+        labels = [f"{names[1 + p.argmax()]} {p.max():.2f}" for p in probs]
     # 137 degrees around the colour wheel each time, the golden angle: neighbours never look
     # alike, however many boxes there are.
     colours = [f"hsl({137 * i % 360}, 90%, 75%)" for i in range(len(boxes))]
-    # The best region comes last, on top.
-    drawn = draw_bounding_boxes(pil_to_tensor(image) // 2, torch.tensor(boxes[::-1].copy()),
-        labels, colours[::-1])
+    drawn = draw_bounding_boxes(dimmed, torch.tensor(boxes), labels, colours[::-1])
     return ImageOps.scale(to_pil_image(drawn), 2)
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The settings of an extraction, or of `show`."""
-    argv = argv or sys.argv[1:]
     parser = argparse.ArgumentParser(description="Extract the regions of pictures into a "
         "feature store; `show STORE ID -o regions.png` draws those of one image.")
     add = parser.add_argument
@@ -711,7 +714,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv):
     """Extract pictures, or show a store."""
     args = parse_args(argv)
     if "which" in args:
@@ -722,4 +725,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(sys.argv[1:]))
