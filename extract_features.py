@@ -48,7 +48,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections import OrderedDict, defaultdict
@@ -564,7 +563,7 @@ def extract(args):
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS[args.detector]}")
-    with reading_existing(args.images, "a picture, or a folder of pictures"):
+    with reading_existing(args.images, "a picture or a folder of pictures"):
         paths = [args.images]
         if args.images.is_dir():
             paths = files_below(args.images, PICTURES)
@@ -602,7 +601,7 @@ def report(store):
     failed = store.folder / "failed.txt"
     if not extracted:
         reason = re.split("[\t\n]", failed.read_text("utf-8"))[1]
-        raise BadInput(f"{result}; the first failed because of {reason}")
+        raise BadInput(f"{result}; for example, {reason}")
     if extracted < len(store):
         result += f"; {failed} lists the others; to try again, remove the store"
     say(result)
@@ -620,31 +619,34 @@ def device():
 
 @contextlib.contextmanager
 def reading_existing(path, what):
-    """As `reading`, but a file that is missing is called that, not [Errno 2]."""
+    """As `reading`, but what is missing is called so, not [Errno 2]."""
     with reading(path, what) as at:
         if not Path(path).exists():
-            raise FileNotFoundError("the file is missing")
+            raise FileNotFoundError("it is missing")
         yield at
 
 
 @contextlib.contextmanager
 def output_folder(folder):
-    """Lock the folder of a store during a block. If it was new, and no picture was extracted
-    into it, remove it again, with those folders above it that were new as well.
+    """Lock the folder of a store during a block. If the block began a store, and no picture was
+    extracted into it, its files are removed, and the folders that were made for it.
     """
     if WORLD_SIZE > 1:  # the first process, which has started this one, holds the lock
         yield
         return
-    new = [path for path in (folder / ".lock").parents if not path.exists()]
+    new_folders = [path for path in (folder / ".lock").parents if not path.exists()]
+    old_files = set(folder.glob("*"))
+    counts = folder / "counts.npy"
     with only_run_in(folder):
         try:
             yield
         finally:
-            counts = folder / "counts.npy"
-            if new and not (counts.exists() and (np.load(counts) > 0).any()):
-                shutil.rmtree(folder)
-                with contextlib.suppress(OSError):  # another run may be at work in one
-                    for path in new[1:]:
+            extracted = counts.exists() and (np.load(counts) > 0).any()
+            if not extracted and counts not in old_files:
+                for path in set(folder.glob("*")) - old_files:
+                    path.unlink()
+                with contextlib.suppress(OSError):  # another run may be at work in one of them
+                    for path in new_folders:
                         path.rmdir()
 
 
