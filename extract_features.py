@@ -72,12 +72,12 @@ from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, Bad
     start_processes, write_whole)
 
 # --- 1. Detectors ---------------------------------------------------------------------------
-# Two networks, built from torchvision's parts. The table DETECTORS ends section 3.
+# Two networks, built from torchvision's parts. Section 3 ends with the table DETECTORS.
 
-# What to do if the weights of a detector are missing, or are not its weights.
+# Where the weights of a detector come from; a message that they are missing or wrong ends so.
 WEIGHTS = {"vg": "download pytorch_model.bin from "
     "https://huggingface.co/unc-nlp/frcnn-vg-finetuned and name it with --weights",
-    "toy": "train.py writes them to runs/world/detector.pt; name that file with --weights"}
+    "toy": "train.py writes them to runs/world/detector.pt, the file to name with --weights"}
 
 
 class Detector(detection.FasterRCNN):
@@ -502,8 +502,8 @@ def clip_boxes(boxes, size):
 
 
 # --- 6. Extraction --------------------------------------------------------------------------
-# A store is filled scene by scene or picture by picture. An interrupted extraction goes on with
-# the pending rows, and ends with the same bits.
+# A store is filled in blocks of 16 scenes, or picture by picture. An interrupted extraction
+# goes on with the pending rows, and ends with the same bits.
 
 
 def extract_scenes(model, numbers, folder):
@@ -706,7 +706,7 @@ def parse_args(argv):
     add("images", type=Path, help="a picture, or a folder")
     add("-o", "--out", type=Path, required=True, help="the store to write")
     add("--detector", choices=DETECTORS, default="vg")
-    add("--weights", help="file with the detector's weights; needed")
+    add("--weights", help="file with the detector's weights (required)")
     add("--classes", help="vg: file with class names, one per line, without background")
     add("--boxes", type=Path, help="JSON file with the boxes whose features are wanted")
     flag(parser, "--regions", COUNT, None, "maximum per picture (default: 36; with --boxes all)")

@@ -167,9 +167,11 @@ def reference_stage(x, weights, stage, stride, dilation=1):
     for b in range(BLOCKS[stage]):
         name = f"{stage}.{b}"
         y = F.conv2d(x, weights[f"{name}.conv1.weight"], stride=stride)
-        y = reference_norm(y, weights, f"{name}.conv1").relu()
+        y = reference_norm(y, weights, f"{name}.conv1")
+        y = y.relu()
         y = F.conv2d(y, weights[f"{name}.conv2.weight"], padding=dilation, dilation=dilation)
-        y = reference_norm(y, weights, f"{name}.conv2").relu()
+        y = reference_norm(y, weights, f"{name}.conv2")
+        y = y.relu()
         y = F.conv2d(y, weights[f"{name}.conv3.weight"])
         y = reference_norm(y, weights, f"{name}.conv3")
         if b == 0:
@@ -182,7 +184,8 @@ def reference_stage(x, weights, stage, stride, dilation=1):
 
 def reference_map(x, weights):
     x = F.conv2d(x, weights["backbone.stem.conv1.weight"], stride=2, padding=3)
-    x = reference_norm(x, weights, "backbone.stem.conv1").relu()
+    x = reference_norm(x, weights, "backbone.stem.conv1")
+    x = x.relu()
     x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
     x = reference_stage(x, weights, "backbone.res2", stride=1)
     x = reference_stage(x, weights, "backbone.res3", stride=2)
