@@ -628,26 +628,22 @@ def reading_existing(path, what):
 
 @contextlib.contextmanager
 def output_folder(folder):
-    """Lock the folder of a store during a block. If the block began a store, and no picture was
-    extracted into it, its files are removed, and the folders that were made for it.
+    """Lock the folder of a store during a block. A store that the block has begun, but into which
+    no picture was extracted, is removed.
     """
     if WORLD_SIZE > 1:  # the first process, which has started this one, holds the lock
         yield
         return
-    new_folders = [path for path in (folder / ".lock").parents if not path.exists()]
-    old_files = set(folder.glob("*"))
     counts = folder / "counts.npy"
+    known = set(folder.glob("*"))
     with only_run_in(folder):
         try:
             yield
         finally:
-            extracted = counts.exists() and (np.load(counts) > 0).any()
-            if not extracted and counts not in old_files:
-                for path in set(folder.glob("*")) - old_files:
+            begun = counts not in known and counts.exists()
+            if begun and not (np.load(counts) > 0).any():
+                for path in set(folder.glob("[!.]*")) - known:
                     path.unlink()
-                with contextlib.suppress(OSError):  # another run may be at work in one of them
-                    for path in new_folders:
-                        path.rmdir()
 
 
 def stored_picture(folder, which):

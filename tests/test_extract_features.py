@@ -347,7 +347,7 @@ def test_a_failed_command_keeps_what_was_there_before(tmp_path, weights, picture
     for out in (folder, folder / "new"):
         with pytest.raises(BadInput, match="0 of 1 pictures extracted"):
             main(flags(cut, out, weights))
-        assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+        assert [path.name for path in folder.glob("[!.]*")] == ["mine.txt"]
     main(flags(pictures, folder, weights))
     before = content(folder)
     with pytest.raises(BadInput, match="holds a feature store of other images"):
