@@ -5,7 +5,7 @@ Where this stands
 
     extract_features.py --writes--> feature store --read by--> data.py --batches--> train.py
 
-A batch begins as captions with the ids of their images. What happens in between happens here:
+A batch begins as captions and the ids of their images. Everything in between happens here:
 
     caption "a small red star"                image id
         |  WordPiece                              |  FeatureStore (memory-mapped, float16)
@@ -41,9 +41,9 @@ Map of the file (* = read these first)
 
     $ python data.py import train2014_obj36.tsv val2014_obj36.tsv -o data/features
 
-Three names from the machine room appear early. BadInput is the exception for a fault of the
-user's files. `with reading(path, what)` turns every error in its block into BadInput. And
-canonical_id(name) spells an image's id in one way, whichever file it came from.
+Three names from the machine room appear early. BadInput is the exception for a fault in the
+user's files. `with reading(path, what)` turns any error in its block into BadInput. And
+canonical_id(name) gives an image one id, however the files at hand spell it.
 
 Every random choice depends on (seed, epoch, index) and on nothing else. So an example is the
 same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
@@ -115,12 +115,12 @@ def split_words(text):
 
 @functools.cache
 def _spaced(char):
-    # White space becomes a space. What nobody sees vanishes, and so does an accent. Punctuation
-    # marks and Chinese characters become words.
+    # Whitespace becomes a space. Invisible characters and accents vanish. A punctuation mark
+    # or a Chinese character becomes a word.
     category = unicodedata.category(char)
     if char in "\t\n\r" or category == "Zs":
         return " "
-    if char == "\ufffd" or category in ("Cc", "Cf", "Mn"):  # control, zero-width, accents
+    if char == "\ufffd" or category in ("Cc", "Cf", "Mn"):  # control, invisible, accent
         return ""
     # Unicode counts $ + < = > ^ ` | ~ as symbols; BERT counts them as punctuation.
     punctuation = char in string.punctuation or category[0] == "P"
@@ -267,9 +267,9 @@ class FeatureStore:
         _, self.num_regions, self.feature_size = self.arrays["features"].shape
         self.ids = self.arrays["ids"]
         self.counts = self.arrays["counts"]
-        # Older versions kept some spellings that canonical_id no longer keeps. Each id was
-        # the name of a file, and gets a suffix here so that a '#1' at its end stays: it was
-        # not the number of a caption.
+        # Older versions kept some spellings that canonical_id no longer keeps, so their ids
+        # are read again. Each was the name of a file, and gets a suffix: then a '#1' at its
+        # end is not taken for the number of a caption.
         self._keys = self.ids
         if re.search(rb"[.\\\x80-\xff]", self.ids.tobytes()):
             self._keys = encode_ids(f"{image_id.decode()}.jpg" for image_id in self.ids)
@@ -371,13 +371,12 @@ class FeatureStore:
 class StoreWriter:
     """Fill a store row by row, in any order, from any number of processes.
 
-
     for row in writer.pending(): writer.write(row, features, boxes, size)
     store = writer.finish()
 
-    The arrays have their full size from the start. So each row has its place, no process
-    waits for another, and counts says which rows are written, whenever all are killed. fixed:
-    {name: array known from the start}.
+    The arrays have their full size from the start. So each row has its place, and no process
+    waits for another. `counts` says which rows are written: a writer may be killed at any
+    moment. fixed: {name: array known from the start}.
     """
 
     def __init__(self, folder, meta, fixed):
@@ -389,7 +388,7 @@ class StoreWriter:
         stored, self.arrays = open_store(folder, mode="r+")
         stored |= self.arrays
         asked = meta | fixed
-        # The file of the weights may have been renamed, and older versions recorded less.
+        # The weights' file may have been renamed, and older versions recorded less.
         compared = asked.keys() & stored.keys() - {"complete", "weights"}
         differ = [key for key in compared if not np.array_equal(asked[key], stored[key])]
         if differ:
@@ -681,7 +680,7 @@ def collate(examples):
 
 
 def flat_positions(positions, width):
-    """Positions in the rows of a (B, width) table, as positions in the table's B width cells.
+    """Positions in each row of a table (B, width), counted on through all B width cells.
 
     >>> flat_positions([np.array([1, 4]), np.array([2])], width=10).tolist()
     [1, 4, 12]
@@ -730,8 +729,8 @@ def pad(arrays):
 def class_targets(batch, store):
     """Add mrc_targets (K', C) to a batch whose store has the detector's last layer.
 
-    One product gives those of all masked regions, on the batch's device. One by one, in the
-    loading processes, they took 85 % of these processes' time.
+    One product gives the targets of all masked regions, on the batch's device. Computed one
+    by one in the loading processes, they took 85 % of the time there.
     """
     if store.meta.get("class_head"):
         features = batch["region_features"].flatten(0, 1)  # (B R, F)
@@ -758,13 +757,15 @@ def class_targets(batch, store):
 
 
 class Captions:
-    """Pairs (image id, text) in little memory. [0], len and for work as with a list.
+    """Pairs (image id, text) in little memory, read like a list of tuples.
 
     ids (N,): canonical image ids as bytes. texts (N,): strings of variable width, which numpy
-    keeps in one block. A list of 3.3 million tuples takes 0.8 GB. This takes 0.3 GB, and the
-    loading processes share it. A list they would copy page by page: whoever reads a string
-    changes its reference count, and so writes to its page. A slice, or an array of indices or
-    bools, selects Captions. checksum: (N, a number that depends on all ids and texts).
+    keeps in one block. An index gives a pair; a slice, or an array of indices or bools, gives
+    Captions. checksum: (N, a number that depends on all ids and texts).
+
+    A list of 3.3 million tuples takes 0.8 GB. This takes 0.3 GB, and the loading processes
+    share it. They would copy a list page by page: whoever reads a string changes its
+    reference count, and so writes to its page.
     """
 
     def __init__(self, pairs):
@@ -826,7 +827,7 @@ def caption_records(path):
 
 
 def _tsv_captions(path):
-    # Yields (image id, caption, split), as do the next two.
+    # Yields (image id, caption, split), as the next two functions do.
     for image, text in read_table(path):
         if text.startswith("http") and not image.startswith("http"):
             image, text = text, image
@@ -836,7 +837,8 @@ def _tsv_captions(path):
 
 
 def _json_captions(path):
-    # COCO and lists have one caption per record and no splits; Karpathy one image, with both.
+    # In COCO's files and in lists a record is a caption, without a split. In Karpathy's it is
+    # an image, with its split and its captions.
     content = read_json(path)
     if isinstance(content, list):
         for record in content:
@@ -857,9 +859,9 @@ def _json_captions(path):
 
 
 def _folder_captions(folder):
-    # The number in a file's name is the image's id. A caption lies beside its picture, or
-    # beside the JSON that img2dataset writes, if the folder has any of these: a README.txt
-    # or a detector's labels/12.txt is no caption. And a caption is more than numbers.
+    # The number in a file's name is the image's id. If the folder has pictures, or the JSON
+    # files of img2dataset, a caption lies beside one of them; a README.txt or a detector's
+    # labels/12.txt does not. And a caption is more than numbers.
     texts = files_below(folder, r"\.txt")
     pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
     candidates = [file for file in texts
@@ -881,9 +883,9 @@ def _folder_captions(folder):
 def picture_names(content):
     """A function from image_id to the picture's name, for a file of COCO's form.
 
-    COCO's image_id is the number in file_name. Other tools count from 1: then only `images`
-    tells the name. So it is a ValueError if two of them have the same id or name, and a
-    KeyError if an image is not listed.
+    COCO's image_id is the number in file_name. Other tools count from 1: then only the list
+    `images` tells the name. It is a ValueError if two of these images have the same id or
+    name, and later a KeyError if an image is not listed.
     """
     images = content.get("images", [])
     names = {}
@@ -902,7 +904,7 @@ SPLITS = {"train": "train training restval", "val": "val valid validation dev",
 
 
 def canonical_split(name):
-    """The name of a split, one of SPLITS, from the names in use. ValueError for any other.
+    """One of SPLITS, for any of the names that are in use for it; ValueError for another.
 
     >>> [canonical_split(name) for name in ("restval", "validation", "val2014")]
     ['train', 'val', 'val']
@@ -1009,8 +1011,8 @@ def read_tsv(paths):
 # statement about a scene is computed from its things, so it is true without an annotator:
 #
 #     caption      a small red star left of a large blue ring and a small green cross
-#     question     what colour is the large ring ?                            blue, colour
-#     expression   the star left of the blue ring                             thing 0, relation
+#     question     what colour is the large ring ?                           blue, colour
+#     expression   the star left of the blue ring                            thing 0, relation
 
 COLOURS = {"red": "#d72d2d", "green": "#2da53c", "blue": "#3255dc", "yellow": "#ebd732",
     "purple": "#963cb9", "orange": "#f08c1e", "white": "#f5f5f5", "black": "#141414"}
@@ -1018,6 +1020,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": (7, 9), "large": (14, 18)}  # half the width, in pixels: from, to
 # Relation -> the opposite relation.
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+QUESTION_TYPES = ("colour", "shape", "count", "existence", "relation")
 TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
 SCENE_PIXELS = 128
 TRAIN_SCENES = 0  # the number of the first training scene
@@ -1042,7 +1045,7 @@ class Thing:
 
     @property
     def where(self):
-        """Where in the picture it is, by the axis along which it is farther off the middle."""
+        """Where in the picture it is: on that axis on which it is farther from the middle."""
         x, y = np.subtract(self.centre, SCENE_PIXELS // 2)
         if max(abs(x), abs(y)) < 16:
             return "in the middle"
@@ -1056,9 +1059,10 @@ class Thing:
         return name if "shape" in words else f"{name} thing"
 
     def relations(self, other, margin=8):
-        """The relations that hold to the other: centres differ by more than `margin` pixels.
+        """The RELATIONS in which it stands to the other, each by more than `margin` pixels.
 
-        Never empty: things do not touch, so along one axis centres differ by over 16 pixels.
+        In a scene there is always a relation: things do not touch, so along one axis their
+        centres differ by more than 16 pixels.
         """
         right, down = np.subtract(self.centre, other.centre)
         shift = {"left of": -right, "right of": right, "above": -down, "below": down}
@@ -1099,7 +1103,7 @@ class Scene:
             thing.half = int(rng.integers(low, high + 1))
             margin = thing.half + 2  # two pixels between boxes, and at the edge
             thing.centre = tuple(rng.integers(margin, SCENE_PIXELS - margin, size=2).tolist())
-            # Boxes lie apart if, along an axis, the centres differ by more than both halves.
+            # Boxes lie apart if along one axis the centres differ by more than both halves.
             if all(thing.relations(other, margin + other.half) for other in self.things):
                 self.things.append(thing)
                 return
@@ -1122,7 +1126,7 @@ class Scene:
 
         Each names three things where there are three: 2 % of these are also true of another
         of 100 scenes. With two things it would be 8 %. Half of the sentences say where two
-        things are, the others how these relate: from comparisons alone no model learned
+        things are, the others how these two relate: from comparisons alone, no model learned
         anything about places.
         """
         rng = self._rng(2)
@@ -1135,7 +1139,7 @@ class Scene:
             else:
                 relation = _pick(rng, things[0].relations(things[1]))
                 start = f"{names[0]} {relation} {names[1]}"
-            sentences.append(" and ".join([start, *names[2:]]))
+            sentences.append(" and ".join([start] + names[2:]))
         return sentences
 
     def questions(self, n=5):
@@ -1187,9 +1191,9 @@ class Scene:
             return f"is there a {_pick(rng, absent)} ?", "no"
 
     def _ask_relation(self, rng):
-        # Two forms, as in GQA: find a thing by its relation, or say whether a relation
-        # holds. The first is a step towards the second, where half of the skills gain
-        # nothing over chance.
+        # Two forms, as in GQA: find a thing by its relation, or say whether a relation holds.
+        # The first is a step towards the second, for which half of the necessary skills are
+        # no better than chance.
         if rng.random() < 0.5:
             if referred := self._refer_by_relation(rng):
                 phrase, index, _ = referred
@@ -1246,9 +1250,6 @@ class Scene:
         return {n: thing for n, thing in zip(names, self.things) if names.count(n) == 1}
 
 
-QUESTION_TYPES = ("colour", "shape", "count", "existence", "relation")
-
-
 def _pick(rng, options):
     # One of the options; None, without a draw, if there is none.
     options = list(options)
@@ -1256,8 +1257,8 @@ def _pick(rng, options):
 
 
 def _draw_shape(draw, thing, scale):
-    # Each shape fills its box: x - h to x + h - 1, inclusive, are 2 h columns. The arms of a
-    # cross are a third as wide, and a star's inner points lie at .42 of the outer radius.
+    # Each shape fills its box: the columns from x - h to x + h - 1 are 2 h. The arms of a cross
+    # are a third as wide. A star's inner points lie at .42 of the outer radius.
     x, y = np.multiply(scale, thing.centre)
     left, top, right, bottom = np.multiply(scale, thing.box)
     box = [left, top, right - 1, bottom - 1]
@@ -1286,16 +1287,15 @@ def _draw_shape(draw, thing, scale):
 
 # --- 7. Machine room ----------------------------------------------------------------------
 #
-# What all scripts but switchbert.py share: ids, errors, whole files, flags, processes,
-# signals. Nothing before this line needs it to be understood; look things up here when you
-# meet them.
+# What all scripts but switchbert.py share. You need none of it to understand the sections
+# above; look a name up when you want to know how it works.
 
 # --- Image ids ---
 
-# The endings of pictures. Pillow cannot open all of these; such a picture fails by name.
+# The endings of pictures. Pillow cannot open all of them; a picture that fails is named.
 PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
-# What stands around a picture's name: folders; suffixes; the number of one of its captions,
-# as in Flickr30k's '1000092795.jpg#0'.
+# What stands around a picture's name: folders, suffixes, and the number of one of its
+# captions, as in Flickr30k's '1000092795.jpg#0'.
 AROUND_NAME = re.compile(
     rf"(?is)^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$")
 COCO_NAME = re.compile(r"(?i)(coco_\w+?_)?0*(\d+)\Z")
@@ -1306,8 +1306,7 @@ def canonical_id(name):
 
     COCO's images are 'COCO_val2014_000000391895.jpg' in Karpathy's splits, 391895 in the
     caption JSON, 'coco_val2014_000000391895.npz' in UNITER's features. Any other name keeps
-    its stem. Accents may be spelled as one character or, on macOS, as two; NFC makes them
-    one.
+    its stem. A letter with its accent is one character or, on macOS, two: NFC makes it one.
     >>> names = "COCO_val2014_000000391895.jpg", 391895, "dogs/dog_1.jpg", r"a\dog_1.JPG#0 "
     >>> [canonical_id(name) for name in names]
     ['391895', '391895', 'dog_1', 'dog_1']
@@ -1325,8 +1324,8 @@ def say_found(what, ids, found, where, known):
     """Say how many of some ids were found. Raises BadInput if none was.
 
     ids (n,) bytes: those that were looked for; found (n,) bool; known (m,) bytes: those that
-    were there. If most are missing, one id of each side that did not meet is shown, so that
-    the reader sees how the spellings differ.
+    are there. If most are missing, it shows an id of each side that the other side lacks, so
+    that the reader sees how the spellings differ.
     """
     text = f"{what}: {found.sum():,} of {len(ids):,} found in {where}"
     if 2 * found.sum() < len(ids):
@@ -1345,13 +1344,13 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def reading(path, what, unit="entry"):
-    """Turn every error inside this block into BadInput: the file being read is at fault.
+    """Turn any error inside this block into BadInput: the file being read is at fault.
 
         with reading("a.json", "a list of boxes") as at:
             for at.entry, box in enumerate(json.load(...)): ...
 
     A missing key, a wrong type or a broken header becomes BadInput("a.json: not a list of
-    boxes (near entry 3: KeyError 'bbox')"). One net around the reader replaces a check per
+    boxes (near entry 3: KeyError 'bbox')"). One net around a reader replaces a check of every
     field.
     """
     at = types.SimpleNamespace(entry=None)
@@ -1396,11 +1395,11 @@ def files_below(folder, ending):
 
 
 def write_whole(path, write, mode="w"):
-    """Call `write(file)`; afterwards `path` holds all of it, or is unchanged.
+    """Call `write(file)`; afterwards `path` holds all that it wrote, or is unchanged.
 
-    The bytes go to a temporary file beside it, reach the disk (fsync), and only then take its
-    name. A rename within a folder is atomic: a crash or a full disk costs the new version,
-    never the old.
+    The bytes go to a temporary file beside `path`. When they have reached the disk (fsync),
+    that file takes the name. A rename within a folder is atomic: a crash or a full disk costs
+    the new version, never the old one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1417,7 +1416,7 @@ def write_whole(path, write, mode="w"):
 
 
 def write_json(path, content):
-    """Write a JSON file, whole; types that JSON lacks, such as Path, become strings."""
+    """Write a JSON file by write_whole; types that JSON lacks, like Path, become strings."""
     write_whole(path, lambda file: json.dump(content, file, indent=1, default=str))
 
 
@@ -1428,12 +1427,12 @@ def read_json(path):
 
 
 def save_png(path, image):
-    """Write a PIL image as a PNG, whole; make its folder if needed."""
+    """Write a PIL image as a PNG by write_whole; make its folder if there is none."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: image.save(file, "PNG"), mode="wb")
 
 
-# Opens a UTF-8 text file, with or without a byte order mark. Only LF ends a line.
+# Opens a text file in UTF-8, with or without a byte order mark. Only LF ends a line.
 open_text = functools.partial(open, encoding="utf-8-sig", newline="\n")
 
 
@@ -1453,7 +1452,7 @@ def only_run_in(folder):
             if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
                 raise BadInput(f"{folder}: another run is at work there; wait for it, or "
                     "choose another --out") from None
-            # Windows, and network disks without locks.
+            # So it is on Windows, and on network disks without locks.
             say(f"{folder}: cannot be locked; start no second run there")
         yield
 
@@ -1491,7 +1490,7 @@ SHARE = Number(float, 1e-6, 1)
 
 
 def flag(parser, name, convert, default, text):
-    """Add a flag whose --help shows its type: a Number's range, or a name such as Path."""
+    """Add a flag. --help shows what it takes: a Number's range, or a type such as Path."""
     parser.add_argument(name, type=convert, default=default, help=text,
         metavar=convert.__name__)
 
@@ -1510,8 +1509,8 @@ def say(text):
             print(text, flush=True)
 
 
-# The progress bar of the first process: how far, how fast, and how long still. Where nobody
-# watches a terminal, it is a line a minute in the log.
+# The progress bar of the first process: how far it is, how fast, and how long it will take.
+# Where nobody watches a terminal, it is a line a minute in the log.
 if sys.stderr.isatty():
     progress = functools.partial(tqdm, disable=RANK > 0, leave=False)
 else:
@@ -1520,9 +1519,9 @@ else:
 
 
 def load_ahead(examples, batches, collate, workers):
-    """A DataLoader: so many processes make batches (lists of keys) of examples in advance.
+    """A DataLoader of `batches`, lists of keys of `examples`, by so many worker processes.
 
-    On Linux they are forked, and share the captions; elsewhere each has a copy.
+    On Linux these are forked, and share the captions; elsewhere each has a copy.
     """
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(examples, batch_sampler=batches, collate_fn=collate,
@@ -1531,10 +1530,10 @@ def load_ahead(examples, batches, collate, workers):
 
 
 def leave_group(_):
-    """Move a loading process into a session of its own, and end it with the training.
+    """Move a loading process into a session of its own. It still ends with the training.
 
-    There no signal to the training's process group reaches it. On such a signal the training
-    saves and stops, and needs its loading processes until then.
+    No signal to the training's process group reaches it there. On such a signal the training
+    takes a last step and saves, and until then it needs its loading processes.
     """
     if hasattr(os, "setsid"):  # Windows has none
         os.setsid()
@@ -1543,23 +1542,23 @@ def leave_group(_):
 def start_processes(count):
     """Run this same command in `count` processes on this machine, by torchrun.
 
-    Each finds its RANK and WORLD_SIZE in the environment. Returns when all have succeeded.
-    When one fails, it has printed the reason; torchrun ends the others, and this process
-    exits with the status of the one that failed. The status is 130 if that one was asked to
-    stop, or if this process was and torchrun passed the request on.
+    Each finds its RANK and WORLD_SIZE in the environment. The function returns when all have
+    succeeded. A process that fails prints the reason; then torchrun ends the others, and this
+    process exits with the status of the one that failed: 130 if that was asked to stop. It is
+    130, too, if this process was asked to stop and torchrun passed the request on.
     """
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
     threads = max(1, torch.get_num_threads() // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # These are flags of newer torchruns. A closed terminal is no stop; and processes that are
-    # stopped have ten minutes to end their step and to save, not half a minute.
+    # Flags of newer versions of torchrun: a closed terminal is no request to stop, and the
+    # processes then have ten minutes to end their step and to save, not half a minute.
     os.environ.update(
         PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT", PET_SHUTDOWN_TIMEOUT="600")
     logging.disable()  # torchrun would explain every error again, in thirty lines
     try:
         torch.distributed.run.main(["--standalone", "--local-addr=127.0.0.1",
-            f"--nproc-per-node={count}", "--no-python", *sys.orig_argv])
+            f"--nproc-per-node={count}", "--no-python"] + sys.orig_argv)
     except multiprocessing.SignalException:
         sys.exit(130)
     except multiprocessing.errors.ChildFailedError as error:
@@ -1589,9 +1588,9 @@ def on_stop(handler=signal.default_int_handler):
 def run(main):
     """Call a script's `main()` and end the process as a user expects.
 
-    BadInput, OSError (disks, permissions) and running out of memory print one sentence:
-    status 1. Ctrl-C and SIGTERM: status 130, as in a shell. A closed terminal ends nothing.
-    Any other exception is a bug and keeps its traceback.
+    For BadInput, OSError (disks, permissions) and a lack of memory it prints one sentence, and
+    the status is 1. After Ctrl-C and SIGTERM the status is 130, as in a shell. A closed terminal
+    ends nothing. Any other exception is a bug and keeps its traceback.
     """
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -1613,7 +1612,7 @@ def run(main):
             raise
         message = ("error: out of memory? Try fewer --workers, or --accum 2, which needs "
             f"half the memory; --resume continues ({str(error)[:150]})")
-    # If several processes fail alike, only rank 0 prints: its exit ends the others meanwhile.
+    # If several processes fail alike, only rank 0 prints: its exit ends the others before.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if RANK > 0:
         time.sleep(5)
@@ -1625,15 +1624,14 @@ def run(main):
 
 
 def check(folder, *files):
-    """Describe a feature store and caption files.
+    """Describe a feature store and caption files; BadInput if one is damaged or of no use.
 
-    BadInput if one is damaged, or if no image of the store has regions.
     It prints store.json, which names the detector: never mix the features of two in one run.
     """
     store = FeatureStore(folder)
     usable = (store.counts > 0).sum()
-    print(
-        f"{folder}: a feature store of {len(store):,} images, {usable:,} of them with regions")
+    print(f"{folder}: a feature store of {len(store):,} images, "
+        f"{usable:,} of them with regions")
     for key, value in store.meta.items():
         print(f"    {key}: {str(value)[:90]}")
     if not usable:
