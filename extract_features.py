@@ -29,7 +29,7 @@ Map of the file (* = read these first)
     4. Regions             * which boxes of a picture are kept, and their features
     5. Pictures and boxes    what is extracted: picture files, given boxes
     6. Extraction          * filling a store, from scenes or from pictures
-    7. Machine room          missing files, empty stores, drawing, flags, command line
+    7. Machine room          empty stores, drawing, flags, command line
 
     $ python extract_features.py images/ -o data/features --weights pytorch_model.bin
     data/features: 6 of 6 pictures to extract
@@ -106,7 +106,7 @@ def build_detector(name, weights=None, classes=None):
     head = model.roi_heads.box_predictor.cls_score
     if classes:
         count = head.out_features - 1
-        with reading_existing(classes, f"{count} class names, one per line"):
+        with reading(classes, f"{count} class names, one per line"):
             text = Path(classes).read_text("utf-8-sig")
             lines = text.strip().split("\n")
             if len(lines) != count:
@@ -122,7 +122,7 @@ def load_weights(model, name, path):
     """Load a file into a detector. BadInput unless its keys and shapes are the model's: a
     missing layer would stay random, and every feature would be wrong.
     """
-    with reading_existing(path, f"the weights of the {name} detector; {WEIGHTS[name]}"):
+    with reading(path, f"the weights of the {name} detector; {WEIGHTS[name]}"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if name == "vg":
             weights = convert_vg_weights(weights)
@@ -434,7 +434,7 @@ def open_picture(path):
     """A PIL image, RGB and upright, from a file in grey, palette, CMYK, EXIF-rotated, or with
     16 or 32 bits per pixel, integers or floats.
     """
-    with reading_existing(path, "a picture that can be read"):
+    with reading(path, "a picture that can be read"):
         image = Image.open(path)
         # If its EXIF block is broken, the picture stays as it lies.
         with contextlib.suppress(Exception):
@@ -474,7 +474,7 @@ def read_boxes(path):
     """
     what = "detections (image_id, box, score) or annotations (image_id, bbox)"
     boxes = defaultdict(list)
-    with reading_existing(path, what) as at:
+    with reading(path, what) as at:
         content = read_json(path)
         if isinstance(content, list):
             content = {"annotations": content}
@@ -563,7 +563,7 @@ def extract(args):
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS[args.detector]}")
-    with reading_existing(args.images, "a picture or a folder of pictures"):
+    with reading(args.images, "a picture or a folder of pictures"):
         paths = [args.images]
         if args.images.is_dir():
             paths = files_below(args.images, PICTURES)
@@ -618,15 +618,6 @@ def device():
 
 
 @contextlib.contextmanager
-def reading_existing(path, what):
-    """As `reading`, but what is missing is called so, not [Errno 2]."""
-    with reading(path, what) as at:
-        if not Path(path).exists():
-            raise FileNotFoundError("it is missing")
-        yield at
-
-
-@contextlib.contextmanager
 def output_folder(folder):
     """Lock the folder of a store during a block. A store that the block has begun, but into which
     no picture was extracted, is removed.
@@ -652,7 +643,7 @@ def stored_picture(folder, which):
     which: a picture file whose name is the id; or an id, for which a scene is drawn, while any
     other picture is grey.
     """
-    with reading_existing(folder, "a feature store"):
+    with reading(folder, "a feature store"):
         store = FeatureStore(folder)
     row = store.row(which)
     if row is None:

@@ -283,7 +283,7 @@ def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, cap
 BOXES = "images --boxes b.json"
 WEIGHTS = "images --weights w.pt"
 VG = "images --detector vg --weights"
-MISSING = r" \(it is missing\)$"
+MISSING = r" \(b.json is missing\)$"
 VG_HELP = ("download pytorch_model.bin from https://huggingface.co/unc-nlp/frcnn-vg-finetuned "
     "and name it with --weights")
 
@@ -296,7 +296,7 @@ VG_HELP = ("download pytorch_model.bin from https://huggingface.co/unc-nlp/frcnn
     (BOXES, "b.json", '[{"image_id": 3, "box": [1e39, 5, 5, 20]}]', "b.json: not "),
     (BOXES, "b.json", "[" * 100_000, "b.json: not "),
     (BOXES, "b.json", "[]", "b.json: images: 0 of 0 found in images"),
-    (BOXES, None, "", "b.json: not detections .*" + MISSING),
+    (BOXES, None, "", "b.json: not .*" + MISSING),
     ("images", None, "", "0 of 1 pictures extracted; for example, images/1.jpg: not a picture"),
     ("gone.jpg", None, "", "gone.jpg: not a picture or a folder of pictures" + MISSING),
     ("images/empty", None, "", "images/empty: found no pictures"),
