@@ -310,7 +310,7 @@ def train_toy_detector(numbers, iterations=900, batch=8):
 def toy_targets(scene):
     """The things of a scene as torchvision's targets: boxes (n, 4) in pixels, labels (n,)."""
     boxes = [thing.box for thing in scene.things]
-    names = [thing.named("colour", "shape") for thing in scene.things]
+    names = [thing.named("colour shape") for thing in scene.things]
     labels = [TOY_CLASSES.index(name) for name in names]
     return {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels)}
 
@@ -563,12 +563,13 @@ def extract(args):
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS[args.detector]}")
-    with reading(args.images, "a picture or a folder of pictures"):
-        paths = [args.images]
-        if args.images.is_dir():
-            paths = files_below(args.images, PICTURES)
+    paths = [args.images]
+    if args.images.is_dir():
+        paths = files_below(args.images, PICTURES)
+    elif not args.images.exists():
+        paths = []
     if not paths:
-        raise BadInput(f"{args.images}: found no pictures")
+        raise BadInput(f"{args.images}: expected a picture or a folder of pictures, found none")
     boxes = None
     most = 36
     if args.boxes:

@@ -283,7 +283,7 @@ def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, cap
 BOXES = "images --boxes b.json"
 WEIGHTS = "images --weights w.pt"
 VG = "images --detector vg --weights"
-MISSING = r" \(b.json is missing\)$"
+MISSING = r" \(.* is missing\)$"
 VG_HELP = ("download pytorch_model.bin from https://huggingface.co/unc-nlp/frcnn-vg-finetuned "
     "and name it with --weights")
 
@@ -298,8 +298,8 @@ VG_HELP = ("download pytorch_model.bin from https://huggingface.co/unc-nlp/frcnn
     (BOXES, "b.json", "[]", "b.json: images: 0 of 0 found in images"),
     (BOXES, None, "", "b.json: not .*" + MISSING),
     ("images", None, "", "0 of 1 pictures extracted; for example, images/1.jpg: not a picture"),
-    ("gone.jpg", None, "", "gone.jpg: not a picture or a folder of pictures" + MISSING),
-    ("images/empty", None, "", "images/empty: found no pictures"),
+    ("gone.jpg", None, "", "gone.jpg: expected a picture or a folder of pictures, found none"),
+    ("images/empty", None, "", "images/empty: expected a picture or a folder of pictures, found none"),
     ("images", "images/1.png", "", "'1' is the id of two images"),
     (WEIGHTS, None, "", "w.pt: not the weights of the toy detector; train.py .*" + MISSING),
     (WEIGHTS, "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
@@ -334,7 +334,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
 def test_a_missing_picture_or_store_is_called_missing(detector, tmp_path):
     with pytest.raises(BadInput, match="a.jpg: not a picture that can be read" + MISSING):
         picture_regions(detector, tmp_path / "a.jpg", 8)
-    with pytest.raises(BadInput, match="gone: not a feature store" + MISSING):
+    with pytest.raises(BadInput, match="gone: not a feature store; extract_features.py writes one" + MISSING):
         draw_regions(tmp_path / "gone", "3")
 
 
