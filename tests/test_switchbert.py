@@ -148,7 +148,7 @@ def test_a_key_counts_as_much_as_it_is_open_to_its_query(kind, words, regions):
     """In float64: the explicit weights, the fused output, and the gradients of the latter."""
     query, key, value = torch.randn(3, B, H, L, SIZE).double().requires_grad_()
     shares = shares_of(kind).double().requires_grad_()
-    mask = torch.ones(B, L).long()
+    mask = torch.ones(B, L)
     mask[0, 2:4] = 0
     mask[1, words:T] = 0
     mask[1, T + regions :] = 0
@@ -171,7 +171,7 @@ def test_a_key_counts_as_much_as_it_is_open_to_its_query(kind, words, regions):
 def test_the_fused_operation_equals_the_definition(kind, dtype, error):
     query, key, value = torch.randn(3, B, H, L, SIZE).to(dtype)
     modes = modes_of(shares_of(kind))
-    mask = torch.ones(B, L).long()
+    mask = torch.ones(B, L)
     mask[1, 2:T] = 0
     mask[1, T + 1 :] = 0
     layout = layout_of(mask, T)
@@ -237,7 +237,8 @@ def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switc
     close(weights.sum(-1), torch.ones(3, 2, 10))
     to_padded_words = weights[1, :, :, 3:5]
     to_padded_regions = weights[1, :, :, 8:]
-    assert not to_padded_words.any() and not to_padded_regions.any()
+    assert not to_padded_words.any()
+    assert not to_padded_regions.any()
     to_vision = weights[..., 5:]
     assert to_vision.any() == sees_vision
 
@@ -528,9 +529,10 @@ def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(con
 def test_switches_are_hard_in_evaluation_and_soft_at_a_temperature(config, inputs):
     model = SwitchBert(config).eval()
     out = model(**inputs)
-    assert out.modes.shape == (3, 2, 2, len(MODES)) and is_hard(out.modes)
-    assert [weights.shape for weights in out.depths] == [(3, 2, 1), (3, 2, 2)]
+    assert is_hard(out.modes)
     assert all(map(is_hard, out.depths))
+    assert out.modes.shape == (3, 2, 2, len(MODES))
+    assert [weights.shape for weights in out.depths] == [(3, 2, 1), (3, 2, 2)]
     assert is_soft(model(**inputs, temperature=2.0).modes)
 
 
@@ -732,7 +734,8 @@ def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inp
     model = SwitchBertForPretraining(config)
     out = model(**batch)
     mlm, mrc, itm = out.losses
-    assert mlm == 0 and mrc == 0 and itm > 0
+    assert mlm == mrc == 0
+    assert itm > 0
     out.loss.backward()
     assert_finite_gradients(model)
 
