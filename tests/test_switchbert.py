@@ -21,7 +21,7 @@ parametrize = pytest.mark.parametrize
 close = torch.testing.assert_close
 TINY = SwitchBertConfig.tiny()
 
-# Sizes of the tensors that this file makes. The fixture `inputs` has its own: B = 3, T = 5, R = 4.
+# Sizes of the tensors made here. The fixture `inputs` has others: B = 3, T = 5, R = 4.
 B = 2
 H = 3
 T = 4
@@ -44,7 +44,7 @@ def shares_of(kind):
 
 
 def modes_of(shares):
-    """Shares (..., 3) of INTRA, INTER, JOINT -> weights (..., M) of all modes: the rest get 0."""
+    """Shares (..., 3) of INTRA, INTER, JOINT -> weights (..., M), 0 for any other mode."""
     weights = torch.zeros(*shares.shape[:-1], len(MODES), dtype=shares.dtype)
     weights[..., [INTRA, INTER, JOINT]] = shares
     return weights
@@ -75,20 +75,21 @@ def unpadded(batch, words, regions):
 
 
 def is_soft(weights):
-    return ((weights > 0) & (weights < 1)).all().item()
+    lowest, highest = weights.aminmax()
+    return bool(0 < lowest and highest < 1)
 
 
 def is_hard(weights):
-    zeros_and_ones = (weights == 0) | (weights == 1)
-    one_in_each = weights.sum(-1) == 1
-    return zeros_and_ones.all().item() and one_in_each.all().item()
+    best = weights.argmax(-1)
+    one_hot = F.one_hot(best, weights.shape[-1])
+    return weights.equal(one_hot.float())
 
 
 def assert_same_gradients(found, expected, inputs, **tolerances):
-    """Both outputs send the same gradients back, here for a random weighting of their numbers."""
-    weighting = torch.randn_like(found)
-    ours = torch.autograd.grad(found, inputs, weighting, retain_graph=True)
-    theirs = torch.autograd.grad(expected, inputs, weighting)
+    """Both outputs send back the same gradients, for random gradients of their own."""
+    incoming = torch.randn_like(found)
+    ours = torch.autograd.grad(found, inputs, incoming, retain_graph=True)
+    theirs = torch.autograd.grad(expected, inputs, incoming)
     close(ours, theirs, **tolerances)
 
 
@@ -110,12 +111,14 @@ def outputs_of(module):
 
 
 def test_by_hand_a_word_and_a_region_attend_to_each_other():
-    """The word's switch has the shares 1/4 intra, 1/2 inter, 1/4 joint. To the word, therefore,
-    the word itself is open by 1/4 + 1/4 = 1/2, and the region by 1/2 + 1/4 = 3/4.
-    Its scores are ln 3 and 0, so they count 1/2 x 3 = 3/2 and 3/4 x 1 = 3/4: weights 2/3 and 1/3.
-    Of the values 3 and 9 the word gets 2/3 x 3 + 1/3 x 9 = 5.
+    """The word's switch is 1/4 intra, 1/2 inter, 1/4 joint.
 
-    The region's switch is hard, inter: the region sees the word alone, and gets its value, 3.
+                    open to the word    e^score     product    weight    value
+        the word    1/4 + 1/4 = 1/2     e^(ln 3)    3/2        2/3       3
+        the region  1/2 + 1/4 = 3/4     e^0         3/4        1/3       9
+
+    The word gets 2/3 x 3 + 1/3 x 9 = 5. The region's switch is hard, inter: it sees the word
+    alone, and gets its value, 3.
     """
     shares = torch.tensor([[[0.25, 0.5, 0.25], [0.0, 1.0, 0.0]]])
     modes = modes_of(shares)
@@ -137,7 +140,8 @@ def definition(query, key, mask, shares):
     intra, inter, joint = of_query[..., None].unbind(dim=2)  # (B, L, 1) each
     opened = torch.where(same, intra + joint, inter + joint)  # (B, L, L)
     opened = opened * mask[:, None]
-    scores = query @ key.transpose(2, 3) / math.sqrt(SIZE)  # (B, H, L, L)
+    products = query @ key.transpose(2, 3)  # (B, H, L, L)
+    scores = products / math.sqrt(SIZE)
     counts = opened[:, None] * scores.exp()
     return counts / counts.sum(dim=-1, keepdim=True)
 
@@ -186,8 +190,8 @@ def test_the_fused_operation_equals_the_definition(kind, dtype, error):
 @parametrize("best", [TEXT, VISION])
 def test_a_hard_switch_finds_its_keys_however_far_their_scores_lie_below_the_others(
         best, apart, dtype):
-    """A word and a region see only each other, and each gets exactly the other's value. The third
-    token is padding, and has the highest score.
+    """A word and a region see only each other, and each gets exactly the other's value. The
+    third token is padding, and has the highest score.
     """
     scores = {TEXT: [0.0, -apart, apart], VISION: [-apart, 0.0, apart]}
     query = tokens([1.0, 1.0, 1.0], dtype)
@@ -222,9 +226,9 @@ def test_a_soft_switch_that_is_all_but_hard_has_bounded_gradients(share, ahead):
         assert gradient.abs().max() < 1e18
 
 
-@parametrize("switches, sees_vision", [("learned", True), ("IX", False)])
-def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switches, sees_vision):
-    """Padding gets no weight, nor does what a mode hides: under IX text and vision see text only."""
+@parametrize("switches, seen", [("learned", True), ("IX", False)])
+def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switches, seen):
+    """Padding gets no weight, nor does what a mode hides: under IX both see text only."""
     model = SwitchBert(SwitchBertConfig.tiny(switches=switches)).eval()
     attention = model.layers[1].attention
     attention.keep_weights = True
@@ -233,21 +237,23 @@ def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switc
     model(**inputs)
     weights = attention.weights  # (B, H, L, L)
     averages = weights @ attention.heads(values[0])  # (B, H, L, d)
-    close(averages.transpose(1, 2).flatten(2), contexts[0])
+    averages = averages.transpose(1, 2).flatten(2)  # (B, L, D)
+    close(averages, contexts[0])
     close(weights.sum(-1), torch.ones(3, 2, 10))
     to_padded_words = weights[1, :, :, 3:5]
     to_padded_regions = weights[1, :, :, 8:]
     assert not to_padded_words.any()
     assert not to_padded_regions.any()
     to_vision = weights[..., 5:]
-    assert to_vision.any() == sees_vision
+    assert to_vision.any() == seen
 
 
 def test_a_layer_that_nobody_asked_keeps_no_weights(inputs):
     model = SwitchBert(TINY)
-    model.layers[1].attention.keep_weights = True
+    first, second = model.layers
+    second.attention.keep_weights = True
     model(**inputs)
-    assert not hasattr(model.layers[0].attention, "weights")
+    assert not hasattr(first.attention, "weights")
 
 
 def test_dropout_reaches_attention_weights():
@@ -329,7 +335,7 @@ def test_the_temperature_falls_as_its_table_says(pairs, expected):
 
 
 def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_float32():
-    """By hand: in the first sample text has the mean 2, vision 15; the second has no vision."""
+    """The means by hand: (1 + 3) / 2 = 2 and (10 + 20) / 2 = 15, then 5 and no vision: 0."""
     gate = Gate(1, num_options=3).eval()
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])
@@ -388,12 +394,15 @@ def encoder(switches, layers=4, **changes):
 
 def test_frozen_single_is_a_bert_over_text_and_vision_in_one_sequence(tmp_path, inputs):
     model = encoder("single", layers=2)
-    load_bert(model, write_bert(tmp_path, bert_weights()))
+    weights = bert_weights()
+    load_bert(model, write_bert(tmp_path, weights))
     region_mask = inputs["region_mask"]
     mask = torch.cat([inputs["text_mask"], torch.ones(3, 1), region_mask], dim=1)
     text = model.text_embeddings(inputs["input_ids"])
-    vision = model.region_embeddings(inputs["region_features"], inputs["region_boxes"], region_mask)
-    expected = encode(bert_weights(), torch.cat([text, vision], dim=1), mask)
+    vision = model.region_embeddings(
+        inputs["region_features"], inputs["region_boxes"], region_mask)
+    embedded = torch.cat([text, vision], dim=1)
+    expected = encode(weights, embedded, mask)
     cls_state = expected[:, 0]
     global_state = expected[:, 5]
     out = model(**inputs)
@@ -426,43 +435,49 @@ def test_modes_that_are_not_learned_follow_their_plan(switches, plan, inputs):
     assert out.modes.equal(expected.expand(3, -1, -1, -1))
 
 
-@parametrize("switches, gates", [
-    ("learned", {"mode_gate", "switch_input"}),
-    ("attention", {"mode_gate"}),
-    ("input", {"switch_input"}),
-    ("dual", set()),
-    ("IX,JJ", set()),
+@parametrize("switches, learns_modes, learns_depths", [
+    ("learned", True, True),
+    ("attention", True, False),
+    ("input", False, True),
+    ("intra", False, False),
+    ("single", False, False),
+    ("dual", False, False),
+    ("late", False, False),
+    ("IX,JJ", False, False),
 ])
-def test_only_what_is_learned_has_a_gate_and_is_soft(switches, gates, inputs):
-    """A layer that does not learn what to read reads the one before it."""
+def test_only_what_is_learned_has_a_gate_and_is_soft(
+        switches, learns_modes, learns_depths, inputs):
+    """A layer that does not learn what to read reads the newest depth, as the first layer must."""
     model = encoder(switches)
     out = model(**inputs, temperature=1.0)
-    names = [name.split(".") for name, _ in model.named_parameters() if "gate" in name]
-    assert {name[2] for name in names} == gates  # names begin with "layers", number
-    assert is_soft(out.modes) == ("mode_gate" in gates)
-    for newest, weights in enumerate(out.depths):
-        if "switch_input" in gates and newest > 0:
+    assert is_soft(out.modes) == learns_modes
+    for layer, weights in enumerate(out.depths):
+        block = model.layers[layer]
+        chooses = learns_depths and layer > 0
+        assert bool(block.mode_gate) == learns_modes
+        assert bool(block.switch_input) == chooses
+        if chooses:
             assert is_soft(weights)
         else:
-            constant = F.one_hot(torch.tensor(newest)).float()  # (l+1,)
-            assert weights.equal(constant.expand(3, 2, -1))
+            assert is_hard(weights)
+            assert weights[..., -1].all()
 
 
 def test_base_has_the_parameters_of_bert_plus_what_switching_adds():
     d = 768
     bert = 109_482_240 - (d * d + d)  # bert-base-uncased without its own pooler
-    regions = (2048 * d + d) + (5 * d + d) + 3 * 2 * d  # two linear layers, three LayerNorms
+    features = 2048 * d + d
+    boxes = 5 * d + d
+    norms = 3 * 2 * d
     pooler = 2 * (d * 1024 + 1024)
-
-    def gate(options):
-        return (2 * d + 1) * 2 * options
-
-    mode_gates = 12 * gate(len(MODES))
-    depth_gates = sum(gate(layer + 1) for layer in range(1, 12))
+    per_option = 2 * (2 * d + 1)  # a gate decides twice, from two means
+    options_of_modes = 12 * len(MODES)
+    options_of_depths = sum(range(2, 13))  # layer l has l + 1, the first none
+    gates = per_option * (options_of_modes + options_of_depths)
     with torch.device("meta"):
         model = SwitchBert(SwitchBertConfig.base())
     found = sum(parameter.numel() for parameter in model.parameters())
-    assert found == bert + regions + pooler + mode_gates + depth_gates
+    assert found == bert + features + boxes + norms + pooler + gates
 
 
 # --- The encoder ---
@@ -477,8 +492,13 @@ def test_padding_never_changes_a_real_token(config, inputs):
     inputs["region_boxes"][1, 2:] = 0.9
     words = inputs["text_mask"].bool()
     regions = inputs["region_mask"].bool()
-    two_more = {k: torch.cat([v, torch.zeros_like(v[:, :2])], dim=1) for k, v in inputs.items()}
-    for after in (model(**inputs), model(**two_more)):
+
+    def two_more(tensor):
+        padding = torch.zeros_like(tensor[:, :2])
+        return torch.cat([tensor, padding], dim=1)
+
+    wider = {name: two_more(tensor) for name, tensor in inputs.items()}
+    for after in (model(**inputs), model(**wider)):
         text_states = after.text_states[:, :5]
         region_states = after.region_states[:, :4]
         nearly(text_states[words], before.text_states[words])
@@ -504,7 +524,7 @@ def test_the_feature_of_a_hidden_region_is_not_seen(config, inputs):
 def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(config, inputs):
     """Both parts are normalised before they are added, and boxes enter as 2 b - 1."""
     embed = SwitchBert(config).eval().region_embeddings
-    nn.init.normal_(embed.feature.bias)  # without it, LayerNorm would make up for a wrong mean
+    nn.init.normal_(embed.feature.bias)  # else LayerNorm would hide a wrong mean
     features = inputs["region_features"].half()
     boxes = inputs["region_boxes"]
     mask = inputs["region_mask"]
@@ -561,7 +581,8 @@ def set_gate(gate, text, vision):
     choices = torch.tensor([text, vision])
     options = len(gate.start)
     nn.init.zeros_(gate.linear.weight)
-    gate.linear.bias.data = 9.0 * F.one_hot(choices, options).flatten()  # ahead of a start of 5
+    chosen = F.one_hot(choices, options).flatten()
+    gate.linear.bias.data = 9.0 * chosen  # more than a start of 5
 
 
 def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
@@ -631,7 +652,7 @@ def test_depths_are_kept_in_the_precision_of_products(dtype, inputs):
 
 @parametrize("tau", [5.0, 1.0, 0.2])
 def test_training_begins_with_even_modes_and_the_newest_depth_at_any_temperature(tau, inputs):
-    """Gates that know nothing yet. Of l + 1 depths the newest has the weight e^5 / (e^5 + l)."""
+    """While gates know nothing, the newest of l + 1 depths has the weight e^5 / (e^5 + l)."""
     out = encoder("learned", initializer_range=0.0)(**inputs, temperature=tau)
     close(out.modes, torch.full((3, 4, 2, len(MODES)), 1 / len(MODES)))
     for l, weights in enumerate(out.depths):
@@ -657,15 +678,15 @@ def test_even_modes_are_joint_attention(tau, inputs):
 
 
 def pretraining_batch(inputs):
-    """Three pairs with T = 5, R = 4. The second does not match: nothing else is predicted of it."""
+    """Three pairs. The second does not match: no word or region of it is predicted."""
     hidden = torch.zeros(3, 4).bool()
     hidden[0, 2] = True
     hidden[2, 1] = True
     return inputs | {
-        "mlm_positions": torch.tensor([1, 2 * 5 + 2, 2 * 5 + 3]),  # b T + t
+        "mlm_positions": torch.tensor([1, 2 * 5 + 2, 2 * 5 + 3]),  # b T + t, T = 5
         "mlm_labels": torch.tensor([9, 11, 12]),
         "region_hidden": hidden,
-        "mrc_positions": torch.tensor([2, 2 * 4 + 1]),  # b R + r
+        "mrc_positions": torch.tensor([2, 2 * 4 + 1]),  # b R + r, R = 4
         "mrc_targets": torch.rand(2, 7).softmax(-1),
         "itm_labels": torch.tensor([MATCH, MISMATCH, MATCH]),
     }
@@ -678,7 +699,8 @@ def assert_finite_gradients(model):
 
 @parametrize("tau", [1.0, None], ids=["soft", "hard"])
 @parametrize("switches", ["learned", "dual"])
-def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(switches, tau, inputs):
+def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(
+        switches, tau, inputs):
     """As training on a GPU runs: the whole model under autocast."""
     model = SwitchBertForPretraining(SwitchBertConfig.tiny(switches=switches)).eval()
     batch = pretraining_batch(inputs)
@@ -718,7 +740,7 @@ def test_the_three_losses_by_hand(config, inputs):
 
 
 def test_correct_counts_the_words_and_the_pairs_predicted_right(config, inputs):
-    """A model that always says piece 11 and a match: it is right on one word and two pairs."""
+    """A model that always says "piece 11" and "match" gets one word and two pairs right."""
     model = SwitchBertForPretraining(config).eval()
     with torch.no_grad():
         model.mlm_bias[11] = 1e4
@@ -729,8 +751,9 @@ def test_correct_counts_the_words_and_the_pairs_predicted_right(config, inputs):
 @parametrize("targets", [torch.zeros(0, 7), None])
 def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inputs, targets):
     none = torch.zeros(0).long()
-    nothing = dict(mlm_positions=none, mlm_labels=none, mrc_positions=none, mrc_targets=targets)
-    batch = pretraining_batch(inputs) | nothing
+    batch = pretraining_batch(inputs)
+    batch |= dict(mlm_positions=none, mlm_labels=none)
+    batch |= dict(mrc_positions=none, mrc_targets=targets)
     model = SwitchBertForPretraining(config)
     out = model(**batch)
     mlm, mrc, itm = out.losses
@@ -773,7 +796,7 @@ LAYERS = ("bert.encoder.layer.0.", "bert.encoder.layer.1.")
 
 
 def bert_weights():
-    """A random BERT with Hugging Face's names, its MLM head, pooler and next-sentence head."""
+    """A random BERT with Hugging Face's names: encoder, MLM, pooler and next-sentence heads."""
     linear_shapes = {
         "bert.pooler.dense": (16, 16),
         "cls.predictions.transform.dense": (16, 16),
@@ -802,7 +825,9 @@ def bert_weights():
         shapes[f"{name}.bias"] = (16,)
 
     generator = torch.Generator().manual_seed(5)
-    weights = {name: torch.randn(shape, generator=generator) / 4 for name, shape in shapes.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = torch.randn(shape, generator=generator) / 4
     words = weights["bert.embeddings.word_embeddings.weight"]
     weights["cls.predictions.decoder.weight"] = words  # tied
     return weights
@@ -837,7 +862,7 @@ def encode(weights, x, mask):
 
 
 def write_bert(folder, weights, kind="model.safetensors", **config):
-    """A Hugging Face folder with the weights of a BERT; config: other entries of config.json."""
+    """A Hugging Face folder with these weights; config: other entries of config.json."""
     folder.mkdir(exist_ok=True)
     sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, hidden_act="gelu")
@@ -851,14 +876,19 @@ def write_bert(folder, weights, kind="model.safetensors", **config):
 
 def write_safetensors(path, weights):
     """8 bytes with the length of the header, the header in JSON, the bytes of the tensors."""
-    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    types = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+    }
     header = {"__metadata__": {"format": "pt"}}
     body = b""
     for name, tensor in weights.items():
         start = len(body)
         body += tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        entry = dict(dtype=types[tensor.dtype], shape=tensor.shape, data_offsets=[start, len(body)])
-        header[name] = entry
+        offsets = [start, len(body)]
+        header[name] = dict(dtype=types[tensor.dtype], shape=tensor.shape, data_offsets=offsets)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
