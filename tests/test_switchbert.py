@@ -447,7 +447,7 @@ def test_modes_that_are_not_learned_follow_their_plan(switches, plan, inputs):
 ])
 def test_only_what_is_learned_has_a_gate_and_is_soft(
         switches, learns_modes, learns_depths, inputs):
-    """A layer that does not learn what to read reads the newest depth, as the first layer must."""
+    """A layer that does not learn what to read reads the newest depth; so must the first."""
     model = encoder(switches)
     out = model(**inputs, temperature=1.0)
     assert is_soft(out.modes) == learns_modes
@@ -752,8 +752,10 @@ def test_correct_counts_the_words_and_the_pairs_predicted_right(config, inputs):
 def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inputs, targets):
     none = torch.zeros(0).long()
     batch = pretraining_batch(inputs)
-    batch |= dict(mlm_positions=none, mlm_labels=none)
-    batch |= dict(mrc_positions=none, mrc_targets=targets)
+    batch["mlm_positions"] = none
+    batch["mlm_labels"] = none
+    batch["mrc_positions"] = none
+    batch["mrc_targets"] = targets
     model = SwitchBertForPretraining(config)
     out = model(**batch)
     mlm, mrc, itm = out.losses
