@@ -1,5 +1,5 @@
-"""A run in several processes, and a run that is killed and resumed, end as the run in one process
-that nothing disturbs.
+"""A run in several processes, and a run that is killed and resumed, end as the run in one
+process that nothing disturbs.
 """
 
 import contextlib
@@ -38,13 +38,14 @@ def slow(*case):
 
 def begin_process(command):
     """In a process group of its own."""
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
 def start(store, tokenizer, tmp_path_factory):
-    """start(out, flags) begins a run of 15 steps of 6 pairs that evaluates and saves every 4."""
+    """start(out, flags): a run of 15 steps with 6 pairs that evaluates and saves every 4 steps."""
     vocab = tmp_path_factory.mktemp("v") / "vocab.txt"
     vocab.write_text("".join(piece + "\n" for piece in tokenizer.pieces), encoding="utf-8")
 
@@ -159,9 +160,9 @@ def undisturbed(begun):
 ])
 def test_a_run_that_was_stopped_resumes_to_the_same_weights(
         start, begun, request, tmp_path, sign, status, after):
-    """Bit for bit. Ten images with three captions each are 30 pairs: 5 batches of 6 in an epoch,
-    15 in three. So a run saves after steps 4, 8, 12 and 15, and a kill in step 7 takes it back
-    to step 4.
+    """Bit for bit. Ten images with three captions each are 30 pairs, or 5 batches of 6: three
+    epochs have 15 steps. So a run saves after steps 4, 8, 12 and 15, and a kill in step 7 takes
+    it back to step 4.
     """
     process = start(tmp_path, "--accum 6")
     wait_for_step(tmp_path, 6)
@@ -204,7 +205,7 @@ def rank(process, sign):
     slow(rank, signal.SIGHUP, TWO),
 ])
 def test_a_stop_saves_and_is_no_success(start, tmp_path, whom, sign, flags):
-    """Nor does it leave a process behind: a signal to the group does not end those that load."""
+    """Nor does it leave a process behind. Signals to a group do not reach those that load."""
     process = start(tmp_path, f"{ENDLESS} {flags}")
     wait_for_step(tmp_path, 8)
     family = descendants(process.pid)
@@ -267,15 +268,16 @@ def test_a_folder_holds_one_run_at_a_time(start, tmp_path):
 
 
 def test_two_processes_train_like_one(start, undisturbed, tmp_path):
-    """Noise belongs to the part of a batch, not to the process. A mean of means would give another
-    gradient: the parts differ in their number of masked places.
+    """Noise belongs to the part of a batch, not to the process. A mean of means would give
+    another gradient: the parts differ in their number of masked places.
     """
     finish(start(tmp_path, TWO))
     assert_alike(tmp_path, undisturbed)
 
 
 @SLOW
-def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(start, undisturbed, tmp_path):
+def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(
+        start, undisturbed, tmp_path):
     """--gpus 2 passes SIGTERM on, and both processes stop after the same step."""
     process = start(tmp_path, TWO)
     wait_for_step(tmp_path, 6)
@@ -286,7 +288,7 @@ def test_a_run_of_two_processes_is_stopped_as_one_and_resumed_by_one(start, undi
 
 
 @SLOW
-def test_every_parameter_of_pretraining_gets_a_gradient_in_two_blind_processes(start, tmp_path):
+def test_pretraining_runs_blind_in_two_processes(start, tmp_path):
     """A parameter that no loss reaches would stop the second step."""
     process = start(tmp_path, "--blind --gpus 2")
     assert "processes: 2" in finish(process)
@@ -294,8 +296,7 @@ def test_every_parameter_of_pretraining_gets_a_gradient_in_two_blind_processes(s
 
 @SLOW
 @parametrize("task", ["vqa", "retrieval", "refer"])
-def test_every_parameter_of_a_task_gets_a_gradient_in_two_blind_processes(
-        start, undisturbed, tmp_path, task):
+def test_every_task_runs_blind_in_two_processes(start, undisturbed, tmp_path, task):
     checkpoint = undisturbed / "checkpoint.pt"
     process = start(tmp_path, "--blind --gpus 2", f"finetune {task}", checkpoint)
     assert "processes: 2" in finish(process)
@@ -320,7 +321,8 @@ def test_finetuning_in_two_processes_is_finetuning_in_one(start, undisturbed, tm
     (5, "--batch 5 cannot be cut into 2 processes"),
     (6, "Is a directory: .*checkpoint.pt"),
 ], ids=["of all", "of the first alone, while it trains"])
-def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path, batch, message):
+def test_the_error_of_one_process_ends_all_and_is_one_sentence(
+        start, tmp_path, batch, message):
     (tmp_path / ".checkpoint.pt.tmp").mkdir()  # so that no checkpoint can be written
     error = finish(start(tmp_path, f"--gpus 2 --batch {batch}"), status=1)
     assert re.search(f"^error: .*{message}.*\n$", error)
@@ -331,8 +333,8 @@ def test_the_error_of_one_process_ends_all_and_is_one_sentence(start, tmp_path, 
 @parametrize("context", ["spawn", "forkserver"])
 def test_batches_do_not_depend_on_how_loading_processes_start(
         store, tokenizer, context, monkeypatch):
-    """Neither those of pretraining nor those of a task. A task is its own data set, but its model
-    stays behind: here a lock, which cannot be pickled.
+    """Neither in pretraining nor in a task. A task is its own data set, but its model stays
+    behind: here a lock, which cannot be pickled.
     """
     args, _ = train.parse_args("--batch 6 --accum 2".split())
     items = [dict(image_id=i, text=text, box=(0, 0, 9, 9)) for i, text in CAPTIONS]

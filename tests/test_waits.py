@@ -138,7 +138,7 @@ def move_to_fake_gpu(model):
 @pytest.fixture
 def gpu(fake_tensors, monkeypatch):
     """`with gpu(model)`: in this block all tensors are fake, the model's are on a GPU, and
-    nothing must wait for it.
+    nothing may wait for it.
     """
     @contextlib.contextmanager
     def fake(model):
