@@ -151,8 +151,8 @@ class SwitchBertConfig:
         if min(sizes) < 1:
             raise ValueError(f"expected sizes of 1 or more, found {min(sizes)}")
         dropout = (self.hidden_dropout_prob, self.attention_probs_dropout_prob)
-        if min(dropout) < 0 or max(dropout) >= 1:
-            raise ValueError(f"expected dropout of 0 or more, below 1, found {dropout}")
+        if min(dropout) < 0 or max(dropout) > 1:
+            raise ValueError(f"expected dropout from 0 to 1, found {dropout}")
         if self.max_position_embeddings < 38:  # what pretraining reads [supp. 2]
             raise ValueError(f"max_position_embeddings={self.max_position_embeddings}: expected "
                 "38 or more, the word pieces of the longest text")

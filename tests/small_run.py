@@ -3,8 +3,8 @@
     small_run.py STORE VOCAB train [flags of train.py]
     small_run.py STORE VOCAB finetune vqa | retrieval | refer [flags of finetune.py]
 
-The tests start it, kill it, and start it in several processes. What is replaced is where the data
-come from; --gpus starts this same command again, so the replacement holds in every process.
+The tests start it, kill it, and start it in several processes. What differs from a real run is
+replaced below. --gpus starts this same command again, so every process has the replacements.
 """
 
 import functools
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
-if "ON_ACCELERATOR" not in os.environ:  # as conftest.py
+if "ON_ACCELERATOR" not in os.environ:  # as in conftest.py
     torch.accelerator.is_available = lambda: False
     torch._C._mps_is_available = lambda: False
 
@@ -24,37 +24,44 @@ import finetune  # noqa: E402
 import train  # noqa: E402
 from data import FeatureStore, WordPiece, run  # noqa: E402
 
-CAPTIONS = [(str(i), f"a {word} ring") for i in range(10) for word in ("small", "red", "large")]
+WORDS = ("small", "red", "large")
+CAPTIONS = [(str(image_id), f"a {word} ring") for image_id in range(10) for word in WORDS]
 
 
 def load_data(*_):
-    """The captions above, in the place of the toy world's."""
+    """The captions above, in place of the toy world's."""
     store = FeatureStore(sys.argv[1])
     return train.Data(store, CAPTIONS, CAPTIONS, WordPiece(sys.argv[2]))
 
 
 def load_task(kind, args):
-    """The captions as expressions, questions or captions of the same images."""
+    """Each caption as an expression for the first box and as a question for its adjective."""
     store = FeatureStore(sys.argv[1])
-    items = [dict(image_id=i, text=text, box=store[store.row(i)]["boxes"][0].tolist(), ref_id=k,
-        sent_id=k, kind="attribute", question_id=k, answers=[text.split()[1]] * 10,
-        majority=text.split()[1], answer_type="other", question_type="what")
-        for k, (i, text) in enumerate(CAPTIONS)]
+    items = []
+    for number, (image_id, text) in enumerate(CAPTIONS):
+        answer = text.split()[1]
+        expression = dict(box=store[store.row(image_id)]["boxes"][0].tolist(), ref_id=number,
+            sent_id=number, kind="attribute")
+        question = dict(question_id=number, answers=[answer] * 10, majority=answer,
+            answer_type="other", question_type="what")
+        items.append(dict(image_id=image_id, text=text) | expression | question)
     return store, {"train": items, "val": items}
 
 
-def make_optimizer(*args):
-    """AdamW with a large eps: else its steps would not depend on the gradient's size."""
-    optimizer = MAKE_OPTIMIZER(*args)
+make_adamw = train.make_optimizer
+
+
+def make_optimizer(model, weight_decay, gate_rate):
+    """AdamW with a large eps: otherwise its steps would not depend on the gradient's size."""
+    optimizer = make_adamw(model, weight_decay, gate_rate)
     for group in optimizer.param_groups:
         group["eps"] = 1.0
     return optimizer
 
 
-MAKE_OPTIMIZER = train.make_optimizer
-
 if __name__ == "__main__":
-    train.load_data, finetune.load_task = load_data, load_task
+    train.load_data = load_data
+    finetune.load_task = load_task
     train.make_optimizer = make_optimizer
     train.LOOK_EVERY = 2
     # In small batches, so that two processes share an evaluation.

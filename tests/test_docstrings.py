@@ -6,8 +6,14 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("script, fewest",
-    [("switchbert", 4), ("data", 3), ("train", 0), ("finetune", 0), ("extract_features", 0)])
+@pytest.mark.parametrize("script, fewest", [
+    ("switchbert", 4),
+    ("data", 3),
+    ("train", 0),
+    ("finetune", 0),
+    ("extract_features", 0),
+])
 def test_every_example_in_a_docstring_prints_what_it_says(script, fewest):
-    failed, tried = doctest.testmod(importlib.import_module(script))
-    assert failed == 0 and tried >= fewest
+    result = doctest.testmod(importlib.import_module(script))
+    assert result.failed == 0
+    assert result.attempted >= fewest

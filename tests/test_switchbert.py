@@ -1,4 +1,6 @@
-"""What switchbert.py promises, each claim against an independent computation."""
+"""What switchbert.py promises. Every claim meets numbers worked out by hand, or a second
+computation that shares no code with the first.
+"""
 
 import json
 import math
@@ -9,384 +11,625 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, TEXT, VISION, Gate,
+from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, MODES, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
-    SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer, SwitchInput,
-    attention_weights, layout_of, load_bert, switch, switch_attention, switch_bias,
-    temperature)
+    SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer,
+    SwitchInput, attention_weights, layout_of, load_bert, switch, switch_attention,
+    switch_bias, temperature)
 
-B, H, T, SIZE = 2, 3, 4, 6
-VISUAL = 5  # vision tokens
-SOFT = ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])  # modes of text, of vision
-HARD = ([1.0, 0, 0], [0, 1.0, 0])  # text attends to text, vision to text
+parametrize = pytest.mark.parametrize
 close = torch.testing.assert_close
+TINY = SwitchBertConfig.tiny()
+
+# Sizes of the tensors made here. The fixture `inputs` has others: B = 3, T = 5, R = 4.
+B = 2
+H = 3
+T = 4
+VISUAL = 5  # vision tokens: the global region and four regions
+L = T + VISUAL
+SIZE = 6  # of a head
+
+# How text (first row) and vision share their attention out: intra, inter, joint.
+SHARES = {
+    "soft": [[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]],
+    "hard": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],  # both attend to text
+    "joint": [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]],
+    "even": [[1 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, 1 / 3]],
+}
 
 
-def definition(q, k, mask, modes):
-    """The weights (B, H, L, L) of one softmax in which a key counts as much as it is open."""
-    text = torch.arange(T + VISUAL) < T
-    own = (text[:, None] == text).double()  # (query, key)
-    intra, inter, joint = torch.where(text[:, None], modes[:, :1], modes[:, 1:]).unbind(-1)
-    opened = own * (intra + joint)[..., None] + (1 - own) * (inter + joint)[..., None]  # (B, L, L)
-    e = (q @ k.transpose(2, 3) / math.sqrt(SIZE)).exp() * (opened * mask[:, None])[:, None]
-    return e / e.sum(-1, keepdim=True)
+def shares_of(kind):
+    """(B, 2, 3)"""
+    return torch.tensor(SHARES[kind]).repeat(B, 1, 1)
 
 
-@pytest.mark.parametrize("modes", [SOFT, HARD, [[0, 0, 1.0]] * 2, [[1 / 3] * 3] * 2],
-    ids=["soft", "hard", "joint", "even"])
-@pytest.mark.parametrize("words, regions", [(4, 5), (1, 5), (4, 1), (1, 1)])
-def test_a_key_counts_as_much_as_it_is_open_to_its_query(modes, words, regions):
-    """In float64: the explicit weights, the fused output and the gradients of the latter; those of
-    a switch too unless it is hard: log(0) has none.
+def modes_of(shares):
+    """Shares (..., 3) of INTRA, INTER, JOINT -> weights (..., M), 0 for any other mode."""
+    weights = torch.zeros(*shares.shape[:-1], len(MODES), dtype=shares.dtype)
+    weights[..., [INTRA, INTER, JOINT]] = shares
+    return weights
+
+
+def random_modes(batch):
+    """Weights (B, 2, M) of all modes. They are positive and sum to 1."""
+    return torch.rand(batch, 2, len(MODES)).softmax(-1)
+
+
+def tokens(numbers, dtype=torch.float32):
+    """One number per token, as a query, key or value (1, 1, L, 1) of one head."""
+    return torch.tensor(numbers, dtype=dtype).view(1, 1, -1, 1).requires_grad_()
+
+
+def nearly(found, expected):
+    """Equal but for float32's rounding in sums of another order."""
+    close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def unpadded(batch, words, regions):
+    """The Layout of a batch without padding; regions include the global one."""
+    return layout_of(torch.ones(batch, words + regions), words)
+
+
+def is_soft(weights):
+    lowest, highest = weights.aminmax()
+    return bool(0 < lowest and highest < 1)
+
+
+def is_hard(weights):
+    best = weights.argmax(-1)
+    one_hot = F.one_hot(best, weights.shape[-1])
+    return weights.equal(one_hot.float())
+
+
+def assert_same_gradients(found, expected, inputs, **tolerances):
+    """Both outputs send back the same gradients, for random gradients of their own."""
+    incoming = torch.randn_like(found)
+    ours = torch.autograd.grad(found, inputs, incoming, retain_graph=True)
+    theirs = torch.autograd.grad(expected, inputs, incoming)
+    close(ours, theirs, **tolerances)
+
+
+def inputs_of(module):
+    """A list that gets the first argument of each call of the module from now on."""
+    seen = []
+    module.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    return seen
+
+
+def outputs_of(module):
+    """A list that gets the result of each call of the module from now on."""
+    seen = []
+    module.register_forward_hook(lambda module, args, output: seen.append(output))
+    return seen
+
+
+# --- Switch-Attention ---
+
+
+def test_by_hand_a_word_and_a_region_attend_to_each_other():
+    """The word's switch is 1/4 intra, 1/2 inter, 1/4 joint.
+
+                    open to the word    e^score     product    weight    value
+        the word    1/4 + 1/4 = 1/2     e^(ln 3)    3/2        2/3       3
+        the region  1/2 + 1/4 = 3/4     e^0         3/4        1/3       9
+
+    The word gets 2/3 x 3 + 1/3 x 9 = 5. The region's switch is hard, inter: it sees the word
+    alone, and gets its value, 3.
     """
-    q, k, v, wanted = torch.randn(4, B, H, T + VISUAL, SIZE).double().requires_grad_()
-    mask = torch.ones(B, T + VISUAL).long()
+    shares = torch.tensor([[[0.25, 0.5, 0.25], [0.0, 1.0, 0.0]]])
+    modes = modes_of(shares)
+    query = tokens([1.0, 1.0])
+    key = tokens([math.log(3), 0.0])
+    value = tokens([3.0, 9.0])
+    layout = unpadded(1, words=1, regions=1)
+    weights = attention_weights(query, key, modes, layout)
+    close(weights[0, 0], torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0]]))
+    context = switch_attention(query, key, value, modes, layout)
+    close(context.flatten(), torch.tensor([5.0, 3.0]))
+
+
+def definition(query, key, mask, shares):
+    """The weights (B, H, L, L) of one softmax in which a key counts as much as it is open."""
+    modality = (torch.arange(L) >= T).long()  # TEXT or VISION of each token
+    same = modality[:, None] == modality  # (L, L): are query and key of one modality?
+    of_query = shares[:, modality]  # (B, L, 3)
+    intra, inter, joint = of_query[..., None].unbind(dim=2)  # (B, L, 1) each
+    opened = torch.where(same, intra + joint, inter + joint)  # (B, L, L)
+    opened = opened * mask[:, None]
+    products = query @ key.transpose(2, 3)  # (B, H, L, L)
+    scores = products / math.sqrt(SIZE)
+    counts = opened[:, None] * scores.exp()
+    return counts / counts.sum(dim=-1, keepdim=True)
+
+
+@parametrize("kind", SHARES)
+@parametrize("words, regions", [(4, 5), (1, 5), (4, 1), (1, 1)])
+def test_a_key_counts_as_much_as_it_is_open_to_its_query(kind, words, regions):
+    """In float64: the explicit weights, the fused output, and the gradients of the latter."""
+    query, key, value = torch.randn(3, B, H, L, SIZE).double().requires_grad_()
+    shares = shares_of(kind).double().requires_grad_()
+    mask = torch.ones(B, L)
     mask[0, 2:4] = 0
     mask[1, words:T] = 0
     mask[1, T + regions :] = 0
-    modes = torch.tensor(modes, dtype=torch.float64).repeat(B, 1, 1).requires_grad_()
     layout = layout_of(mask, T)
     layout = layout._replace(modality=layout.modality.double(), group=layout.group.double())
-    weights = definition(q, k, mask, modes)
-    close(attention_weights(q, k, modes, layout), weights)
-    found = switch_attention(q, k, v, modes, layout)
-    expected = weights @ v
+    modes = modes_of(shares)
+    weights = definition(query, key, mask, shares)
+    close(attention_weights(query, key, modes, layout), weights)
+    found = switch_attention(query, key, value, modes, layout)
+    expected = weights @ value
     close(found, expected)
-    inputs = [q, k, v] + [modes] * (0 not in modes)
-    for x, y in zip(torch.autograd.grad((found * wanted).sum(), inputs),
-            torch.autograd.grad((expected * wanted).sum(), inputs)):
-        close(x, y)
+    inputs = [query, key, value]
+    if is_soft(shares):  # a hard switch has no gradient: that of log(0) is infinite
+        inputs.append(shares)
+    assert_same_gradients(found, expected, inputs)
 
 
-@pytest.mark.parametrize("modes", [SOFT, HARD], ids=["soft", "hard"])
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-def test_the_fused_operation_equals_the_definition(modes, dtype, error):
-    q, k, v = torch.randn(3, B, H, T + VISUAL, SIZE).to(dtype)
-    mask = torch.ones(B, T + VISUAL).long()
+@parametrize("kind", ["soft", "hard"])
+@parametrize("dtype, error", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+def test_the_fused_operation_equals_the_definition(kind, dtype, error):
+    query, key, value = torch.randn(3, B, H, L, SIZE).to(dtype)
+    modes = modes_of(shares_of(kind))
+    mask = torch.ones(B, L)
     mask[1, 2:T] = 0
     mask[1, T + 1 :] = 0
-    modes = torch.tensor(modes).repeat(B, 1, 1)
     layout = layout_of(mask, T)
-    found = switch_attention(q, k, v, modes, layout)
-    weights = attention_weights(q.float(), k.float(), modes, layout)
+    found = switch_attention(query, key, value, modes, layout)
     assert found.dtype == dtype
-    close(found.float(), weights @ v.float(), rtol=error, atol=error)
+    weights = attention_weights(query.float(), key.float(), modes, layout)
+    close(found.float(), weights @ value.float(), rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("apart", [0, 30, 50, 80, 1e4])
-@pytest.mark.parametrize("best", [TEXT, VISION])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("apart", [0, 30, 50, 80, 1e4])
+@parametrize("best", [TEXT, VISION])
 def test_a_hard_switch_finds_its_keys_however_far_their_scores_lie_below_the_others(
         best, apart, dtype):
-    """A word and a region that attend to each other: each gets the value of the other, exactly.
-    The third token is padding, and scores highest.
+    """A word and a region see only each other, and each gets exactly the other's value. The
+    third token is padding, and has the highest score.
     """
-    q = torch.ones(1, 1, 3, 1, dtype=dtype, requires_grad=True)
-    v = torch.tensor([1.0, 2.0, 4.0], dtype=dtype).view(1, 1, 3, 1).requires_grad_()
-    k = [0.0, -apart, apart] if best == TEXT else [-apart, 0.0, apart]
-    k = torch.tensor(k, dtype=dtype).view(1, 1, 3, 1).requires_grad_()
-    inter = torch.tensor([[[0.0, 1.0, 0.0]] * 2], requires_grad=True)
-    layout = layout_of(torch.tensor([[1, 1, 0]]), 1)
-    out = switch_attention(q, k, v, inter, layout)
-    assert out.flatten()[:2].tolist() == [2.0, 1.0]
-    assert switch_bias(inter, layout).to(dtype).isfinite().all()
-    for gradient in torch.autograd.grad(out[:, :, :2].sum(), [q, k, v, inter]):
-        assert gradient.isfinite().all() and gradient.abs().max() < 1e3
-    weights = attention_weights(q, k, inter, layout)[0, 0, :2]
+    scores = {TEXT: [0.0, -apart, apart], VISION: [-apart, 0.0, apart]}
+    query = tokens([1.0, 1.0, 1.0], dtype)
+    key = tokens(scores[best], dtype)
+    value = tokens([1.0, 2.0, 4.0], dtype)
+    shares = torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 3)
+    inter = modes_of(shares).requires_grad_()
+    layout = layout_of(torch.tensor([[1, 1, 0]]), num_text=1)
+    context = switch_attention(query, key, value, inter, layout)[0, 0, :2]
+    assert context.flatten().tolist() == [2.0, 1.0]
+    weights = attention_weights(query, key, inter, layout)[0, 0, :2]
     assert weights.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert switch_bias(inter, layout).to(dtype).isfinite().all()
+    for gradient in torch.autograd.grad(context.sum(), [query, key, value, inter]):
+        assert gradient.abs().max() < 1e3  # which NaN is not
 
 
-@pytest.mark.parametrize("share", [1e-10, 1e-17, 1e-19, 1e-30])
-@pytest.mark.parametrize("ahead", [0, 30, 80, 1e4])
+@parametrize("share", [1e-10, 1e-17, 1e-19, 1e-30])
+@parametrize("ahead", [0, 30, 80, 1e4])
 def test_a_soft_switch_that_is_all_but_hard_has_bounded_gradients(share, ahead):
-    """Of log(open) it is 1 / open, and `open` counts as 1e-18 at least. However far the key that
-    is all but closed is ahead of the other one.
+    """The gradient of log(open) is 1 / open, and `open` counts as at least 1e-18. This holds
+    however far the score of the all but closed key is ahead of the other one's.
     """
-    query = torch.ones(1, 1, 2, 1, requires_grad=True)
-    key = torch.tensor([0.0, -ahead]).view(1, 1, 2, 1)
-    value = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
-    modes = torch.tensor([[[share, 1.0, share]] * 2], requires_grad=True)
-    out = switch_attention(query, key, value, modes, layout_of(torch.ones(1, 2), 1))
-    for gradient in torch.autograd.grad(out.sum(), [query, modes]):
-        assert gradient.isfinite().all() and gradient.abs().max() < 1e18
+    query = tokens([1.0, 1.0])
+    key = tokens([0.0, -ahead])
+    value = tokens([1.0, 2.0])
+    shares = torch.tensor([share, 1.0, share]).expand(1, 2, 3)
+    inter = modes_of(shares).requires_grad_()
+    layout = unpadded(1, words=1, regions=1)
+    context = switch_attention(query, key, value, inter, layout)
+    for gradient in torch.autograd.grad(context.sum(), [query, inter]):
+        assert gradient.abs().max() < 1e18
 
 
-@pytest.mark.parametrize("switches", ["learned", "IX"])
-def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switches):
-    """Padding has none, nor what a mode does not see: in IX text no vision, vision no vision. They
-    are kept in layers that are asked for.
-    """
+@parametrize("switches, seen", [("learned", True), ("IX", False)])
+def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switches, seen):
+    """Padding gets no weight, nor does what a mode hides: under IX both see text only."""
     model = SwitchBert(SwitchBertConfig.tiny(switches=switches)).eval()
     attention = model.layers[1].attention
     attention.keep_weights = True
-    seen = {}
-    attention.value.register_forward_hook(lambda *call: seen.update(value=call[2]))
-    attention.dense.register_forward_hook(lambda *call: seen.update(context=call[1][0]))
+    values = outputs_of(attention.value)
+    contexts = inputs_of(attention.dense)
     model(**inputs)
     weights = attention.weights  # (B, H, L, L)
-    averages = weights @ attention.heads(seen["value"])
-    close(averages.transpose(1, 2).flatten(2), seen["context"])
+    averages = weights @ attention.heads(values[0])  # (B, H, L, d)
+    averages = averages.transpose(1, 2).flatten(2)  # (B, L, D)
+    close(averages, contexts[0])
     close(weights.sum(-1), torch.ones(3, 2, 10))
-    assert not weights[1, :, :, 3:5].any() and not weights[1, :, :, 8:].any()
-    assert weights[..., 5:].any() == (switches == "learned")
-    assert not hasattr(model.layers[0].attention, "weights")
+    to_padded_words = weights[1, :, :, 3:5]
+    to_padded_regions = weights[1, :, :, 8:]
+    assert not to_padded_words.any()
+    assert not to_padded_regions.any()
+    to_vision = weights[..., 5:]
+    assert to_vision.any() == seen
 
 
-def test_dropout_reaches_attention_weights_and_both_residual_branches():
-    """At rate 1 nothing is left of what is dropped."""
-    states, modes = torch.randn(2, 6, 16), torch.ones(2, 2, 3) / 3
-    layout = layout_of(torch.ones(2, 6).long(), 3)
-    attention = SwitchAttention(SwitchBertConfig.tiny(attention_probs_dropout_prob=1.0)).train()
-    close(attention(states, modes, layout), attention.dense.bias.expand(2, 6, 16))
-    assert not attention.eval()(states, modes, layout).equal(attention.dense.bias.expand(2, 6, 16))
+def test_a_layer_that_nobody_asked_keeps_no_weights(inputs):
+    model = SwitchBert(TINY)
+    first, second = model.layers
+    second.attention.keep_weights = True
+    model(**inputs)
+    assert not hasattr(first.attention, "weights")
+
+
+def test_dropout_reaches_attention_weights():
+    """At rate 1, every weight is dropped, and the bias of the last linear layer is left."""
+    attention = SwitchAttention(SwitchBertConfig.tiny(attention_probs_dropout_prob=1.0))
+    arguments = (torch.randn(2, 6, 16), random_modes(2), unpadded(2, words=3, regions=3))
+    bias = attention.dense.bias.expand(2, 6, 16)
+    trained = attention.train()(*arguments)
+    evaluated = attention.eval()(*arguments)
+    close(trained, bias)
+    assert not evaluated.equal(bias)
+
+
+def test_dropout_reaches_both_residual_branches():
+    """At rate 1, only the two LayerNorms change the states."""
+    states = torch.randn(2, 6, 16)
     layer = SwitchBertLayer(SwitchBertConfig.tiny(hidden_dropout_prob=1.0), 0).train()
-    close(layer([states], layout, 1.0)[0], layer.output_norm(layer.attention_norm(states)))
+    found = layer([states], unpadded(2, words=3, regions=3), 1.0)[0]
+    expected = layer.output_norm(layer.attention_norm(states))
+    close(found, expected)
 
 
-# --- switches ---
+# --- Switches ---
 
 
 def test_low_temperatures_give_one_hot_switches_that_still_have_gradients():
     logits = torch.randn(1000, 3, requires_grad=True)
     weights = switch(logits, 0.2, training=True)
-    assert (weights.amax(-1) > 0.9).float().mean() > 0.6
+    nearly_hard = weights.amax(-1) > 0.9
+    assert nearly_hard.float().mean() > 0.6
     gradient = torch.autograd.grad(weights[:, 0].sum(), logits)[0]
-    assert gradient.isfinite().all() and (gradient[:, 0] > 1e-3).float().mean() > 0.3
+    assert gradient.isfinite().all()
+    felt = gradient[:, 0] > 1e-3
+    assert felt.float().mean() > 0.3
 
 
-def test_a_start_is_log_odds_that_no_temperature_changes_and_the_final_one_decides():
-    start, even = torch.tensor([0.0, 3.0]), torch.zeros(2)
-    for tau in (5.0, 1.0, 0.2):
-        odds = switch(even, tau, training=False, start=start)
-        assert (odds[1] / odds[0]).log().item() == pytest.approx(3, rel=1e-5)
-        noisy = switch(even.expand(9999, 2), tau, training=True, start=start)
-        assert (noisy[:, 1] / noisy[:, 0]).log().median().item() == pytest.approx(3, abs=0.3 / tau)
-    for ahead, best in ((0.59, 1), (0.61, 0)):  # of a logit: 0.6 / 0.2 = 3
-        logits = torch.tensor([ahead, 0.0])
-        assert switch(logits, None, training=False, start=start).argmax() == best
+START = torch.tensor([0.0, 3.0])
+
+
+@parametrize("tau", [5.0, 1.0, 0.2])
+def test_a_start_is_log_odds_that_no_temperature_changes(tau):
+    """With noise it is their median."""
+    weights = switch(torch.zeros(2), tau, training=False, start=START)
+    log_odds = weights.log().diff()
+    assert log_odds.item() == pytest.approx(3, rel=1e-5)
+    noisy = switch(torch.zeros(9999, 2), tau, training=True, start=START)
+    log_odds = noisy.log().diff()
+    assert log_odds.median().item() == pytest.approx(3, abs=0.3 / tau)
+
+
+@parametrize("logit, best", [(0.59, 1), (0.61, 0)])
+def test_a_hard_switch_adds_the_start_at_the_final_temperature(logit, best):
+    """There a logit of 0.6 makes up for it: 0.6 / 0.2 = 3."""
+    weights = switch(torch.tensor([logit, 0.0]), None, training=False, start=START)
+    assert weights.argmax() == best
 
 
 def test_noisy_choices_come_as_often_as_softmax_says():
-    logits, n = torch.tensor([1.0, 0.0, -1.5, 2.0]), 40_000
-    chosen = switch(logits.expand(n, 4), 0.2, training=True).argmax(-1)
-    found, expected = torch.bincount(chosen, minlength=4) / n, logits.softmax(-1)
-    # four standard deviations of a share that is counted n times
-    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt()).all()
+    n = 40_000
+    logits = torch.tensor([1.0, 0.0, -1.5, 2.0])
+    choices = switch(logits.expand(n, 4), 0.2, training=True).argmax(-1)
+    found = torch.bincount(choices, minlength=4) / n
+    expected = logits.softmax(-1)
+    deviation = (expected * (1 - expected) / n).sqrt()  # of a share that is counted n times
+    assert ((found - expected).abs() < 4 * deviation).all()
 
 
 def test_noise_is_finite_even_where_a_draw_is_0(monkeypatch):
-    """As exponential_ can draw on Apple's GPUs."""
+    """On Apple's GPUs, exponential_ can draw 0."""
     monkeypatch.setattr(torch.Tensor, "exponential_", torch.Tensor.zero_)
-    close(switch(torch.zeros(2), 1.0, training=True), torch.tensor([0.5, 0.5]))
+    weights = switch(torch.zeros(2), 1.0, training=True)
+    close(weights, torch.tensor([0.5, 0.5]))
 
 
-def test_the_temperature_falls_as_its_table_says():
-    table = {0: 5.0, 100_000: 4.524, 1_000_000: 1.839, 3_000_000: 0.249, 3_218_876: 0.2, 10**9: 0.2}
-    assert {n: temperature(n) for n in table} == pytest.approx(table, abs=5e-4)
+@parametrize("pairs, expected", [(0, 5.0), (100_000, 4.524), (1_000_000, 1.839),
+    (3_000_000, 0.249), (3_218_876, 0.2), (10**9, 0.2)])
+def test_the_temperature_falls_as_its_table_says(pairs, expected):
+    assert temperature(pairs) == pytest.approx(expected, abs=5e-4)
 
 
 def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_float32():
-    """By hand: in the first sample text has the mean 2, vision 15; the second has no vision."""
-    gate = Gate(1, 3).eval()
-    states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])[..., None]
+    """The means by hand: (1 + 3) / 2 = 2 and (10 + 20) / 2 = 15, then 5 and no vision: 0."""
+    gate = Gate(1, num_options=3).eval()
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
-    logits = gate.linear(torch.tensor([[2.0, 15.0], [5.0, 0.0]]))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = gate(states, layout_of(mask, 3).averages, 0.7)
-    close(found, (logits / 0.7).view(2, 2, 3).softmax(-1))
+    states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])
+    means = torch.tensor([[2.0, 15.0], [5.0, 0.0]])
+    with autocast():
+        found = gate(states[..., None], layout_of(mask, 3).averages, 0.7)
+    logits = gate.linear(means).view(2, 2, 3)
+    close(found, (logits / 0.7).softmax(-1))
 
 
 def share_of_bf16(numbers):
-    """Numbers of float32 are seldom numbers of bfloat16 as well, unless they were rounded."""
+    """The share that bfloat16 can hold: small, unless the numbers have been rounded to it."""
     return (numbers.bfloat16() == numbers).float().mean()
 
 
 def test_neither_a_gate_nor_its_gradient_is_rounded_under_autocast(inputs):
-    model = SwitchBert(SwitchBertConfig.tiny()).train()
-    with torch.autocast("cpu", torch.bfloat16):
+    model = SwitchBert(TINY).train()
+    with autocast():
         out = model(**inputs, temperature=1.0)
+    assert share_of_bf16(out.modes) < 0.1
+    assert share_of_bf16(out.depths[1]) < 0.1
     out.pooled.float().square().sum().backward()
-    assert share_of_bf16(out.modes) < 0.1 and share_of_bf16(out.depths[1]) < 0.1
-    gates = [model.layers[1].switch_input.gate, *(layer.mode_gate for layer in model.layers)]
+    gates = [layer.mode_gate for layer in model.layers]
+    gates.append(model.layers[1].switch_input.gate)
     for gate in gates:
         assert share_of_bf16(gate.linear.weight.grad) < 0.1
 
 
-def test_what_a_gate_decides_reaches_the_tokens_unrounded_and_its_gradient_comes_back_so():
-    layout = layout_of(torch.ones(64, 7).long(), 3)
-    modes = torch.rand(64, 2, 3).softmax(-1)
-    depths = list(torch.randn(2, 64, 7, 16).bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
+def test_modes_reach_the_tokens_unrounded_under_autocast():
+    layout = unpadded(64, words=3, regions=4)
+    modes = random_modes(64)
+    with autocast():
         bias = switch_bias(modes, layout)
-        mixed, weights = SwitchInput(SwitchBertConfig.tiny(), 1)(depths, layout, 1.0)
     assert bias.equal(switch_bias(modes, layout))
+
+
+def test_the_gradient_of_depth_weights_comes_back_unrounded_under_autocast():
+    layout = unpadded(64, words=3, regions=4)
+    depths = list(torch.randn(2, 64, 7, 16).bfloat16())
+    block = SwitchInput(TINY, 1)
+    with autocast():
+        mixed, weights = block(depths, layout, 1.0)
+    assert mixed.dtype == torch.bfloat16
     weights.retain_grad()
     mixed.float().square().sum().backward()
-    assert mixed.dtype == torch.bfloat16 and share_of_bf16(weights.grad) < 0.5
+    assert share_of_bf16(weights.grad) < 0.5
 
 
-# --- settings ---
+# --- Learned and frozen switches ---
 
 
-def setting(switches, layers=4, **changes):
+def encoder(switches, layers=4, **changes):
     config = SwitchBertConfig.tiny(switches=switches, num_hidden_layers=layers, **changes)
     return SwitchBert(config).eval()
 
 
 def test_frozen_single_is_a_bert_over_text_and_vision_in_one_sequence(tmp_path, inputs):
-    model = setting("single", 2)
-    load_bert(model, write_bert(tmp_path, bert_weights()))
-    text_mask, region_mask = inputs["text_mask"], inputs["region_mask"]
+    model = encoder("single", layers=2)
+    weights = bert_weights()
+    load_bert(model, write_bert(tmp_path, weights))
+    region_mask = inputs["region_mask"]
+    mask = torch.cat([inputs["text_mask"], torch.ones(3, 1), region_mask], dim=1)
     text = model.text_embeddings(inputs["input_ids"])
-    vision = model.region_embeddings(inputs["region_features"], inputs["region_boxes"], region_mask)
-    mask = torch.cat([text_mask, torch.ones(3, 1), region_mask], 1).bool()
-    expected = encode(bert_weights(), torch.cat([text, vision], 1), mask)
+    vision = model.region_embeddings(
+        inputs["region_features"], inputs["region_boxes"], region_mask)
+    embedded = torch.cat([text, vision], dim=1)
+    expected = encode(weights, embedded, mask)
+    cls_state = expected[:, 0]
+    global_state = expected[:, 5]
     out = model(**inputs)
-    found = torch.cat([out.text_states, expected[:, 5:6], out.region_states], 1)
-    close(found[mask], expected[mask], rtol=1e-4, atol=1e-5)
-    pooled = F.relu(model.pooler.text(expected[:, 0])) * F.relu(model.pooler.vision(expected[:, 5]))
-    close(out.pooled, pooled, rtol=1e-4, atol=1e-5)
+    found = torch.cat([out.text_states, global_state[:, None], out.region_states], dim=1)
+    real = mask.bool()
+    nearly(found[real], expected[real])
+    pooled = F.relu(model.pooler.text(cls_state)) * F.relu(model.pooler.vision(global_state))
+    nearly(out.pooled, pooled)
 
 
-@pytest.mark.parametrize("switches, layers, expected", [
-    ("intra", 4, [INTRA] * 4), ("single", 4, [JOINT] * 4), ("dual", 4, [INTRA, INTER] * 2),
-    ("late", 4, [INTRA, INTRA, INTER, INTRA]), ("late", 8, [INTRA] * 4 + [INTER, INTRA] * 2),
-    ("attention", 4, None), ("input", 4, [JOINT] * 4), ("learned", 4, None),
-    ("IX,JJ", 2, [[INTRA, INTER], [JOINT, JOINT]]), ("XI", 1, [[INTER, INTRA]])])
-def test_what_is_not_learned_follows_its_plan_without_gates(switches, layers, expected, inputs):
-    model = setting(switches, layers)
+WITHIN = [INTRA, INTRA]  # the modes of text and of vision in one layer
+ACROSS = [INTER, INTER]
+JOINTLY = [JOINT, JOINT]
+
+
+@parametrize("switches, plan", [
+    ("intra", [WITHIN] * 4),
+    ("single", [JOINTLY] * 4),
+    ("dual", [WITHIN, ACROSS] * 2),
+    ("late", [WITHIN, WITHIN, ACROSS, WITHIN]),
+    ("late", [WITHIN] * 4 + [ACROSS, WITHIN] * 2),
+    ("input", [JOINTLY] * 4),
+    ("IX,JJ", [[INTRA, INTER], JOINTLY]),
+    ("XI", [[INTER, INTRA]]),
+])
+def test_modes_that_are_not_learned_follow_their_plan(switches, plan, inputs):
+    """At any temperature: a plan is hard."""
+    out = encoder(switches, layers=len(plan))(**inputs, temperature=1.0)
+    expected = F.one_hot(torch.tensor(plan), len(MODES)).float()  # (layers, 2, M)
+    assert out.modes.equal(expected.expand(3, -1, -1, -1))
+
+
+@parametrize("switches, learns_modes, learns_depths", [
+    ("learned", True, True),
+    ("attention", True, False),
+    ("input", False, True),
+    ("intra", False, False),
+    ("single", False, False),
+    ("dual", False, False),
+    ("late", False, False),
+    ("IX,JJ", False, False),
+])
+def test_only_what_is_learned_has_a_gate_and_is_soft(
+        switches, learns_modes, learns_depths, inputs):
+    """A layer that does not learn what to read reads the newest depth; so must the first."""
+    model = encoder(switches)
     out = model(**inputs, temperature=1.0)
-    if expected:
-        modes = torch.tensor([mode if isinstance(mode, list) else [mode] * 2 for mode in expected])
-        assert out.modes.equal(F.one_hot(modes, 3).float().expand(3, -1, 2, 3))
-    else:
-        assert ((out.modes > 0) & (out.modes < 1)).all()
-    for newest, weights in enumerate(out.depths):
-        if newest and switches in ("input", "learned"):
-            assert ((weights > 0) & (weights < 1)).all()
-        else:  # each layer reads the one before
-            assert weights.equal(F.one_hot(torch.tensor(newest)).expand(3, 2, -1))
-    gates = {name.split(".")[2] for name, _ in model.named_parameters() if "gate" in name}
-    assert gates == {"learned": {"mode_gate", "switch_input"}, "attention": {"mode_gate"},
-        "input": {"switch_input"}}.get(switches, set())
+    assert is_soft(out.modes) == learns_modes
+    for layer, weights in enumerate(out.depths):
+        block = model.layers[layer]
+        chooses = learns_depths and layer > 0
+        assert bool(block.mode_gate) == learns_modes
+        assert bool(block.switch_input) == chooses
+        if chooses:
+            assert is_soft(weights)
+        else:
+            assert is_hard(weights)
+            assert weights[..., -1].all()
 
 
 def test_base_has_the_parameters_of_bert_plus_what_switching_adds():
-    d, layers = 768, range(12)
+    d = 768
     bert = 109_482_240 - (d * d + d)  # bert-base-uncased without its own pooler
-    regions, pool = (2048 * d + d) + (5 * d + d) + 3 * 2 * d, 2 * (d * 1024 + 1024)
-    gates = sum((2 * d + 1) * 2 * options for l in layers for options in (3, l + 1 if l else 0))
+    features = 2048 * d + d
+    boxes = 5 * d + d
+    norms = 3 * 2 * d
+    pooler = 2 * (d * 1024 + 1024)
+    per_option = 2 * (2 * d + 1)  # a gate decides twice, from two means
+    options_of_modes = 12 * len(MODES)
+    options_of_depths = sum(range(2, 13))  # layer l has l + 1, the first none
+    gates = per_option * (options_of_modes + options_of_depths)
     with torch.device("meta"):
         model = SwitchBert(SwitchBertConfig.base())
-    assert sum(p.numel() for p in model.parameters()) == bert + regions + pool + gates
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert found == bert + features + boxes + norms + pooler + gates
 
 
-# --- the encoder ---
+# --- The encoder ---
 
 
 def test_padding_never_changes_a_real_token(config, inputs):
+    """Neither its content nor its amount does."""
     model = SwitchBert(config).eval()
     before = model(**inputs)
     inputs["input_ids"][1, 3:] = 7
     inputs["region_features"][1, 2:] = 100.0
     inputs["region_boxes"][1, 2:] = 0.9
-    wider = {k: F.pad(v, (0, 0) * (v.ndim - 2) + (0, 2)) for k, v in inputs.items()}
+    words = inputs["text_mask"].bool()
+    regions = inputs["region_mask"].bool()
+
+    def two_more(tensor):
+        padding = torch.zeros_like(tensor[:, :2])
+        return torch.cat([tensor, padding], dim=1)
+
+    wider = {name: two_more(tensor) for name, tensor in inputs.items()}
     for after in (model(**inputs), model(**wider)):
-        for name, mask in (("text_states", inputs["text_mask"]),
-                ("region_states", inputs["region_mask"])):
-            x, y = getattr(before, name), getattr(after, name)[:, : mask.shape[1]]
-            close(x[mask.bool()], y[mask.bool()], rtol=1e-4, atol=1e-5)
-        close(before.pooled, after.pooled, rtol=1e-4, atol=1e-5)
-        assert before.modes.equal(after.modes)
+        text_states = after.text_states[:, :5]
+        region_states = after.region_states[:, :4]
+        nearly(text_states[words], before.text_states[words])
+        nearly(region_states[regions], before.region_states[regions])
+        nearly(after.pooled, before.pooled)
+        assert after.modes.equal(before.modes)
 
 
 def test_the_feature_of_a_hidden_region_is_not_seen(config, inputs):
-    model, hidden = SwitchBert(config).eval(), torch.zeros(3, 4).bool()
-    hidden[0, 1] = hidden[1, 0] = True
-    one, shown = model(**inputs, region_hidden=hidden), model(**inputs)
+    model = SwitchBert(config).eval()
+    hidden = torch.zeros(3, 4).bool()
+    hidden[0, 1] = True
+    hidden[1, 0] = True
+    shown = model(**inputs)
+    before = model(**inputs, region_hidden=hidden)
     inputs["region_features"][hidden] = 50.0
-    two = model(**inputs, region_hidden=hidden)
-    assert two.region_states.equal(one.region_states) and two.pooled.equal(one.pooled)
-    assert not shown.region_states[:2].equal(one.region_states[:2])
+    after = model(**inputs, region_hidden=hidden)
+    assert after.region_states.equal(before.region_states)
+    assert after.pooled.equal(before.pooled)
+    assert not shown.region_states[:2].equal(before.region_states[:2])
 
 
 def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(config, inputs):
     """Both parts are normalised before they are added, and boxes enter as 2 b - 1."""
     embed = SwitchBert(config).eval().region_embeddings
-    features, boxes, mask = (inputs[k] for k in ("region_features", "region_boxes", "region_mask"))
+    nn.init.normal_(embed.feature.bias)  # else LayerNorm would hide a wrong mean
+    features = inputs["region_features"].half()
+    boxes = inputs["region_boxes"]
+    mask = inputs["region_mask"]
     hidden = torch.zeros(3, 4).bool()
     hidden[0, 1] = True
-    nn.init.normal_(embed.feature.bias)  # without it, LayerNorm would make up for a wrong mean
-    found = embed(features.half(), boxes, mask, hidden)
-    features = features.half().float()
-    features[0, 1] = 0
-    means = features.mul(mask[..., None]).sum(1) / torch.tensor([[3], [2], [4]])  # visible regions
-    plain = nn.LayerNorm(16, eps=1e-12)  # as all three begin
-    whole = torch.tensor([0.0, 0, 1, 1, 1])  # the box of the global region is the whole picture
-    for x, content, box in ((found[:, 0], means, whole), (found[:, 1:], features, boxes)):
-        expected = plain(plain(embed.feature(content)) + plain(embed.box(2 * box - 1)))
-        close(x, expected, rtol=1e-4, atol=1e-5)
+    found = embed(features, boxes, mask, hidden)
+
+    norm = nn.LayerNorm(16, eps=1e-12)  # as all three begin
+
+    def embedded(content, box):
+        return norm(norm(embed.feature(content)) + norm(embed.box(2 * box - 1)))
+
+    seen = features.float()
+    seen[0, 1] = 0
+    visible = torch.tensor([[3], [2], [4]])  # regions in each sample
+    mean = seen.mul(mask[..., None]).sum(dim=1) / visible
+    whole_picture = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
+    nearly(found[:, 0], embedded(mean, whole_picture))
+    nearly(found[:, 1:], embedded(seen, boxes))
 
 
-def test_switches_are_hard_in_evaluation_soft_at_a_temperature_and_drawn_in_training(
-        config, inputs):
+def test_switches_are_hard_in_evaluation_and_soft_at_a_temperature(config, inputs):
     model = SwitchBert(config).eval()
     out = model(**inputs)
-    for weights in (out.modes, *out.depths):
-        assert weights.eq(0).logical_or(weights.eq(1)).all() and weights.sum(-1).eq(1).all()
-    soft = model(**inputs, temperature=2.0).modes
-    assert ((soft > 0) & (soft < 1)).all()
-    model.train()
-    one, two = model(**inputs), model(**inputs)
-    assert not one.modes.equal(two.modes) and not one.depths[1].equal(two.depths[1])
-    assert [w.shape for w in (one.modes, *one.depths)] == [(3, 2, 2, 3), (3, 2, 1), (3, 2, 2)]
-    default, given = (torch.manual_seed(5) and model(**inputs, **t).modes
-        for t in ({}, {"temperature": 1.0}))
+    assert is_hard(out.modes)
+    assert all(map(is_hard, out.depths))
+    assert out.modes.shape == (3, 2, 2, len(MODES))
+    assert [weights.shape for weights in out.depths] == [(3, 2, 1), (3, 2, 2)]
+    assert is_soft(model(**inputs, temperature=2.0).modes)
+
+
+def test_switches_are_drawn_in_training(config, inputs):
+    """The hotter, the more even."""
+    model = SwitchBert(config).train()
+    one = model(**inputs)
+    other = model(**inputs)
+    assert not one.modes.equal(other.modes)
+    assert not one.depths[1].equal(other.depths[1])
+    hot = model(**inputs, temperature=100.0).modes
+    close(hot, torch.full_like(hot, 1 / len(MODES)), rtol=0, atol=0.1)
+
+
+def test_the_temperature_of_training_is_1_unless_told(config, inputs):
+    model = SwitchBert(config).train()
+    torch.manual_seed(5)
+    default = model(**inputs).modes
+    torch.manual_seed(5)
+    given = model(**inputs, temperature=1.0).modes
     assert default.equal(given)
-    assert (model(**inputs, temperature=100.0).modes - 1 / 3).abs().max() < 0.1
+
+
+def set_gate(gate, text, vision):
+    """From now on the gate chooses these options, whatever it reads."""
+    choices = torch.tensor([text, vision])
+    options = len(gate.start)
+    nn.init.zeros_(gate.linear.weight)
+    chosen = F.one_hot(choices, options).flatten()
+    gate.linear.bias.data = 9.0 * chosen  # more than a start of 5
 
 
 def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
     """Text reads depth 0, the embeddings, and vision depth 1, the first layer's output."""
     model = SwitchBert(config).eval()
-    for gate, bias in ((model.layers[1].switch_input.gate, [9.0, 0, 0, 9]),
-            *((layer.mode_gate, [0, 5.0, 0, 0, 0, 5]) for layer in model.layers)):
-        nn.init.zeros_(gate.linear.weight)
-        gate.linear.bias.data = torch.tensor(bias)
-    seen = []
-    model.layers[1].register_forward_hook(lambda m, args, out: seen.extend(args[0]))
-    for part in (model.layers[1].mode_gate, model.layers[1].attention):
-        part.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    first, second = model.layers
+    set_gate(second.switch_input.gate, text=0, vision=1)
+    set_gate(first.mode_gate, INTER, JOINT)
+    set_gate(second.mode_gate, INTER, JOINT)
+    depths = inputs_of(second)
+    gated = inputs_of(second.mode_gate)
+    attended = inputs_of(second.attention)
     out = model(**inputs)
-    gated, read, depth0, depth1 = seen
-    assert gated.equal(read)
-    assert read[:, :5].equal(depth0[:, :5]) and read[:, 5:].equal(depth1[:, 5:])
+    depth0, depth1 = depths[0]
+    read = attended[0]
+    assert read[:, :5].equal(depth0[:, :5])
+    assert read[:, 5:].equal(depth1[:, 5:])
+    assert gated[0].equal(read)
     assert out.depths[1].tolist() == [[[1.0, 0.0], [0.0, 1.0]]] * 3
     assert out.modes.argmax(-1).tolist() == [[[INTER, JOINT]] * 2] * 3
 
 
-@pytest.mark.parametrize("tau", [None, 0.7])
+@parametrize("tau", [None, 0.7])
 def test_what_a_layer_reads_is_the_weighted_sum_of_all_depths(tau):
-    block = SwitchInput(SwitchBertConfig.tiny(), 3).eval()
+    """The newest states decide on the weights."""
+    block = SwitchInput(TINY, 3).eval()
     nn.init.normal_(block.gate.linear.weight, std=9.0)
     depths = [torch.randn(8, 7, 16, requires_grad=True) for _ in range(4)]
-    layout = layout_of(torch.ones(8, 7).long(), 3)
+    layout = unpadded(8, words=3, regions=4)
     mixed, weights = block(depths, layout, tau)
-    close(weights, block.gate(depths[-1], layout.averages, tau))  # decided by the newest states
-    assert weights.amax(dim=(0, 1)).count_nonzero() > 1
-    per_token = torch.cat([weights[:, :1].expand(8, 3, 4), weights[:, 1:].expand(8, 4, 4)], 1)
-    expected = torch.einsum("bli,ibld->bld", per_token, torch.stack(depths))
+    close(weights, block.gate(depths[-1], layout.averages, tau))
+    chosen = weights.amax(dim=(0, 1)) > 0  # by any sample, for text or vision
+    assert chosen.sum() > 1
+    modality = [TEXT] * 3 + [VISION] * 4
+    of_tokens = weights[:, modality]  # (B, L, depths)
+    expected = torch.einsum("bli,ibld->bld", of_tokens, torch.stack(depths))
     close(mixed, expected, rtol=3e-6, atol=3e-6)
-    wanted = torch.randn(8, 7, 16)
-    inputs = depths + [block.gate.linear.weight] * (tau is not None)
-    for x, y in zip(torch.autograd.grad((mixed * wanted).sum(), inputs, retain_graph=True),
-            torch.autograd.grad((expected * wanted).sum(), inputs)):
-        close(x, y, rtol=1e-4, atol=1e-5)
+    sources = list(depths)
+    if tau:  # a hard switch sends its gate no gradient
+        sources.append(block.gate.linear.weight)
+    assert_same_gradients(mixed, expected, sources, rtol=1e-4, atol=1e-5)
 
 
 def test_no_stack_of_depths_is_kept_for_the_backward_pass():
     depths = [torch.randn(8, 7, 16, requires_grad=True) for _ in range(4)]
-    block = SwitchInput(SwitchBertConfig.tiny(), 3)
+    block = SwitchInput(TINY, 3)
+    layout = unpadded(8, words=3, regions=4)
     kept = []
 
     def keep(tensor):
@@ -394,72 +637,88 @@ def test_no_stack_of_depths_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(depths, layout_of(torch.ones(8, 7).long(), 3), 1.0)
+        block(depths, layout, 1.0)
     assert max(kept) == depths[0].numel()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_depths_are_kept_in_the_precision_of_products(dtype, inputs):
     model = SwitchBert(SwitchBertConfig.tiny(num_hidden_layers=3))
-    seen = []
-    model.layers[2].register_forward_hook(lambda module, args, out: seen.extend(args[0]))
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    depths = inputs_of(model.layers[2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(**inputs)
-    assert [states.dtype for states in seen] == [dtype or torch.float32] * 3
+    assert [states.dtype for states in depths[0]] == [dtype] * 3
 
 
-@pytest.mark.parametrize("tau", [5.0, 1.0, 0.2])
-def test_training_begins_near_single_whatever_the_temperature(tau, inputs):
-    """Gates that know nothing yet: even modes are joint attention, and the newest of l + 1 depths
-    has the weight e^5 / (e^5 + l).
-    """
-    out = setting("learned", initializer_range=0.0)(**inputs, temperature=tau)
-    close(out.modes, torch.full((3, 4, 2, 3), 1 / 3))
+@parametrize("tau", [5.0, 1.0, 0.2])
+def test_training_begins_with_even_modes_and_the_newest_depth_at_any_temperature(tau, inputs):
+    """While gates know nothing, the newest of l + 1 depths has the weight e^5 / (e^5 + l)."""
+    out = encoder("learned", initializer_range=0.0)(**inputs, temperature=tau)
+    close(out.modes, torch.full((3, 4, 2, len(MODES)), 1 / len(MODES)))
     for l, weights in enumerate(out.depths):
-        assert weights[..., -1].flatten().tolist() == pytest.approx(
-            [math.e**5 / (math.e**5 + l)] * 6)
-    attention = setting("attention")
-    for layer in attention.layers:
+        newest = math.e**5 / (math.e**5 + l)
+        close(weights[..., -1], torch.full((3, 2), newest))
+
+
+@parametrize("tau", [5.0, 1.0, 0.2])
+def test_even_modes_are_joint_attention(tau, inputs):
+    even = encoder("attention")
+    for layer in even.layers:
         nn.init.zeros_(layer.mode_gate.linear.weight)
-    single = setting("single")
-    single.load_state_dict(attention.state_dict(), strict=False)
-    one, other = attention(**inputs, temperature=tau), single(**inputs)
-    for name in ("text_states", "region_states", "pooled"):
-        close(getattr(one, name), getattr(other, name))
+    single = encoder("single")
+    single.load_state_dict(even.state_dict(), strict=False)
+    found = even(**inputs, temperature=tau)
+    expected = single(**inputs, temperature=tau)
+    close(found.text_states, expected.text_states)
+    close(found.region_states, expected.region_states)
+    close(found.pooled, expected.pooled)
 
 
-# --- heads and losses ---
+# --- Heads and losses ---
 
 
 def pretraining_batch(inputs):
-    """The second pair is only matched, the first only masked, the third both. T = 5, R = 4."""
+    """Three pairs: the first is only masked, the second only matched, the third both."""
     hidden = torch.zeros(3, 4).bool()
-    hidden[0, 2] = hidden[2, 1] = True
-    return dict(inputs, mlm_positions=torch.tensor([1, 2 * 5 + 2, 2 * 5 + 3]),
-        mlm_labels=torch.tensor([9, 11, 12]), region_hidden=hidden,
-        mrc_positions=torch.tensor([2, 2 * 4 + 1]), mrc_targets=torch.rand(2, 7).softmax(-1),
-        itm_positions=torch.tensor([1, 2]), itm_labels=torch.tensor([MISMATCH, MATCH]))
+    hidden[0, 2] = True
+    hidden[2, 1] = True
+    return inputs | {
+        "mlm_positions": torch.tensor([1, 2 * 5 + 2, 2 * 5 + 3]),  # b T + t, T = 5
+        "mlm_labels": torch.tensor([9, 11, 12]),
+        "region_hidden": hidden,
+        "mrc_positions": torch.tensor([2, 2 * 4 + 1]),  # b R + r, R = 4
+        "mrc_targets": torch.rand(2, 7).softmax(-1),
+        "itm_positions": torch.tensor([1, 2]),
+        "itm_labels": torch.tensor([MISMATCH, MATCH]),
+    }
 
 
-@pytest.mark.parametrize("switches", ["learned", "dual"])
-def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(switches, inputs):
-    """As training on a GPU runs: the whole model under autocast, in the soft and the hard mode."""
+def assert_finite_gradients(model):
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+@parametrize("tau", [1.0, None], ids=["soft", "hard"])
+@parametrize("switches", ["learned", "dual"])
+def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(
+        switches, tau, inputs):
+    """As training on a GPU runs: the whole model under autocast."""
     model = SwitchBertForPretraining(SwitchBertConfig.tiny(switches=switches)).eval()
     batch = pretraining_batch(inputs)
-    for tau in (1.0, None):
-        plain = model(**batch, temperature=tau).losses
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(**batch, temperature=tau)
-        assert out.sums.dtype == torch.float32
-        close(out.losses, plain, rtol=0.02, atol=0.02)
-        out.loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    plain = model(**batch, temperature=tau)
+    with autocast():
+        out = model(**batch, temperature=tau)
+    assert out.sums.dtype == torch.float32
+    close(out.losses, plain.losses, rtol=0.02, atol=0.02)
+    out.loss.backward()
+    assert_finite_gradients(model)
 
 
 def test_the_three_losses_by_hand(config, inputs):
     model = SwitchBertForPretraining(config).eval()
     batch = pretraining_batch(inputs)
-    found, out = model(**batch), model.bert(**inputs, region_hidden=batch["region_hidden"])
+    found = model(**batch)
+    out = model.bert(**inputs, region_hidden=batch["region_hidden"])
     embeddings = model.bert.text_embeddings.word_embeddings.weight
 
     def word(b, t, label):
@@ -467,34 +726,48 @@ def test_the_three_losses_by_hand(config, inputs):
         return -scores.log_softmax(-1)[label]
 
     def region(b, r, target):
-        p = model.mrc_classifier(model.mrc_transform(out.region_states[b, r])).softmax(-1)
-        return (target * (target / p).log()).sum()
+        logits = model.mrc_classifier(model.mrc_transform(out.region_states[b, r]))
+        prediction = logits.softmax(-1)
+        return (target * (target / prediction).log()).sum()
 
-    itm = model.itm_classifier(out.pooled).log_softmax(-1)
-    one, two = batch["mrc_targets"]
-    close(found.losses, torch.stack([(word(0, 1, 9) + word(2, 2, 11) + word(2, 3, 12)) / 3,
-        (region(0, 2, one) + region(2, 1, two)) / 2, -(itm[1, 0] + itm[2, 1]) / 2]))
-    close(found.loss, found.losses.sum())
+    mlm = (word(0, 1, 9) + word(2, 2, 11) + word(2, 3, 12)) / 3
+    first, second = batch["mrc_targets"]
+    mrc = (region(0, 2, first) + region(2, 1, second)) / 2
+    log_p = model.itm_classifier(out.pooled).log_softmax(-1)
+    itm = -(log_p[1, MISMATCH] + log_p[2, MATCH]) / 2
+    close(found.losses, torch.stack([mlm, mrc, itm]))
+    close(found.loss, mlm + mrc + itm)
     assert found.counts == (3, 2, 2)
+
+
+def test_correct_counts_the_words_and_the_pairs_predicted_right(config, inputs):
+    """A model that always says "piece 11" and "match" gets one word and one pair right."""
+    model = SwitchBertForPretraining(config).eval()
     with torch.no_grad():
-        model.mlm_bias[11] = model.itm_classifier.bias[MATCH] = 1e4  # always piece 11, and a match
-    assert model(**batch).correct.tolist() == [1, 1]
+        model.mlm_bias[11] = 1e4
+        model.itm_classifier.bias[MATCH] = 1e4
+    assert model(**pretraining_batch(inputs)).correct.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(0, 7), None])
+@parametrize("targets", [torch.zeros(0, 7), None])
 def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inputs, targets):
     none = torch.zeros(0).long()
-    batch = dict(pretraining_batch(inputs), mlm_positions=none, mlm_labels=none,
-        mrc_positions=none, mrc_targets=targets)
+    batch = pretraining_batch(inputs)
+    batch["mlm_positions"] = none
+    batch["mlm_labels"] = none
+    batch["mrc_positions"] = none
+    batch["mrc_targets"] = targets
     model = SwitchBertForPretraining(config)
     out = model(**batch)
-    assert out.losses[:2].tolist() == [0, 0] and out.losses[2] > 0
+    mlm, mrc, itm = out.losses
+    assert mlm == mrc == 0
+    assert itm > 0
     out.loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert_finite_gradients(model)
 
 
 def test_an_answer_starts_at_probability_one_over_their_number(config, inputs):
-    logits, _ = SwitchBertForVQA(config, 11).eval()(**inputs)
+    logits, _ = SwitchBertForVQA(config, num_answers=11).eval()(**inputs)
     assert logits.shape == (3, 11)
     assert logits.sigmoid().mean().item() == pytest.approx(1 / 11, rel=0.1)
 
@@ -503,79 +776,124 @@ def test_retrieval_starts_with_the_log_odds_of_a_match(config, inputs):
     pretrained = SwitchBertForPretraining(config).eval()
     model = SwitchBertForRetrieval.from_pretraining(config, pretrained.state_dict()).eval()
     scores, out = model(**inputs)
-    odds = pretrained.itm_classifier(out.pooled).softmax(-1)
-    close(scores, (odds[:, MATCH] / odds[:, MISMATCH]).log(), rtol=1e-4, atol=1e-6)
-    assert out.pooled.equal(pretrained.bert(**inputs).pooled) and scores.shape == (3,)
+    assert scores.shape == (3,)
+    assert out.pooled.equal(pretrained.bert(**inputs).pooled)
+    p = pretrained.itm_classifier(out.pooled).softmax(-1)
+    odds = p[:, MATCH] / p[:, MISMATCH]
+    close(scores, odds.log(), rtol=1e-4, atol=1e-6)
 
 
 def test_referring_scores_every_region_and_padding_lowest(config, inputs):
-    logits = SwitchBertForReferring(config).eval()(**inputs)[0]
+    logits, _ = SwitchBertForReferring(config).eval()(**inputs)
+    assert logits.shape == (3, 4)
     padding = inputs["region_mask"] == 0
-    assert logits.shape == (3, 4) and logits[padding].eq(torch.finfo(torch.float32).min).all()
+    lowest = torch.finfo(torch.float32).min
+    assert (logits[padding] == lowest).all()
     assert logits[~padding].abs().max() < 100
 
 
 # --- BERT weights ---
 
 
+LAYERS = ("bert.encoder.layer.0.", "bert.encoder.layer.1.")
+
+
 def bert_weights():
-    """A random BERT with Hugging Face's names, its MLM head, pooler and next-sentence head."""
-    g, d, e, head = torch.Generator().manual_seed(5), 16, "bert.embeddings.", "cls.predictions."
-    shapes = {f"{e}word_embeddings.weight": (60, d), f"{e}position_embeddings.weight": (48, d),
-        f"{e}token_type_embeddings.weight": (2, d), f"{head}bias": (60,)}
-    linear = {"bert.pooler.dense": (d, d), "cls.seq_relationship": (2, d),
-        f"{head}transform.dense": (d, d)}
-    norms = [f"{e}LayerNorm", f"{head}transform.LayerNorm"]
-    for layer in ("bert.encoder.layer.0.", "bert.encoder.layer.1."):
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            linear[f"{layer}attention.{part}"] = (d, d)
-        linear |= {f"{layer}intermediate.dense": (32, d), f"{layer}output.dense": (d, 32)}
-        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
-    for name, shape in {**linear, **dict.fromkeys(norms, (d,))}.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    weights = {name: torch.randn(shape, generator=g) / 4 for name, shape in shapes.items()}
-    weights[f"{head}decoder.weight"] = weights[f"{e}word_embeddings.weight"]
+    """A random BERT with Hugging Face's names: encoder, MLM, pooler and next-sentence heads."""
+    linear_shapes = {
+        "bert.pooler.dense": (16, 16),
+        "cls.predictions.transform.dense": (16, 16),
+        "cls.seq_relationship": (2, 16),
+    }
+    norms = ["bert.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
+    for layer in LAYERS:
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            linear_shapes[f"{layer}attention.{name}"] = (16, 16)
+        linear_shapes[f"{layer}intermediate.dense"] = (32, 16)
+        linear_shapes[f"{layer}output.dense"] = (16, 32)
+        norms.append(f"{layer}attention.output.LayerNorm")
+        norms.append(f"{layer}output.LayerNorm")
+
+    shapes = {
+        "bert.embeddings.word_embeddings.weight": (60, 16),
+        "bert.embeddings.position_embeddings.weight": (48, 16),
+        "bert.embeddings.token_type_embeddings.weight": (2, 16),
+        "cls.predictions.bias": (60,),
+    }
+    for name, shape in linear_shapes.items():
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+    for name in norms:
+        shapes[f"{name}.weight"] = (16,)
+        shapes[f"{name}.bias"] = (16,)
+
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, shape in shapes.items():
+        weights[name] = torch.randn(shape, generator=generator) / 4
+    words = weights["bert.embeddings.word_embeddings.weight"]
+    weights["cls.predictions.decoder.weight"] = words  # tied
     return weights
 
 
-def linear(w, name, x):
-    return x @ w[name + ".weight"].T + w[name + ".bias"]
+def linear(weights, name, x):
+    return x @ weights[name + ".weight"].T + weights[name + ".bias"]
 
 
-def norm(w, name, x):
-    return F.layer_norm(x, (16,), w[name + ".weight"], w[name + ".bias"], 1e-12)
+def norm(weights, name, x):
+    return F.layer_norm(x, (16,), weights[name + ".weight"], weights[name + ".bias"], 1e-12)
 
 
-def encode(w, x, mask):
+def encode(weights, x, mask):
     """The two layers of that BERT, by its names alone, out of torch's own attention."""
-    for layer in ("bert.encoder.layer.0.", "bert.encoder.layer.1."):
-        q, k, v = (linear(w, f"{layer}attention.self.{p}", x).unflatten(-1, (2, 8)).transpose(1, 2)
-            for p in ("query", "key", "value"))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None].bool())
-        y = linear(w, layer + "attention.output.dense", y.transpose(1, 2).flatten(2))
-        x = norm(w, layer + "attention.output.LayerNorm", x + y)
-        y = linear(w, layer + "output.dense", F.gelu(linear(w, layer + "intermediate.dense", x)))
-        x = norm(w, layer + "output.LayerNorm", x + y)
+    def heads(name):
+        return linear(weights, name, x).unflatten(-1, (2, 8)).transpose(1, 2)  # (B, H, L, d)
+
+    for layer in LAYERS:
+        query = heads(layer + "attention.self.query")
+        key = heads(layer + "attention.self.key")
+        value = heads(layer + "attention.self.value")
+        real = mask[:, None, None].bool()
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=real)
+        context = context.transpose(1, 2).flatten(2)  # (B, L, D)
+        attended = linear(weights, layer + "attention.output.dense", context)
+        x = norm(weights, layer + "attention.output.LayerNorm", x + attended)
+        wide = F.gelu(linear(weights, layer + "intermediate.dense", x))
+        narrow = linear(weights, layer + "output.dense", wide)
+        x = norm(weights, layer + "output.LayerNorm", x + narrow)
     return x
 
 
 def write_bert(folder, weights, kind="model.safetensors", **config):
-    """A Hugging Face folder. A .safetensors file: header length, JSON header, raw tensors."""
+    """A Hugging Face folder with these weights; config: other entries of config.json."""
     folder.mkdir(exist_ok=True)
     sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, hidden_act="gelu")
     (folder / "config.json").write_text(json.dumps(sizes | config))
-    if kind != "model.safetensors":
+    if kind == "model.safetensors":
+        write_safetensors(folder / kind, weights)
+    else:
         torch.save(weights, folder / kind)
-        return folder
-    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, t in weights.items():
-        start, body = len(body), body + t.contiguous().view(torch.uint8).numpy().tobytes()
-        header[name] = dict(dtype=types[t.dtype], shape=t.shape, data_offsets=[start, len(body)])
-    text = json.dumps(header).encode()
-    (folder / kind).write_bytes(struct.pack("<Q", len(text)) + text + body)
     return folder
+
+
+def write_safetensors(path, weights):
+    """8 bytes with the length of the header, the header in JSON, the bytes of the tensors."""
+    types = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+    }
+    header = {"__metadata__": {"format": "pt"}}
+    body = b""
+    for name, tensor in weights.items():
+        start = len(body)
+        body += tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        offsets = [start, len(body)]
+        header[name] = dict(dtype=types[tensor.dtype], shape=tensor.shape, data_offsets=offsets)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
 @pytest.fixture
@@ -584,79 +902,110 @@ def model():
     return SwitchBertForPretraining(SwitchBertConfig.tiny(switches="intra")).eval()
 
 
-FORMS = {"now": [], "without_prefix": [("bert.", "")],
-    "old": [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")]}
+RENAMED = {  # in a published form: what it calls differently
+    "now": {},
+    "without prefix": {"bert.": ""},
+    "old": {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
+}
 
 
-@pytest.mark.parametrize("kind, dtype", [("pytorch_model.bin", torch.float32),
-    *(("model.safetensors", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))])
-@pytest.mark.parametrize("form", FORMS)
+@parametrize("form", RENAMED)
+@parametrize("kind, dtype", [
+    ("pytorch_model.bin", torch.float32),
+    ("model.safetensors", torch.float32),
+    ("model.safetensors", torch.float16),
+    ("model.safetensors", torch.bfloat16),
+])
 def test_a_berts_weights_in_every_published_form_make_that_bert(
         model, tmp_path, inputs, kind, dtype, form):
     weights = {name: tensor.to(dtype) for name, tensor in bert_weights().items()}
-    renamed = {"bert.embeddings.position_ids": torch.arange(48)[None]}
+    published = {"bert.embeddings.position_ids": torch.arange(48)[None]}
     for name, tensor in weights.items():
-        for now, then in FORMS[form]:
+        for now, then in RENAMED[form].items():
             name = name.replace(now, then)
-        renamed[name] = tensor
-    load_bert(model, write_bert(tmp_path, renamed, kind))
-    w, e, head = ({k: v.float() for k, v in weights.items()}, "bert.embeddings.",
-        "cls.predictions.")
-    words, real = w[e + "word_embeddings.weight"], inputs["text_mask"].bool()
-    x = words[inputs["input_ids"]] + w[e + "position_embeddings.weight"][:5]
-    x = norm(w, e + "LayerNorm", x + w[e + "token_type_embeddings.weight"][0])
-    expected, found = encode(w, x, real)[real], model.bert(**inputs).text_states[real]
-    close(found, expected, rtol=1e-4, atol=1e-5)
-    x = F.gelu(linear(w, head + "transform.dense", expected))
-    scores = norm(w, head + "transform.LayerNorm", x) @ words.T + w[head + "bias"]
-    close(model.mlm_logits(found), scores, rtol=1e-4, atol=1e-4)
+        published[name] = tensor
+    load_bert(model, write_bert(tmp_path, published, kind))
+
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    words = weights["bert.embeddings.word_embeddings.weight"]
+    positions = weights["bert.embeddings.position_embeddings.weight"][:5]
+    token_type = weights["bert.embeddings.token_type_embeddings.weight"][0]
+    embedded = words[inputs["input_ids"]] + positions + token_type
+    embedded = norm(weights, "bert.embeddings.LayerNorm", embedded)
+    real = inputs["text_mask"].bool()
+    expected = encode(weights, embedded, real)[real]
+    found = model.bert(**inputs).text_states[real]
+    nearly(found, expected)
+
+    transformed = F.gelu(linear(weights, "cls.predictions.transform.dense", expected))
+    transformed = norm(weights, "cls.predictions.transform.LayerNorm", transformed)
+    scores = transformed @ words.T + weights["cls.predictions.bias"]
+    nearly(model.mlm_logits(found), scores)
 
 
 def test_what_was_not_found_and_what_was_not_used_is_named(tmp_path):
     write_bert(tmp_path, bert_weights())
-    missing, unexpected = load_bert(SwitchBertForPretraining(SwitchBertConfig.tiny()), tmp_path)
-    assert sorted(unexpected) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight",
+    missing, unused = load_bert(SwitchBertForPretraining(TINY), tmp_path)
+    assert sorted(unused) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight",
         "cls.seq_relationship.bias", "cls.seq_relationship.weight"]
     new = ("region_embeddings", "gate", "bert.pooler", "mrc_", "itm_")
-    assert {part for part in new for name in missing if part in name} == {*new}
-    assert all(any(part in name for part in new) for name in missing)
-    missing, unexpected = load_bert(SwitchBert(SwitchBertConfig.tiny()), tmp_path)
-    assert "cls.predictions.bias" in unexpected
-    assert all("gate" in n or n.startswith(("region_embeddings", "pooler")) for n in missing)
+    for part in new:
+        assert any(part in name for name in missing)
+    for name in missing:
+        assert any(part in name for part in new)
 
 
-def loading(weights=None, edit=None, kind="model.safetensors", **config):
+def test_a_bare_encoder_has_no_use_for_the_words_head(tmp_path):
+    write_bert(tmp_path, bert_weights())
+    missing, unused = load_bert(SwitchBert(TINY), tmp_path)
+    assert "cls.predictions.bias" in unused
+    for name in missing:
+        assert "gate" in name or name.startswith(("region_embeddings", "pooler"))
+
+
+def loading(changes=None, damage=None, **config):
+    """A function that loads a BERT with changed weights, a damaged file or other sizes."""
     def write_and_load(model, folder):
-        write_bert(folder, bert_weights() if weights is None else weights, kind, **config)
-        if edit:
-            (folder / kind).write_bytes(edit((folder / kind).read_bytes()))
+        write_bert(folder, bert_weights() | (changes or {}), **config)
+        path = folder / "model.safetensors"
+        if damage:
+            path.write_bytes(damage(path.read_bytes()))
         load_bert(model, folder)
     return write_and_load
 
 
-REFUSED = {  # what is wrong: (the call, words of the message)
+def load_gpt2(model, folder):
+    load_bert(model, write_bert(folder, {"gpt2.weight": torch.zeros(3)}))
+
+
+def replacing(old, new):
+    return lambda content: content.replace(old, new, 1)
+
+
+LONGER = {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}
+REFUSED = {  # what is wrong: (what is tried with a model and a folder, words of the message)
     "switches": (lambda *_: SwitchBertConfig(switches="both"),
         "switches='both': expected one of learned, attention, input, intra, single, .*late, or"),
     "path": (lambda *_: SwitchBertConfig(switches="II,XX,JJ", num_hidden_layers=2),
-        "switches='II,XX,JJ': .* two letters of I, X, J for each of at most 2 layers"),
+        "switches='II,XX,JJ': .* two letters of I, X, J.* for each of at most 2 layers"),
     "heads": (lambda *_: SwitchBertConfig(hidden_size=10, num_attention_heads=4),
         "hidden_size=10 is not a multiple of num_attention_heads=4"),
     "depth": (loading(num_hidden_layers=12), "num_hidden_layers is 12, but this model has 2"),
     "activation": (loading(hidden_act="relu"), "hidden_act is 'relu', but this model has 'gelu'"),
     "norm": (loading(layer_norm_eps=1e-5), "layer_norm_eps is 1e-05, but this model has 1e-12"),
     "positions": (loading(position_embedding_type="relative_key"), "embedding_type is 'relative"),
-    "shape": (loading(bert_weights() | {"bert.encoder.layer.1.output.dense.bias": torch.zeros(17)}),
-        "size mismatch for bert.layers.1.output.bias"),
-    "names": (loading({"gpt2.weight": torch.zeros(3)}), "no weight has a name of BERT's"),
+    "shape": (loading(LONGER), "size mismatch for bert.layers.1.output.bias"),
+    "names": (load_gpt2, "no weight has a name of BERT's"),
     "no folder": (load_bert, "config.json"),
-    "cut in a tensor": (loading(edit=lambda whole: whole[:-4]), None),
-    "number type": (loading(edit=lambda whole: whole.replace(b'"F32"', b'"F99"', 1)), "F99"),
-    "too few bytes": (loading(edit=lambda whole: whole.replace(b"[60, 16]", b"[61, 16]")), "61"),
-    "too many bytes": (loading(edit=lambda whole: whole.replace(b"[60, 16]", b"[59, 16]")), "59")}
+    "cut in a tensor": (loading(damage=lambda content: content[:-4]), None),
+    "number type": (loading(damage=replacing(b'"F32"', b'"F99"')), "F99"),
+    "too few bytes": (loading(damage=replacing(b"[60, 16]", b"[61, 16]")), "61"),
+    "too many bytes": (loading(damage=replacing(b"[60, 16]", b"[59, 16]")), "59"),
+}
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
+@parametrize("wrong", REFUSED)
 def test_wrong_settings_and_unfitting_weights_are_refused(model, tmp_path, wrong):
-    call, message = REFUSED[wrong]
+    attempt, message = REFUSED[wrong]
     with pytest.raises((ValueError, RuntimeError, OSError, KeyError), match=message):
-        call(model, tmp_path)
+        attempt(model, tmp_path)

@@ -1,8 +1,11 @@
-"""A training step tells a GPU what to do and never waits for it. No GPU is needed to see that: fake
-CUDA tensors have a shape and a device, and every operation on them passes by here with its name.
+"""A training step tells a GPU what to do and never waits for it.
+
+No GPU is needed to see that: fake CUDA tensors have a shape and a device, and every operation
+on them passes by here with its name.
 """
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +23,6 @@ from data import PretrainingDataset, collate
 from switchbert import SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval
 
 
-
 def fake_cuda():
     """Does this torch make CUDA tensors without a card? 2.6 does not."""
     try:
@@ -30,9 +32,11 @@ def fake_cuda():
         return False
 
 
-pytestmark = pytest.mark.skipif(not fake_cuda(), reason="this torch wants a driver, even for them")
-# What they return has a size, or is a number of the host, that only the device knows.
-WAITING = "_local_scalar_dense nonzero masked_select unique _unique2 is_nonzero equal".split()
+pytestmark = pytest.mark.skipif(not fake_cuda(), reason="this torch wants a driver for them")
+
+# Their result has a size, or is a number on the host, that only the device knows.
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique",
+    "_unique2", "equal"}
 
 
 class Waits(TorchDispatchMode):
@@ -40,23 +44,77 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names, self.operations = [], 0
+        self.names = []
+        self.operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.__name__.split(".")[0]
+        kwargs = kwargs or {}
+        name = function.__name__.split(".")[0]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        out = None
         if any(tensor.device.type == "cuda" for tensor in tensors):
             self.operations += 1
-            chosen = tensors[1:] if "index" in name else []
-            if name in WAITING or any(t.dtype is torch.bool or t.is_cpu for t in chosen):
+            if name in WAITING or ("index" in name and any(map(waits_as_index, tensors[1:]))):
                 self.names.append(name)
-        out = function(*args, **kwargs)
-        if name in ("_to_copy", "copy_") and tensors[-1].device != out.device:
+        result = function(*args, **kwargs)
+        if name in ("_to_copy", "copy_"):
+            source = tensors[-1].device
             asynchronous = kwargs.get("non_blocking", len(args) > 2 and args[2])
-            if out.is_cpu or not asynchronous:
-                self.names.append(f"{name} from {tensors[-1].device} to {out.device}")
-        return out
+            if source != result.device and (result.is_cpu or not asynchronous):
+                self.names.append(f"{name} from {source} to {result.device}")
+        return result
+
+
+def waits_as_index(index):
+    """A bool one must be counted first; one on the host must be copied."""
+    return index.dtype is torch.bool or index.is_cpu
+
+
+@pytest.fixture
+def fake_tensors(monkeypatch):
+    """Autocast asks the driver, which is not there either."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def host(x):
+    return torch.arange(3)
+
+
+WAITS = [  # (what is done with three numbers on the GPU, the operation's name)
+    (lambda x: x.sum().item(), "_local_scalar_dense"),
+    (lambda x: x.tolist(), "_local_scalar_dense"),
+    (lambda x: x.cpu(), "_to_copy"),
+    (lambda x: host(x).to("cuda"), "_to_copy"),
+    (lambda x: x.new_tensor([1.0]), "_to_copy"),
+    (lambda x: x[[0, 1]], "_to_copy"),
+    (lambda x: x.copy_(host(x)), "copy_"),
+    (lambda x: x[x > 0], "index"),
+    (lambda x: x.__setitem__(host(x), x), "index_put_"),
+]
+
+
+@pytest.mark.parametrize("action, name", WAITS)
+def test_what_makes_the_host_wait_is_named(action, name, fake_tensors):
+    """Otherwise the other tests here would prove nothing."""
+    with fake_tensors, Waits() as waits:
+        x = torch.ones(3, device="cuda")
+        with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
+            action(x)
+    assert name in waits.names[0]
+
+
+def test_what_does_not_make_the_host_wait_is_only_counted(fake_tensors):
+    with fake_tensors, Waits() as waits:
+        x = torch.ones(3, device="cuda")
+        places = torch.arange(3).to("cuda", non_blocking=True)
+        x[places] = x / 2.0
+        torch.nn.utils.clip_grad_norm_([torch.nn.Parameter(x)], 1.0)
+    assert waits.names == []
+    assert waits.operations > 5
+
+
+# --- Training, evaluation, prediction ---
 
 
 class Look(Exception):
@@ -67,39 +125,44 @@ def look(_):
     raise Look
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """`with gpu(model)`: in this block all tensors are fake, the model's are on a GPU, and nothing
-    must wait for it.
-    """
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+def move_to_fake_gpu(model):
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            there = torch.empty_like(tensor, device="cuda")
+            module._parameters[name] = torch.nn.Parameter(there)
+        for name, tensor in module._buffers.items():
+            module._buffers[name] = torch.empty_like(tensor, device="cuda")
+    model.to = lambda _: model
 
+
+@pytest.fixture
+def gpu(fake_tensors, monkeypatch):
+    """`with gpu(model)`: in this block all tensors are fake, the model's are on a GPU, and
+    nothing may wait for it.
+    """
     @contextlib.contextmanager
     def fake(model):
+        def make_gradients(loss):
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+        # The real backward has a thread for each device that is there.
+        monkeypatch.setattr(torch.Tensor, "backward", make_gradients)
         for script in (train, finetune):
             monkeypatch.setattr(script, "device", lambda: torch.device("cuda", 0))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in model.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for name, tensor in tensors.items():
-                        there = torch.empty_like(tensor, device="cuda")
-                        learned = isinstance(tensor, torch.nn.Parameter)
-                        tensors[name] = torch.nn.Parameter(there) if learned else there
-            # Autograd has a thread for each device that is there; what it makes are gradients.
-            monkeypatch.setattr(torch.Tensor, "backward", lambda _: [
-                setattr(p, "grad", torch.empty_like(p)) for p in model.parameters()])
-            model.to = lambda _: model
+        with fake_tensors:
+            move_to_fake_gpu(model)
             with Waits() as waits:
                 yield
-        assert waits.names == [] and waits.operations > 100
+        assert waits.names == []
+        assert waits.operations > 100
 
     return fake
 
 
 @pytest.fixture
 def args():
-    """bf16: in fp32 a step is the same without the copies."""
+    """In bf16; in fp32 a step is the same without the copies."""
     return SimpleNamespace(seed=0, accum=2, precision="bf16")
 
 
@@ -111,82 +174,77 @@ def tiny(tokenizer):
 @pytest.fixture
 def make_task(store, tokenizer, tiny):
     """make_task(kind) -> a task of finetuning and its model."""
-    def task(kind):
+    def make(kind):
         args, _ = finetune.parse_args([kind.name])
-        made = kind(store, tokenizer, splits_of(kind, store), args)
-        made.model = made.build_model(tiny, {})
-        return made
-    return task
-
-
-def test_what_makes_the_host_wait_is_named():
-    """Else the other tests here would prove nothing."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
-        x, host = torch.ones(3, device="cuda"), torch.arange(3)
-        for name, calls in {"_to_copy": (lambda: x.cpu(), lambda: host.to("cuda"),
-                lambda: x.new_tensor([1.0]), lambda: x[[0, 1]]), "copy_": [lambda: x.copy_(host)],
-                "index_put_": [lambda: x.__setitem__(host, x)], "index": [lambda: x[x > 0]],
-                "_local_scalar_dense": (x.sum().item, x.tolist)}.items():
-            for call in calls:
-                with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException):
-                    call()
-                assert name in waits.names[0]
-                waits.names.clear()
-        x[host.to("cuda", non_blocking=True)] = x / 2.0
-        torch.nn.utils.clip_grad_norm_([torch.nn.Parameter(x)], 1.0)
-        assert waits.names == [] and waits.operations > 5
-
-
-def step(args, task, batches):
-    """One step up to the update of the weights, as in fit."""
-    losses, mixture = train.forward_backward(args, task, task.model, batches, 0, 1.5)
-    norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), task.clip)
-    assert losses.device.type == norm.device.type == mixture.sums[0].device.type == "cuda"
+        task = kind(store, tokenizer, splits_of(kind, store), args)
+        task.model = task.build_model(tiny, {})
+        return task
+    return make
 
 
 @pytest.fixture
 def with_class_head(store, monkeypatch):
     """The store, as if it held the detector's last layer in place of distributions."""
+    def class_head(device):
+        return [torch.zeros(7, 12, device=device), torch.zeros(7, device=device)]
+
     monkeypatch.setitem(store.meta, "class_head", True)
     monkeypatch.delitem(store.arrays, "class_probs")
-    monkeypatch.setattr(store, "_class_head", lambda device: [
-        torch.zeros(7, 12, device=device), torch.zeros(7, device=device)])
+    monkeypatch.setattr(store, "_class_head", class_head)
     return store
 
 
+def batch_of(examples, collate, numbers):
+    return collate([examples[0, number] for number in numbers])
+
+
 def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, with_class_head, tokenizer):
-    examples = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
-    batches = [collate([examples[0, i] for i in part]) for part in ((0, 5, 10), (1, 2, 3))]
-    task = SimpleNamespace(model=SwitchBertForPretraining(tiny), clip=5.0,
-        counts=train.Pretraining.counts,
-        sums=lambda *a: train.Pretraining.sums(SimpleNamespace(store=with_class_head), *a))
-    with gpu(task.model):
-        train.place(task.model, args)
-        step(args, task, batches)
+    """Up to the update of the weights, as in fit."""
+    pairs = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
+    batches = [batch_of(pairs, collate, part) for part in ([0, 5, 10], [1, 2, 3])]
+    model = SwitchBertForPretraining(tiny)
+    task = SimpleNamespace(model=model, store=with_class_head, counts=train.Pretraining.counts)
+    task.sums = functools.partial(train.Pretraining.sums, task)
+    with gpu(model):
+        train.place(model, args)
+        losses, mixture = train.forward_backward(args, task, model, batches, 0, 1.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.Pretraining.clip)
+    for result in (losses, norm, mixture.sums[0]):
+        assert result.device.type == "cuda"
 
 
 @EACH_TASK
 def test_a_run_looks_at_its_numbers_every_few_steps_only(
         gpu, kind, make_task, monkeypatch, tmp_path):
-    """The whole loop, but for the switches' mixture, which is recorded thirty times in a run."""
-    task, steps = make_task(kind), []
+    """The whole loop but the switches' mixture, which is recorded thirty times in a run."""
+    task = make_task(kind)
+    task.evaluates_at_start = False
+    batches = [batch_of(task, task.collate, part) for part in ([0, 5], [1, 2])]
+    steps = []
+    sums = task.sums
+
+    def counted_sums(model, batch, tau):
+        steps.append(batch)
+        return sums(model, batch, tau)
+
+    def look_on_gpu(numbers):
+        return train.send(numbers) if numbers.is_cpu else look(numbers)
+
     monkeypatch.setattr(train, "LOOK_EVERY", 2)
-    flags = f"{kind.name} --batch 10 --epochs 99 --precision bf16 --out {tmp_path}/run"
-    batches = [task.collate([task[0, i] for i in part]) for part in ((0, 5), (1, 2))]
-    real = finetune.Task.sums
-    monkeypatch.setattr(train, "total", lambda x: train.send(x) if x.is_cpu else look(x))
+    monkeypatch.setattr(train, "total", look_on_gpu)
     monkeypatch.setattr(train, "record", lambda *_, **__: None)
     monkeypatch.setattr(train.SwitchShares, "shares", lambda self: None)
     monkeypatch.setattr(train, "load_parts", lambda *_: iter(batches))
-    monkeypatch.setattr(task, "sums", lambda *a: steps.append(1) or real(task, *a))
-    task.evaluates_at_start = False
+    monkeypatch.setattr(task, "sums", counted_sums)
+    flags = f"{kind.name} --batch 10 --epochs 99 --precision bf16 --out {tmp_path}/run"
     args, _ = finetune.parse_args(flags.split())
     with gpu(task.model), pytest.raises(Look):
         train.fit(args, task)
     assert len(steps) == 2
 
 
-def test_evaluation_looks_at_its_end(args, gpu, tiny, with_class_head, tokenizer, monkeypatch):
+def test_evaluation_looks_at_its_end(
+        args, gpu, tiny, with_class_head, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "total", look)
     pairs = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
     model = SwitchBertForPretraining(tiny)
@@ -196,17 +254,22 @@ def test_evaluation_looks_at_its_end(args, gpu, tiny, with_class_head, tokenizer
 
 def test_ranking_looks_at_its_end(args, gpu, tiny, store, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "total", look)
-    model, texts = SwitchBertForRetrieval(tiny), ["a red ring", "a"] * 9
+    model = SwitchBertForRetrieval(tiny)
+    texts = ["a red ring", "a"] * 9
+    images = list("0123456789") * 12
     with gpu(model), pytest.raises(Look):
-        train.match_scores(train.place(model, args), store, tokenizer, texts, [*"0123456789"] * 12)
+        train.match_scores(train.place(model, args), store, tokenizer, texts, images)
 
 
 @EACH_TASK
 def test_prediction_looks_at_its_end(args, gpu, kind, make_task, monkeypatch):
+    def load_here(items, parts, collate, workers):
+        """A DataLoader would draw a seed on the CPU, and there are no fake draws."""
+        for part in parts:
+            yield collate([items[i] for i in part])
+
     monkeypatch.setattr(finetune, "total", look)
-    # A DataLoader draws a seed for its processes, on the CPU; there are no fake draws.
-    monkeypatch.setattr(finetune, "load_ahead", lambda items, parts, collate, _: (
-        collate([items[i] for i in part]) for part in parts))
+    monkeypatch.setattr(finetune, "load_ahead", load_here)
     task = make_task(kind)
     with gpu(task.model), pytest.raises(Look):
         task.predict(train.place(task.model, args), task.items, batch_size=7)
