@@ -15,12 +15,12 @@ stay in the folder --work. After a change of the code, choose another one.
 There are three kinds of scenes. Models train on the first kind. The second kind, the held-out
 scenes of train.py, is for tuning: every choice in this project was made on them. The tables are
 measured on the third kind, 400 scenes from number 2,000,000 on, which no choice was made on.
-Only the curves of the figure show the second kind, because train.py records them.
+Only the curves of the figure come from the second kind, because train.py records them.
 
-A setting is a value of --switches. It may end in `+dropout`, for BERT's dropout of .1 instead of
-none, and in `@12`, for twelve layers instead of four. `chosen` takes the modes in which the
-learned run of the same seed and length ended, freezes them, and trains from the start. It tells
-whether the choice helps or the learning.
+A setting is a value of --switches. It may end in `+dropout`, for BERT's dropout of .1 instead
+of none, and in `@12`, for twelve layers instead of four. `chosen` takes the modes in which the
+learned run of the same seed and length ended, freezes them, and trains from the start: does the
+choice help, or the learning?
 """
 
 import argparse
@@ -62,10 +62,7 @@ DROPOUT = ["hidden_dropout_prob=0.1", "attention_probs_dropout_prob=0.1"]
 LAYERS = 4  # of the toy run's model
 STEPS = 225  # of an epoch; a run is evaluated after each
 
-THIRD = 2_000_000  # the number of the first scene that the tables are measured on
-NUMBERS = range(THIRD, THIRD + 400)
-# Recall depends on the number of pictures to choose from: 100, four times.
-FOLDS = [NUMBERS[first : first + 100] for first in (0, 100, 200, 300)]
+THIRD = range(2_000_000, 2_000_400)  # the scenes that the tables are measured on
 
 # The parts of a run. `refer-25` stops while it still learns.
 COMMANDS = {
@@ -79,7 +76,7 @@ COMMANDS = {
 CURVES = {"masked words": "words", "region KL": "mrc", "matching": "match"}
 # Part -> its measures -> what the code calls them. Rows of the table, in this order.
 MEASURES = {
-    "pretrain": {"image R@1": "image R@1", "text R@1": "text R@1"} | CURVES,
+    "pretrain": {"image R@1": "image R@1", "text R@1": "text R@1"} | CURVES,  # zero-shot recalls
     "vqa": {"VQA": "accuracy"},
     "retrieval": {"retrieval: image": "image R@1", "retrieval: text": "text R@1"},
     "refer-25": {"refer, 25 steps": "accuracy"},
@@ -193,9 +190,8 @@ def make_run(setting, seed, args, lock):
     results = read_results()
     switches = find_switches(setting, seed, args.epochs, results)
     line = dict(setting=setting, switches=switches, seed=seed, epochs=args.epochs, scores={})
-    for known in results:
-        if key_of(known) == key_of(line):
-            line = known
+    known = {key_of(each): each for each in results}
+    line = known.get(key_of(line), line)
     parts = missing_parts(line, args.tasks)
     if not parts:
         return
@@ -222,7 +218,7 @@ def make_runs(args):
     call(args.work, [ROOT / "train.py", "--epochs", 0])  # makes the world, if there is none
     weights = args.work / "runs" / "world" / "detector.pt"
     detector = extract_features.build_detector("toy", weights)
-    extract_features.extract_scenes(detector, NUMBERS, args.work / "third")
+    extract_features.extract_scenes(detector, THIRD, args.work / "third")
     chosen = [s for s in args.settings if s.startswith("chosen")]
     others = [s for s in args.settings if s not in chosen]
     lock = threading.Lock()
@@ -245,12 +241,17 @@ def load_model(folder, task, make_model):
     return model.eval().to(train.device()), checkpoint
 
 
-def measure_pretraining(folder, store):
-    """({measure: score}, path) of a pretrained model; recalls are zero-shot."""
+def folds_of(numbers):
+    """Recall depends on the number of pictures to choose from: 100, several times."""
+    return [numbers[first : first + 100] for first in range(0, len(numbers), 100)]
+
+
+def measure_pretraining(folder, store, numbers=THIRD):
+    """({measure: score}, path) of a pretrained model on these scenes; recalls are zero-shot."""
     model, checkpoint = load_model(folder / "pretrain", "pretraining",
         lambda config, _: SwitchBertForPretraining(config))
     tokenizer = WordPiece(checkpoint["vocab"])
-    pairs = [(n, text) for n in NUMBERS for text in Scene(n).captions(2)]
+    pairs = [(n, text) for n in numbers for text in Scene(n).captions(2)]
     masked = PretrainingDataset(store, pairs, tokenizer, seed=1)
     whole = PretrainingDataset(store, pairs, tokenizer, seed=1, masking=False)
     scores, switches = train.evaluate(model, masked)
@@ -260,7 +261,7 @@ def measure_pretraining(folder, store):
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     ranker.to(train.device())
     recalls = []
-    for fold in FOLDS:
+    for fold in folds_of(numbers):
         texts = [Scene(n).captions(1)[0] for n in fold]
         ids = [str(n) for n in fold]
         similarity = train.match_scores(ranker, store, tokenizer, texts, ids)
@@ -280,7 +281,7 @@ def measure_task(folder, part, store):
     args, _ = finetune.parse_args([kind.name])
     tokenizer = WordPiece(checkpoint["vocab"])
     found = []
-    for numbers in FOLDS if part == "retrieval" else [NUMBERS]:
+    for numbers in folds_of(THIRD) if part == "retrieval" else [THIRD]:
         splits = kind.from_scenes(range(0), numbers)
         items = splits.get("test", splits["val"])
         task = kind(store, tokenizer, {"train": items}, args, checkpoint["labels"])
