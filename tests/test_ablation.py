@@ -1,6 +1,14 @@
-"""The ablation's arithmetic by hand, what its results file keeps, and the tables that are shown."""
+"""The ablation: its arithmetic by hand, its tables, and what it runs.
 
+GROUP below is the example of most tests: three settings, two seeds of each, two measures. VQA's
+accuracy of `learned` is .8 and .6. Both deviate from the mean, .7, by .1. Their standard deviation,
+with n - 1 in the denominator, is .1414, and the standard error of the mean, the same divided by the
+root of 2, is .1. Against `single`, .5 and .5, the differences are .3 and .1: .2 ± .1.
+"""
+
+import doctest
 import json
+import threading
 from pathlib import Path
 
 import ablation
@@ -10,15 +18,21 @@ import train
 from data import BadInput
 
 ROOT = Path(__file__).parent.parent
-CURVE = {"step": [225, 450], "words": [0.5, 0.6], "mrc": [2.5, 2.0], "match": [0.7, 0.8]}
+CURVE = {
+    "step": [225, 450],
+    "words": [0.5, 0.6],
+    "mrc": [2.5, 2.0],
+    "match": [0.7, 0.8],
+}
 RECALLS = {"image R@1": 0.6, "text R@1": 0.5}
 PRETRAINED = RECALLS | {"masked words": 0.7, "region KL": 2.0, "matching": 0.9}
 
 
 def line(setting, seed=0, epochs=4, scores=RECALLS, path="JJ,JJ,JJ,JJ"):
     """A line of the results file."""
-    return {"setting": setting, "switches": "single", "seed": seed, "epochs": epochs,
-        "path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE}
+    found = {"path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE}
+    key = {"setting": setting, "seed": seed, "epochs": epochs}
+    return key | found
 
 
 def group(**scores):
@@ -31,18 +45,22 @@ def group(**scores):
     return lines
 
 
-GROUP = group(
-    learned=[(0.8, 2.0), (0.6, 1.8)],
-    single=[(0.5, 1.5), (0.5, 1.5)],
-    dual=[(0.7, 1.9), (0.3, 1.9)],
-)
+LEARNED = [(0.8, 2.0), (0.6, 1.8)]
+SINGLE = [(0.5, 1.5), (0.5, 1.5)]
+DUAL = [(0.7, 1.9), (0.3, 1.9)]
+GROUP = group(learned=LEARNED, single=SINGLE, dual=DUAL)
+
+
+def test_the_examples_in_its_docstrings_are_true():
+    failed, tried = doctest.testmod(ablation)
+    assert tried > 0
+    assert failed == 0
 
 
 # --- The arithmetic -------------------------------------------------------------------------------
 
 
-def test_the_standard_error_is_that_of_the_mean():
-    """.8 and .6 deviate by .1414 (n - 1 in the denominator); divided by the root of 2: .1."""
+def test_the_error_is_that_of_the_mean_and_unknown_for_one_value():
     assert ablation.mean_and_error([0.8, 0.6]) == pytest.approx((0.7, 0.1))
     assert ablation.mean_and_error([0.5]) == (0.5, 0)
 
@@ -50,7 +68,7 @@ def test_the_standard_error_is_that_of_the_mean():
 def test_a_difference_is_paired_by_seed():
     """The differences are .3 and .1; seed 2 has no partner."""
     one = {0: 0.8, 1: 0.6, 2: 0.1}
-    other = {1: 0.5, 0: 0.5}
+    other = {1: 0.5, 0: 0.5}  # in another order
     assert ablation.paired(one, other) == pytest.approx((0.2, 0.1))
 
 
@@ -77,7 +95,7 @@ def test_ranks_are_over_the_measures_that_all_settings_have():
     (0.9999, 0, "", "1.000±.000"),
 ])
 def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
-    assert ablation.with_error(mean, error, sign) == text
+    assert ablation.with_error((mean, error), sign) == text
 
 
 # --- The tables and the figure --------------------------------------------------------------------
@@ -93,20 +111,21 @@ def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
 
 
 def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is():
-    lines = group(**{"II,XX": [(0.9, 2)], "learned": [(0.8, 2)], "chosen": [(0.95, 2)],
-        "single+dropout": [(0.97, 2)]})
-    table = ablation.table(lines).splitlines()
-    assert table[0] == (
+    lines = []
+    for setting, accuracy in (("II,XX", 0.9), ("learned", 0.8), ("chosen", 0.95),
+            ("single+dropout", 0.97)):
+        lines.append(line(setting, scores={"VQA": accuracy}))
+    head, _, vqa, rank, _ = ablation.table(lines).splitlines()
+    assert head == (
         "| measure | learned | chosen | single+dropout | II,XX | learned - best fixed |")
-    assert table[3] == (
-        "| VQA | .800±.000 | .950±.000 | **.970±.000** | .900±.000 | -.100±.000 |")
-    assert table[4] == "| mean rank | 1.5 |  |  | 1.0 |  |"
+    assert vqa == "| VQA | .800±.000 | .950±.000 | **.970±.000** | .900±.000 | -.100±.000 |"
+    assert rank == "| mean rank | 2.0 |  |  | 1.0 |  |"
 
 
 @pytest.mark.parametrize("setting", ["learned", "single", "chosen"])
 def test_nothing_is_compared_where_there_is_no_rival(setting):
-    table = ablation.table(group(**{setting: [(0.9, 2.0)]})).splitlines()
-    assert table[3] == "| VQA | **.900±.000** |  |"
+    table = ablation.table([line(setting, scores={"VQA": 0.9})]).splitlines()
+    assert table[2] == "| VQA | **.900±.000** |  |"
 
 
 def test_a_setting_without_a_score_leaves_its_cell_empty():
@@ -116,25 +135,42 @@ def test_a_setting_without_a_score_leaves_its_cell_empty():
 
 
 def test_each_length_of_training_and_each_number_of_layers_has_a_table():
-    results = [line("learned@12"), line("learned", epochs=16), line("single"), line("single@12")]
-    tables = ablation.tables(results)
-    assert list(tables) == ["4 layers, 900 steps", "4 layers, 3,600 steps", "12 layers, 900 steps"]
-    heads = [table.splitlines()[0] for table in tables.values()]
-    assert heads[0] == "| measure | single | learned - best fixed |"
-    assert heads[1] == "| measure | learned | learned - best fixed |"
-    assert heads[2] == "| measure | learned | single | learned - best fixed |"
+    results = [
+        line("learned@12"),
+        line("learned", epochs=16),
+        line("single"),
+        line("single@12"),
+    ]
+    heads = {}
+    for title, table in ablation.tables(results).items():
+        heads[title] = table.splitlines()[0]
+    assert heads == {
+        "4 layers, 900 steps": "| measure | single | learned - best fixed |",
+        "4 layers, 3,600 steps": "| measure | learned | learned - best fixed |",
+        "12 layers, 900 steps": "| measure | learned | single | learned - best fixed |",
+    }
 
 
 def test_the_figure_has_curves_of_the_longest_runs_and_recalls_at_each_length():
-    """Curves are means over seeds; 450 of 900 steps are within the last three quarters, and so is
-    225, their first quarter's end.
-    """
-    other = CURVE | {"words": [0.7, 0.9]}
-    results = [line("learned"), line("learned", seed=1) | {"curve": other}, line("dual", epochs=1)]
+    """Curves are means over seeds, from a quarter of the longest runs on: 225 of 900 steps."""
+    other = line("learned", seed=1)
+    other["curve"] = CURVE | {"words": [0.7, 0.9]}
+    results = [line("learned"), other, line("dual", epochs=1)]
     points = ablation.points_of(results)
-    assert points["masked words"] == {"learned": [(225, 0.6, 0), (450, 0.75, 0)]}
-    assert points["text R@1"] == {"learned": [(900, 0.5, 0)], "dual": [(225, 0.5, 0)]}
+    first, second = points["masked words"]["learned"]
+    assert first == pytest.approx((225, 0.6, 0))
+    assert second == pytest.approx((450, 0.75, 0))
+    recalls = points["text R@1"]
+    assert recalls["learned"] == [(900, 0.5, 0)]
+    assert recalls["dual"] == [(225, 0.5, 0)]
     assert ablation.draw(results).size == (828, 440)  # five panels and a legend
+
+
+def test_the_figure_shows_neither_controls_nor_deeper_models_nor_the_first_quarter():
+    results = [line("dual", epochs=16), line("dual+dropout", epochs=16), line("dual@12")]
+    points = ablation.points_of(results)
+    assert points["image R@1"] == {"dual": [(3600, 0.6, 0)]}
+    assert points.keys() == RECALLS.keys()  # the curves end at step 450 of 3,600
 
 
 def test_the_committed_results_are_those_that_are_shown():
@@ -147,23 +183,28 @@ def test_the_committed_results_are_those_that_are_shown():
 # --- The runs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting, switches, flags", [
-    ("learned", "learned", "--switches learned"),
-    ("II,XX,JJ,JJ", "II,XX,JJ,JJ", "--switches II,XX,JJ,JJ"),
-    ("learned@12", "learned", "--switches learned --set num_hidden_layers=12"),
-    ("dual+dropout", "dual", "--switches dual --set hidden_dropout_prob=0.1 "
-        "attention_probs_dropout_prob=0.1"),
-    ("dual+dropout@12", "dual", "--switches dual --set hidden_dropout_prob=0.1 "
-        "attention_probs_dropout_prob=0.1 num_hidden_layers=12"),
+DROPOUT = "hidden_dropout_prob=0.1 attention_probs_dropout_prob=0.1"
+
+
+@pytest.mark.parametrize("setting, flags", [
+    ("learned", "--switches learned"),
+    ("II,XX,JJ,JJ", "--switches II,XX,JJ,JJ"),
+    ("learned@12", "--switches learned --set num_hidden_layers=12"),
+    ("dual+dropout", f"--switches dual --set {DROPOUT}"),
+    ("dual+dropout@12", f"--switches dual --set {DROPOUT} num_hidden_layers=12"),
 ])
-def test_a_setting_becomes_flags_of_train_py(setting, switches, flags):
-    assert ablation.find_switches(setting, 0, 4, results=[]) == switches
+def test_a_setting_becomes_flags_of_train_py(setting, flags):
+    switches = ablation.find_switches(setting, 0, 4, results=[])
     assert " ".join(ablation.train_flags(setting, switches)) == flags
 
 
 def test_the_chosen_path_is_that_of_the_same_seed_length_and_number_of_layers():
-    results = [line("learned", path="II"), line("learned", seed=1, path="XX"),
-        line("learned", epochs=16, path="JJ"), line("learned@12", path="IX")]
+    results = [
+        line("learned", path="II"),
+        line("learned", seed=1, path="XX"),
+        line("learned", epochs=16, path="JJ"),
+        line("learned@12", path="IX"),
+    ]
     assert ablation.find_switches("chosen", 1, 4, results) == "XX"
     assert ablation.find_switches("chosen", 0, 16, results) == "JJ"
     assert ablation.find_switches("chosen@12", 0, 4, results) == "IX"
@@ -173,75 +214,85 @@ def test_the_chosen_path_is_that_of_the_same_seed_length_and_number_of_layers():
 
 def test_a_line_is_replaced_by_one_of_the_same_setting_seed_and_epochs_only(tmp_path):
     path = tmp_path / "results.jsonl"
-    others = [line("learned"), line("learned", seed=1), line("learned", epochs=16), line("dual")]
-    for each in others:
+    old = line("learned")
+    others = [line("learned", seed=1), line("learned", epochs=16), line("dual")]
+    for each in [old] + others:
         ablation.keep_line(each, path)
-    assert ablation.read_results(path) == others
-    better = line("learned", scores=PRETRAINED)
-    ablation.keep_line(better, path)
-    assert ablation.read_results(path) == [better, *others[1:]]
+    assert ablation.read_results(path) == [old] + others
+    new = line("learned", scores=PRETRAINED)
+    ablation.keep_line(new, path)
+    assert ablation.read_results(path) == [new] + others
     assert list(tmp_path.iterdir()) == [path]  # no temporary file
+
+
+ALL_TASKS = ["vqa", "retrieval", "refer-25", "refer"]
 
 
 @pytest.mark.parametrize("scores, tasks, missing", [
     ({}, False, ["pretrain"]),
-    ({}, True, ["pretrain", "vqa", "retrieval", "refer-25", "refer"]),
+    ({}, True, ["pretrain"] + ALL_TASKS),
     (PRETRAINED, False, []),
-    (PRETRAINED, True, ["vqa", "retrieval", "refer-25", "refer"]),
+    (PRETRAINED, True, ALL_TASKS),
     (PRETRAINED | {"VQA": 0.8, "refer": 0.9}, True, ["retrieval", "refer-25"]),
 ])
 def test_only_what_a_line_lacks_is_run(scores, tasks, missing):
     assert ablation.missing_parts(line("learned", scores=scores), tasks) == missing
 
 
-def test_a_finished_part_is_not_made_again_and_a_half_finished_one_is_resumed(
-        tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(ablation, "call", lambda work, *words: calls.append(words))
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that were called; in place of measuring, VQA has a score of .8."""
+    called = []
+
+    def call(work, words):
+        called.append(words)
+        if "measure" in words:
+            return json.dumps({"scores": {"VQA": 0.8}})
+        words[words.index("--out") + 1].mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(ablation, "call", call)
+    return called
+
+
+def test_a_finished_part_is_not_made_again_and_an_interrupted_one_is_resumed(tmp_path, commands):
     out = tmp_path / "refer"
-    out.mkdir()
     ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
-    assert calls == [(ROOT / "finetune.py", "refer", "--flag", "--seed", 3, "--threads", 1,
-        "--out", out)]
+    script, *words = commands[0]
+    assert script == ROOT / "finetune.py"
+    assert words == ["refer", "--flag", "--seed", 3, "--threads", 1, "--out", out]
     ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
-    assert len(calls) == 1
+    assert len(commands) == 1
     (out / "finished").unlink()
     (out / "checkpoint.pt").touch()
     ablation.train_part(tmp_path, tmp_path, "refer", 3, ["--flag"])
-    assert "--resume" in calls[1]
+    assert commands[1] == commands[0] + ["--resume"]
 
 
-def test_the_tasks_of_a_pretrained_run_are_added_to_its_line(tmp_path, monkeypatch):
-    """Of a run with scores of pretraining, only the tasks are measured; the rest is kept."""
-    results = [line("dual", scores=PRETRAINED), line("single", seed=1, epochs=16, scores=PRETRAINED)]
-    measured = []
-
-    def call(work, script, *words):
-        if words[0] == "measure":
-            measured.extend(words[2:])
-            return json.dumps({"scores": {"VQA": 0.8}})
-        out = words[-1]
-        out.mkdir(parents=True, exist_ok=True)
-        return ""
-
-    monkeypatch.setattr(ablation, "call", call)
-    monkeypatch.setattr(ablation, "read_results", lambda: results)
-    monkeypatch.setattr(ablation, "keep_line", results.append)
+def test_the_tasks_of_a_pretrained_run_are_added_to_its_line(tmp_path, monkeypatch, commands):
+    """Only the tasks are measured; the scores of pretraining and the rest of the line stay."""
+    old = line("single", seed=1, epochs=16, scores=PRETRAINED) | {"switches": "single"}
+    kept = []
+    monkeypatch.setattr(ablation, "read_results", lambda: [line("single"), old])
+    monkeypatch.setattr(ablation, "keep_line", kept.append)
     args = ablation.parse_args(["--epochs", "16", "--tasks", "--work", str(tmp_path)])
-    ablation.make_run("single", 1, args, ablation.threading.Lock())
-    assert measured == ["vqa", "retrieval", "refer-25", "refer"]
-    assert results[2] == results[1] | {"scores": PRETRAINED | {"VQA": 0.8}}
-    trained = [path.parent.name for path in tmp_path.glob("single-1-16/*/finished")]
-    assert sorted(trained) == ["pretrain", "refer", "refer-25", "retrieval", "vqa"]
-    ablation.make_run("dual", 0, ablation.parse_args([]), None)  # it has its scores
+    ablation.make_run("single", 1, args, threading.Lock())
+    assert kept == [old | {"scores": PRETRAINED | {"VQA": 0.8}}]
+    folder = tmp_path / "single-1-16"
+    finished = sorted(path.parent.name for path in folder.glob("*/finished"))
+    assert finished == ["pretrain", "refer", "refer-25", "retrieval", "vqa"]
+    assert commands[-1][2:] == [folder] + ALL_TASKS
+
+
+def test_a_run_whose_line_is_complete_is_not_made_again(monkeypatch, commands):
+    monkeypatch.setattr(ablation, "read_results", lambda: [line("dual", scores=PRETRAINED)])
+    ablation.make_run("dual", 0, ablation.parse_args([]), threading.Lock())
+    assert commands == []
 
 
 def test_the_curve_is_that_of_the_evaluations_in_a_metrics_file(tmp_path):
     """Lines of the mixture alone have no scores."""
-    metrics = [{"step": 30, "losses": {"mlm": 3.0}, "mixture": {}}]
-    for step, words, divergence, match in zip(*CURVE.values()):
-        scores = {"mlm": 1.0, "mrc": divergence, "itm": 0.3, "words": words, "match": match}
-        metrics.append({"step": step, "scores": scores})
-    text = "".join(json.dumps(each) + "\n" for each in metrics)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 30, "losses": {"mlm": 3.0}, "mixture": {}}\n'
+        '{"step": 225, "scores": {"mlm": 1, "mrc": 2.5, "words": 0.5, "match": 0.7}}\n'
+        '{"step": 450, "scores": {"mlm": 1, "mrc": 2.0, "words": 0.6, "match": 0.8}}\n')
     assert ablation.curve_of(train.read_metrics(tmp_path)) == CURVE

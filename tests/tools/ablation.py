@@ -1,26 +1,26 @@
-"""Do learned switches earn their keep? The paper's question, on the toy world, at two lengths.
+"""Do learned switches earn their keep? The paper's question, on the toy world.
 
-    python tests/tools/ablation.py                          900 steps, eight settings, five seeds
-    python tests/tools/ablation.py --epochs 16              3,600 steps: six to eight minutes a run
-    python tests/tools/ablation.py --settings learned single dual --tasks       finetunes them, too
-    python tests/tools/ablation.py --settings learned@12 II,XX,JJ,JJ --seeds 3  any setting you like
-    python tests/tools/ablation.py table                    only prints the tables and draws
+    python tests/tools/ablation.py                     eight settings, five seeds, 900 steps
+    python tests/tools/ablation.py --epochs 16         3,600 steps: six to eight minutes a run
+    python tests/tools/ablation.py --tasks             finetunes them as well
+    python tests/tools/ablation.py --settings learned@12 II,XX,JJ,JJ --seeds 3
+    python tests/tools/ablation.py table               only prints the tables and draws
 
-A run is what a user would type: train.py, and with --tasks finetune.py for each task, each in one
-thread. Its setting, seed and epochs name it, and when it is finished it has a line of its own in
-assets/ablation.jsonl. No run is made twice: stop at any moment, and the same command goes on. If a
-run has a line, but no scores of the tasks, --tasks adds them. The models stay in the folder --work;
-after a change of the code, choose another one.
+A run is what a user would type: train.py, and with --tasks also finetune.py for each task, each
+in one thread. A run is named by its setting, its seed and its epochs. When it is finished, it has
+a line in assets/ablation.jsonl, and it is not made again: stop at any moment, and the same
+command goes on. If a run has a line without scores of the tasks, --tasks adds them. The models
+stay in the folder --work. After a change of the code, choose another one.
 
 There are three kinds of scenes. Models train on the first kind. The second kind, the held-out
 scenes of train.py, is for tuning: every choice in this project was made on them. The tables are
-measured on the third kind, 400 scenes from number 2,000,000 on, by which nothing was ever chosen.
-Only the curves of the figure come from the second kind: they are what train.py itself records.
+measured on the third kind, 400 scenes from number 2,000,000 on, which no choice was made on.
+Only the curves of the figure come from the second kind, because train.py records them.
 
-A setting is a value of --switches. It may end in `+dropout`, for BERT's dropout of .1 in place of
-none, and in `@12`, for twelve layers in place of four. `chosen` freezes the modes in which the
-learned run of the same seed and length ended, and trains from the start: is it the choice that
-helps, or the learning?
+A setting is a value of --switches. It may end in `+dropout`, for BERT's dropout of .1 instead
+of none, and in `@12`, for twelve layers instead of four. `chosen` takes the modes in which the
+learned run of the same seed and length ended, freezes them, and trains from the start: does the
+choice help, or the learning?
 """
 
 import argparse
@@ -56,14 +56,13 @@ LEARNED = ("learned", "attention", "input")
 PUBLISHED = ("single", "dual", "late")  # structures that learned switches compete with
 CONTROLS = ("single+dropout", "dual+dropout")  # does noise alone help, by regularising?
 SETTINGS = LEARNED + PUBLISHED + CONTROLS
-ORDER = LEARNED + PUBLISHED + ("intra", "chosen") + CONTROLS  # of the columns; paths come last
+ORDER = LEARNED + PUBLISHED + ("intra", "chosen") + CONTROLS  # of columns; paths are last
 
 DROPOUT = ["hidden_dropout_prob=0.1", "attention_probs_dropout_prob=0.1"]
 LAYERS = 4  # of the toy run's model
 STEPS = 225  # of an epoch; a run is evaluated after each
 
-THIRD = 2_000_000  # the number of the first scene that the tables are measured on
-SCENES = 400
+THIRD = range(2_000_000, 2_000_400)  # the scenes that the tables are measured on
 
 # The parts of a run. `refer-25` stops while it still learns.
 COMMANDS = {
@@ -73,17 +72,17 @@ COMMANDS = {
     "refer-25": "finetune.py refer --limit 1600 --eval-every 25",
     "refer": "finetune.py refer",
 }
+# What train.py evaluates while it trains, and what it calls them.
+CURVES = {"masked words": "words", "region KL": "mrc", "matching": "match"}
 # Part -> its measures -> what the code calls them. Rows of the table, in this order.
 MEASURES = {
-    "pretrain": {"image R@1": "image R@1", "text R@1": "text R@1", "masked words": "words",
-        "region KL": "mrc", "matching": "match"},
+    "pretrain": {"image R@1": "image R@1", "text R@1": "text R@1"} | CURVES,  # zero-shot recalls
     "vqa": {"VQA": "accuracy"},
     "retrieval": {"retrieval: image": "image R@1", "retrieval: text": "text R@1"},
     "refer-25": {"refer, 25 steps": "accuracy"},
     "refer": {"refer": "accuracy"},
 }
 LOWER_IS_BETTER = ("region KL",)  # all others are shares of right answers
-CURVES = ("masked words", "region KL", "matching")  # what train.py evaluates while it trains
 RECALLS = ("image R@1", "text R@1")
 
 
@@ -111,8 +110,8 @@ def train_flags(setting, switches):
         changed.append(f"num_hidden_layers={layers}")
     flags = ["--switches", switches]
     if changed:
-        flags += ["--set", *changed]
-    return flags
+        flags.append("--set")
+    return flags + changed
 
 
 def is_fixed(name):
@@ -150,7 +149,7 @@ def missing_parts(line, tasks):
 
 
 def find_switches(setting, seed, epochs, results):
-    """The value of --switches. `chosen` is the path of a learned run, which must be finished."""
+    """The value of --switches. `chosen` is the path of a learned run, which must have a line."""
     name, _ = split_setting(setting)
     if name != "chosen":
         return name.removesuffix("+dropout")
@@ -158,28 +157,30 @@ def find_switches(setting, seed, epochs, results):
     for line in results:
         if key_of(line) == (learned, seed, epochs):
             return line["path"]
-    raise BadInput(f"{setting} needs the path of {learned} with seed {seed} and {epochs} epochs, "
-        "which has no line yet; make that run first")
+    raise BadInput(f"{setting} needs the path of {learned} with seed {seed} and {epochs} "
+        "epochs, which has no line yet; make that run first")
 
 
-def call(work, *words):
-    """Run a script in the work folder. Returns its output, or raises an error that holds it."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=work, capture_output=True,
-        text=True)
+def call(work, words):
+    """Run a script in the work folder; its output. Raises an error that holds the output."""
+    command = [sys.executable] + [str(word) for word in words]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{words}: {done.stdout[-500:]} {done.stderr[-2000:]}")
     return done.stdout
 
 
 def train_part(work, folder, part, seed, flags):
-    """Pretrain or finetune, from the last checkpoint if there is one, unless it is done already."""
+    """Pretrain or finetune, unless it is done; an interrupted part goes on."""
     out = folder / part
     if (out / "finished").exists():
         return
-    script, *command = COMMANDS[part].split()
+    command = COMMANDS[part].split() + flags
+    command[0] = ROOT / command[0]
+    command += ["--seed", seed, "--threads", 1, "--out", out]
     if (out / "checkpoint.pt").exists():
-        flags = [*flags, "--resume"]
-    call(work, ROOT / script, *command, *flags, "--seed", seed, "--threads", 1, "--out", out)
+        command.append("--resume")
+    call(work, command)
     (out / "finished").touch()
 
 
@@ -189,9 +190,8 @@ def make_run(setting, seed, args, lock):
     results = read_results()
     switches = find_switches(setting, seed, args.epochs, results)
     line = dict(setting=setting, switches=switches, seed=seed, epochs=args.epochs, scores={})
-    for known in results:
-        if key_of(known) == key_of(line):
-            line = known
+    known = {key_of(each): each for each in results}
+    line = known.get(key_of(line), line)
     parts = missing_parts(line, args.tasks)
     if not parts:
         return
@@ -203,7 +203,7 @@ def make_run(setting, seed, args, lock):
         if part != "pretrain":
             checkpoint = folder / "pretrain" / "checkpoint.pt"
             train_part(args.work, folder, part, seed, ["--checkpoint", checkpoint])
-    output = call(args.work, Path(__file__).resolve(), "measure", folder, *parts)
+    output = call(args.work, [Path(__file__).resolve(), "measure", folder] + parts)
     found = json.loads(output.splitlines()[-1])
     found["scores"] = line["scores"] | found["scores"]
     line = line | found
@@ -214,49 +214,49 @@ def make_run(setting, seed, args, lock):
 
 
 def make_runs(args):
-    """Make all runs, some of them at the same time, seed by seed; `chosen` after the others."""
-    call(args.work, ROOT / "train.py", "--epochs", 0)  # makes the world, if it is not there
-    detector = extract_features.build_detector("toy", args.work / "runs/world/detector.pt")
-    extract_features.extract_scenes(detector, range(THIRD, THIRD + SCENES), args.work / "third")
+    """Make all runs, --jobs at a time, seed by seed; `chosen` after the others."""
+    call(args.work, [ROOT / "train.py", "--epochs", 0])  # makes the world, if there is none
+    weights = args.work / "runs" / "world" / "detector.pt"
+    detector = extract_features.build_detector("toy", weights)
+    extract_features.extract_scenes(detector, THIRD, args.work / "third")
     chosen = [s for s in args.settings if s.startswith("chosen")]
     others = [s for s in args.settings if s not in chosen]
     lock = threading.Lock()
     for settings in (others, chosen):
+        jobs = [(setting, seed) for seed in range(args.seeds) for setting in settings]
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [(setting, seed) for seed in range(args.seeds) for setting in settings]
-            # If one fails or Ctrl-C comes, the map cancels those that have not begun.
-            for _ in pool.map(lambda job: make_run(*job, args, lock), jobs):
-                pass
+            done = pool.map(lambda job: make_run(job[0], job[1], args, lock), jobs)
+            list(done)  # waits; an error or Ctrl-C cancels the runs that have not begun
 
 
 # --- 3. Measuring a finished run ------------------------------------------------------------------
 
 
-def load_checkpoint(folder, task, make_model):
-    """(checkpoint, model) of a run; make_model(config, checkpoint) -> a model with new weights."""
-    saved = train.load_checkpoint(folder / "checkpoint.pt", task)
-    model = make_model(SwitchBertConfig(**saved["config"]), saved)
-    model.load_state_dict(saved["model"])
-    return saved, model.eval().to(train.device())
+def load_model(folder, task, make_model):
+    """(model, checkpoint) of a run; make_model(config, checkpoint): a model with new weights."""
+    checkpoint = train.load_checkpoint(folder / "checkpoint.pt", task)
+    config = SwitchBertConfig(**checkpoint["config"])
+    model = make_model(config, checkpoint)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval().to(train.device()), checkpoint
 
 
 def folds_of(numbers):
-    """Recall depends on how many pictures there are to choose from: 100, four times."""
-    return [numbers[k : k + 100] for k in range(0, len(numbers), 100)]
+    """Recall depends on the number of pictures to choose from: 100, several times."""
+    return [numbers[first : first + 100] for first in range(0, len(numbers), 100)]
 
 
-@torch.no_grad()
-def measure_pretraining(folder, store):
-    """({measure: score}, path) of a pretrained model; recalls are zero-shot."""
-    saved, model = load_checkpoint(folder / "pretrain", "pretraining",
+def measure_pretraining(folder, store, numbers=THIRD):
+    """({measure: score}, path) of a pretrained model on these scenes; recalls are zero-shot."""
+    model, checkpoint = load_model(folder / "pretrain", "pretraining",
         lambda config, _: SwitchBertForPretraining(config))
-    tokenizer = WordPiece(saved["vocab"])
-    numbers = range(THIRD, THIRD + SCENES)
+    tokenizer = WordPiece(checkpoint["vocab"])
     pairs = [(n, text) for n in numbers for text in Scene(n).captions(2)]
     masked = PretrainingDataset(store, pairs, tokenizer, seed=1)
     whole = PretrainingDataset(store, pairs, tokenizer, seed=1, masking=False)
     scores, switches = train.evaluate(model, masked)
-    scores["match"] = train.evaluate(model, whole)[0]["match"]
+    of_whole, _ = train.evaluate(model, whole)
+    scores["match"] = of_whole["match"]
 
     ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     ranker.to(train.device())
@@ -265,9 +265,8 @@ def measure_pretraining(folder, store):
         texts = [Scene(n).captions(1)[0] for n in fold]
         ids = [str(n) for n in fold]
         similarity = train.match_scores(ranker, store, tokenizer, texts, ids)
-        recalls.append(train.recall_at(similarity, torch.arange(len(fold)), (1,)))
-    for name in RECALLS:
-        scores[name] = np.mean([recall[name] for recall in recalls])
+        recalls.append(train.recall_at(similarity, torch.arange(len(fold))))
+    scores |= means_of(recalls)
 
     best = np.argmax(switches["modes"], axis=-1)  # (layers, 2): of text and of vision
     path = ",".join("".join(LETTERS[mode] for mode in layer) for layer in best)
@@ -276,34 +275,39 @@ def measure_pretraining(folder, store):
 
 def measure_task(folder, part, store):
     """{measure: score} of a finetuned model."""
-    kind = finetune.TASKS[part.split("-")[0]]
-    saved, model = load_checkpoint(folder / part, kind.name,
-        lambda config, saved: kind.new_model(config, saved["labels"]))
+    kind = finetune.TASKS[part.removesuffix("-25")]
+    model, checkpoint = load_model(folder / part, kind.name,
+        lambda config, checkpoint: kind.new_model(config, checkpoint["labels"]))
     args, _ = finetune.parse_args([kind.name])
-    tokenizer = WordPiece(saved["vocab"])
-    numbers = range(THIRD, THIRD + SCENES)
-    splits = [kind.from_scenes(range(0), numbers)["val"]]
-    if part == "retrieval":
-        splits = [kind.from_scenes(range(0), fold)["test"] for fold in folds_of(numbers)]
+    tokenizer = WordPiece(checkpoint["vocab"])
     found = []
-    for items in splits:
-        task = kind(store, tokenizer, {"train": items, "third": items}, args, saved["labels"])
-        found.append(task.evaluate_items(model, items)[0])
-    means = {name: np.mean([scores[name] for scores in found]) for name in found[0]}
-    return rename(means, part)
+    for numbers in folds_of(THIRD) if part == "retrieval" else [THIRD]:
+        splits = kind.from_scenes(range(0), numbers)
+        items = splits.get("test", splits["val"])
+        task = kind(store, tokenizer, {"train": items}, args, checkpoint["labels"])
+        scores, _, _ = task.evaluate_items(model, items)
+        found.append(scores)
+    return rename(means_of(found), part)
+
+
+def means_of(found):
+    """{name: mean} of dicts with the same names."""
+    return {name: np.mean([scores[name] for scores in found]) for name in found[0]}
 
 
 def rename(scores, part):
     """{measure: score}: those of the table alone, under their names there."""
-    return {ours: round(float(scores[theirs]), 4) for ours, theirs in MEASURES[part].items()}
+    renamed = {}
+    for measure, name in MEASURES[part].items():
+        renamed[measure] = round(float(scores[name]), 4)
+    return renamed
 
 
 def curve_of(metrics):
     """{"step": [...], "words": [...], ...} of the lines of a metrics.jsonl."""
     evaluations = [line for line in metrics if "scores" in line]
     curve = {"step": [line["step"] for line in evaluations]}
-    for measure in CURVES:
-        name = MEASURES["pretrain"][measure]
+    for name in CURVES.values():
         curve[name] = [round(line["scores"][name], 4) for line in evaluations]
     return curve
 
@@ -330,7 +334,7 @@ def measure(folder, parts):
 
 
 def groups_of(results):
-    """{(layers, epochs): lines of runs that compare}. Their settings lose the number of layers."""
+    """{(layers, epochs): lines of runs to compare}, their settings without the suffix `@12`."""
     groups = defaultdict(list)
     for line in results:
         name, layers = split_setting(line["setting"])
@@ -339,15 +343,15 @@ def groups_of(results):
 
 
 def scores_of(lines):
-    """{measure: {setting: {seed: score}}} of the lines of a group, in the order of the table."""
+    """{measure: {setting: {seed: score}}} of the lines of a group, in the order of the rows."""
     scores = {}
-    for measures in MEASURES.values():
-        for name in measures:
+    for part in MEASURES.values():
+        for measure in part:
+            scores[measure] = defaultdict(dict)
             for line in lines:
-                if name in line["scores"]:
-                    of_setting = scores.setdefault(name, {}).setdefault(line["setting"], {})
-                    of_setting[line["seed"]] = line["scores"][name]
-    return scores
+                if measure in line["scores"]:
+                    scores[measure][line["setting"]][line["seed"]] = line["scores"][measure]
+    return {measure: each for measure, each in scores.items() if each}
 
 
 def settings_of(lines):
@@ -359,33 +363,32 @@ def settings_of(lines):
 
 def mean_and_error(values):
     """Mean and its standard error; the error of one value is unknown: 0."""
-    values = np.array(list(values), dtype=float)
-    if len(values) == 1:
-        return values[0], 0.0
-    return values.mean(), values.std(ddof=1) / len(values) ** 0.5
+    mean = np.mean(values)
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return mean, error
 
 
 def paired(one, other):
     """Mean and standard error of one - other over the seeds that both have."""
-    return mean_and_error(one[seed] - other[seed] for seed in one.keys() & other.keys())
+    return mean_and_error([one[seed] - other[seed] for seed in one.keys() & other.keys()])
 
 
 def goodness(measure, scores):
-    """{setting: mean over its seeds}, turned round where lower is better."""
+    """{setting: mean over its seeds}, with a minus where lower is better."""
     sign = -1 if measure in LOWER_IS_BETTER else 1
-    return {setting: sign * mean_and_error(seeds.values())[0] for setting, seeds in scores.items()}
+    return {setting: sign * np.mean(list(seeds.values())) for setting, seeds in scores.items()}
 
 
 def mean_ranks(scores, settings):
     """{setting: mean rank among these}, 1 is best, over the measures that all of them have."""
     ranks = defaultdict(list)
     for measure, each in scores.items():
-        if each.keys() >= set(settings):
-            good = goodness(measure, {setting: each[setting] for setting in settings})
+        good = goodness(measure, each)
+        if good.keys() >= set(settings):
             for setting in settings:
-                better = [value for value in good.values() if value > good[setting]]
+                better = [other for other in settings if good[other] > good[setting]]
                 ranks[setting].append(1 + len(better))
-    return {setting: np.mean(all_ranks) for setting, all_ranks in ranks.items()}
+    return {setting: np.mean(each) for setting, each in ranks.items()}
 
 
 def short(number, sign=""):
@@ -394,27 +397,30 @@ def short(number, sign=""):
     return text.replace("0.", ".", 1) if abs(number) < 1 else text
 
 
-def with_error(mean, error, sign=""):
+def with_error(mean_and_error, sign=""):
     """'.781±.012'"""
+    mean, error = mean_and_error
     return f"{short(mean, sign)}±{short(error)}"
 
 
-def row_of(measure, scores, settings, compared):
+def row_of(measure, scores, settings):
     """A row: mean ± standard error over seeds, the best in bold, and learned - best fixed."""
     good = goodness(measure, scores)
-    best = max(good, key=good.get)
     row = [measure]
     for setting in settings:
         cell = ""
         if setting in scores:
-            cell = with_error(*mean_and_error(scores[setting].values()))
-        row.append(f"**{cell}**" if setting == best else cell)
-    fixed = [s for s in compared if s != "learned" and s in scores]
+            cell = with_error(mean_and_error(list(scores[setting].values())))
+        if setting == max(good, key=good.get):
+            cell = f"**{cell}**"
+        row.append(cell)
+    fixed = [setting for setting in scores if is_fixed(setting)]
     difference = ""
     if "learned" in scores and fixed:
-        rival = max(fixed, key=good.get)
-        difference = with_error(*paired(scores["learned"], scores[rival]), "+")
-    return [*row, difference]
+        best = max(fixed, key=good.get)
+        difference = with_error(paired(scores["learned"], scores[best]), "+")
+    row.append(difference)
+    return row
 
 
 def table(lines):
@@ -423,19 +429,20 @@ def table(lines):
     """
     settings = settings_of(lines)
     scores = scores_of(lines)
-    compared = [s for s in settings if s == "learned" or is_fixed(s)]
-    rows = [["measure", *settings, "learned - best fixed"], ["---"] * (len(settings) + 2)]
+    head = ["measure"] + settings + ["learned - best fixed"]
+    rows = [head, ["---"] * len(head)]
     for measure, each in scores.items():
-        rows.append(row_of(measure, each, settings, compared))
-    ranks = mean_ranks(scores, compared)
-    ranks = [f"{ranks[s]:.1f}" if s in ranks else "" for s in settings]
-    rows.append(["mean rank", *ranks, ""])
-    speeds = []
+        rows.append(row_of(measure, each, settings))
+    ranks = mean_ranks(scores, [s for s in settings if s == "learned" or is_fixed(s)])
+    rank_row = ["mean rank"]
+    speed_row = ["pairs/s"]
     for setting in settings:
+        rank_row.append(f"{ranks[setting]:.1f}" if setting in ranks else "")
         # The fastest of a setting's runs: others had the machine to share.
         speed = max(line["pairs per second"] for line in lines if line["setting"] == setting)
-        speeds.append(f"{speed:.0f}")
-    rows.append(["pairs/s", *speeds, ""])
+        speed_row.append(f"{speed:.0f}")
+    rows.append(rank_row + [""])
+    rows.append(speed_row + [""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -449,95 +456,113 @@ def tables(results):
 
 # --- 5. The figure --------------------------------------------------------------------------------
 
-PANEL = (276, 220)  # pixels; three of them are as wide as a picture at GitHub
-LEFT, TOP, RIGHT, BOTTOM = 44, 30, 262, 196  # of the axes in a panel
-GREY = (225, 225, 225)
+# Pixels of a panel; three of them are as wide as a picture at GitHub.
+WIDTH = 276
+HEIGHT = 220
+# Where its axes stand.
+LEFT = 44
+RIGHT = 262
+TOP = 30
+BOTTOM = 196
+SPACINGS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the lines across a panel
 
 
 def points_of(results):
     """{measure: {setting: [(steps, mean over seeds, standard error), ...]}} of the small model.
 
-    Curves are those of the longest runs; a recall has a point for each length of training. Controls
-    are left out. So is the first quarter of the longest runs, in which all curves rise alike.
+    Curves are those of the longest runs; a recall has a point for each length of training.
+    Controls are left out, and so is the first quarter, in which all curves rise alike.
     """
-    lengths = {epochs: [line for line in lines if "+" not in line["setting"]]
-        for (layers, epochs), lines in groups_of(results).items() if layers == LAYERS}
+    lengths = {}
+    for (layers, epochs), lines in groups_of(results).items():
+        if layers == LAYERS:
+            lengths[epochs] = [line for line in lines if "+" not in line["setting"]]
     longest = max(lengths)
     points = defaultdict(lambda: defaultdict(list))
     for setting in settings_of(lengths[longest]):
         curves = [line["curve"] for line in lengths[longest] if line["setting"] == setting]
-        for measure in CURVES:
-            values = np.mean([curve[MEASURES["pretrain"][measure]] for curve in curves], axis=0)
-            for step, value in zip(curves[0]["step"], values):
+        for measure, name in CURVES.items():
+            means = np.mean([curve[name] for curve in curves], axis=0)
+            for step, mean in zip(curves[0]["step"], means):
                 if step >= longest * STEPS / 4:
-                    points[measure][setting].append((step, value, 0))
+                    points[measure][setting].append((step, mean, 0))
     for epochs, lines in lengths.items():
         scores = scores_of(lines)
         for measure in RECALLS:
             for setting, seeds in scores[measure].items():
-                points[measure][setting].append((epochs * STEPS, *mean_and_error(seeds.values())))
+                mean, error = mean_and_error(list(seeds.values()))
+                points[measure][setting].append((epochs * STEPS, mean, error))
     return points
 
 
-def draw_panel(measure, lines, colours):
-    """A measure against the length of training. lines: {setting: [(steps, mean, error), ...]}"""
-    panel = Image.new("RGB", PANEL, "white")
+def new_panel():
+    """A white PIL image, and what draws on it."""
+    panel = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(panel)
     pen.font = ImageFont.load_default(12)
+    return panel, pen
+
+
+def draw_panel(measure, lines, colours):
+    """A measure against the length of training; lines {setting: [(steps, mean, error), ...]}."""
+    panel, pen = new_panel()
     note = ", lower is better" if measure in LOWER_IS_BETTER else ""
     pen.text((LEFT, 8), measure + note, "black")
-    points = np.array([point for each in lines.values() for point in each])
-    steps, means, errors = points.T
-    low, high = (means - errors).min(), (means + errors).max()
+    steps, means, errors = np.concatenate(list(lines.values())).T
+    first = steps.min()
+    duration = max(1, steps.max() - first)
+    low = (means - errors).min()
+    span = max(1e-9, (means + errors).max() - low)
 
     def x_of(step):
-        return LEFT + 8 + (RIGHT - LEFT - 16) * (step - steps.min()) / max(1, np.ptp(steps))
+        return LEFT + 8 + (RIGHT - LEFT - 16) * (step - first) / duration
 
     def y_of(value):
-        return BOTTOM - 8 - (BOTTOM - TOP - 16) * (value - low) / max(1e-9, high - low)
+        return BOTTOM - 8 - (BOTTOM - TOP - 16) * (value - low) / span
 
-    spacing = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if high - low < 5 * s)
-    for value in np.arange(np.ceil(low / spacing), high / spacing) * spacing:
-        pen.line([LEFT, y_of(value), RIGHT, y_of(value)], GREY)
-        pen.text((LEFT - 5, y_of(value)), short(value), "black", anchor="rm")
-    for step in np.unique(np.linspace(steps.min(), steps.max(), 4)):
+    spacing = next(spacing for spacing in SPACINGS if span < 5 * spacing)
+    for value in spacing * np.arange(np.ceil(low / spacing), (low + span) / spacing):
+        y = y_of(value)
+        pen.line([LEFT, y, RIGHT, y], "gainsboro")
+        pen.text((LEFT - 5, y), short(value), "black", anchor="rm")
+    for step in np.unique(np.linspace(first, steps.max(), 4)):
         pen.text((x_of(step), BOTTOM + 4), f"{step:.0f}", "black", anchor="ma")
     pen.rectangle([LEFT, TOP, RIGHT, BOTTOM], outline="grey")
 
-    for number, (setting, each) in enumerate(reversed(lines.items())):  # learned on top
+    # `learned`, the first one, is drawn last, on top.
+    for number, (setting, points) in enumerate(reversed(lines.items())):
         shift = 0
         if measure in RECALLS:  # so that no bar of an error hides another
             shift = len(lines) - 2 * number
-        places = [(x_of(step) + shift, y_of(mean)) for step, mean, _ in each]
+        places = [(x_of(step) + shift, y_of(mean)) for step, mean, _ in points]
         pen.line(places, colours[setting], 2)
-        for (x, y), (_, mean, error) in zip(places, each):
-            if error:
-                pen.line([x, y_of(mean - error), x, y_of(mean + error)], colours[setting])
+        for (x, y), (_, mean, error) in zip(places, points):
+            pen.line([x, y_of(mean - error), x, y_of(mean + error)], colours[setting])
             pen.circle((x, y), 2, colours[setting])
     return panel
 
 
 def draw_legend(colours):
     """The settings in their colours, and what the lines mean."""
-    panel = Image.new("RGB", PANEL, "white")
-    pen = ImageDraw.Draw(panel)
-    pen.font = ImageFont.load_default(12)
-    for number, (setting, colour) in enumerate(colours.items()):
-        y = 20 + 18 * number
+    panel, pen = new_panel()
+    y = 20
+    for setting, colour in colours.items():
         pen.line([LEFT, y, LEFT + 24, y], colour, 4)
         pen.text((LEFT + 34, y), setting, "black", anchor="lm")
-    pen.text((LEFT, y + 20), "Across: steps of training. Means over\nseeds; R@1 ± standard "
-        "error, on other\nscenes, at the end of separate runs.", "black", font_size=11)
+        y += 18
+    pen.text((LEFT, y), "Across: steps of training. Means over\nseeds; R@1 ± standard error, on "
+        "other\nscenes, at the end of separate runs.", "black", font_size=11)
     return panel
 
 
 def draw(results):
     """The figure: each structure's measures against the length of training."""
     points = points_of(results)
-    settings = settings_of([{"setting": s} for lines in points.values() for s in lines])
+    settings = settings_of([{"setting": name} for lines in points.values() for name in lines])
     colours = dict(zip(settings, train.COLOURS))
     panels = [draw_panel(measure, lines, colours) for measure, lines in points.items()]
-    return train.stack([*panels, draw_legend(colours)], columns=3)
+    panels.append(draw_legend(colours))
+    return train.stack(panels, columns=3)
 
 
 # --- Machine room ---------------------------------------------------------------------------------
@@ -546,13 +571,13 @@ def draw(results):
 def parse_args(argv):
     """The settings of a command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", nargs="?", choices=["table"], help="only print the tables, and draw")
+    p.add_argument("what", nargs="?", choices=["table"], help="make no runs")
     p.add_argument("--epochs", type=int, default=4, help="of pretraining, 225 steps each")
     p.add_argument("--seeds", type=int, default=5, help="of each setting")
     p.add_argument("--settings", nargs="+", default=list(SETTINGS))
     p.add_argument("--tasks", action="store_true", help="finetune as well")
     p.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    p.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of the runs")
+    p.add_argument("--work", type=Path, default="runs/ablation", help="folder of the runs")
     args = p.parse_args(argv)
     args.work = args.work.resolve()
     return args
@@ -561,8 +586,7 @@ def parse_args(argv):
 def main(argv):
     """Make the runs, print the tables, draw the figure."""
     if argv[:1] == ["measure"]:  # a process of its own for each run, see make_run
-        _, folder, *parts = argv
-        print(json.dumps(measure(Path(folder), parts)))
+        print(json.dumps(measure(Path(argv[1]), argv[2:])))
         return
     args = parse_args(argv)
     if args.what != "table":
