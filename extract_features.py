@@ -75,7 +75,7 @@ from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, Bad
 # Two networks, built from torchvision's parts. Section 3 ends with the table DETECTORS.
 
 # Where the weights of a detector come from; a message that they are missing or wrong ends so.
-WEIGHTS = {"vg": "download pytorch_model.bin from "
+WEIGHTS_ADVICE = {"vg": "download pytorch_model.bin from "
     "https://huggingface.co/unc-nlp/frcnn-vg-finetuned and name it with --weights",
     "toy": "train.py writes them to runs/world/detector.pt, the file to name with --weights"}
 
@@ -122,7 +122,7 @@ def load_weights(model, name, path):
     """Load a file into a detector. BadInput unless its keys and shapes are the model's: a
     missing layer would stay random, and every feature would be wrong.
     """
-    with reading(path, f"the weights of the {name} detector; {WEIGHTS[name]}"):
+    with reading(path, f"the weights of the {name} detector; {WEIGHTS_ADVICE[name]}"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if name == "vg":
             weights = convert_vg_weights(weights)
@@ -317,7 +317,7 @@ def toy_targets(scene):
 
 def draw_scenes(numbers):
     """The pictures of N scenes: uint8 (N, 3, 128, 128)."""
-    pictures = [Scene(number).draw() for number in numbers]
+    pictures = (Scene(number).draw() for number in numbers)
     return torch.stack([pil_to_tensor(picture) for picture in pictures])
 
 
@@ -359,19 +359,19 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     lower = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
     with lower:
-        features = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
+        feature_map = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
     # Boxes are computed in fp32: bf16 would round them to 4 pixels, even out of the picture.
-    maps = {"0": features.float()}
+    maps = {"0": feature_map.float()}
     _, _, height, width = images.shape
     prepared_height, prepared_width = prepared.image_sizes[0]
     scale = images.new_tensor([prepared_width / width, prepared_height / height] * 2)
-    # A box in pixels of `prepared` is a proposal; `pictured` is the same in the picture's.
+    # The same boxes twice: proposals in pixels of `prepared`, picture_boxes in the picture's.
     if boxes is None:
         proposals, _ = model.rpn(prepared, maps)  # B x (P, 4)
-        pictured = [proposal / scale for proposal in proposals]
+        picture_boxes = [proposal / scale for proposal in proposals]
     else:
-        pictured = [images.new_tensor(boxes[:num_regions])]
-        proposals = [pictured[0] * scale]
+        picture_boxes = [images.new_tensor(boxes[:num_regions])]
+        proposals = [picture_boxes[0] * scale]
     pooled = model.roi_heads.box_roi_pool(maps, proposals, prepared.image_sizes)
     with lower:
         features = model.roi_heads.box_head(pooled).float()  # (B P, F)
@@ -385,7 +385,7 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         kept = slice(None)
         if boxes is None:
             kept = select_regions(proposal, probs[i], num_regions, confidence)
-        values = (pictured[i], features[i], probs[i])
+        values = (picture_boxes[i], features[i], probs[i])
         results.append([value[kept].cpu().numpy() for value in values])
     return results
 
@@ -541,8 +541,8 @@ def fill(writer, model, paths, boxes=None, precision="fp32", workers=0, gpus=1):
             given = None
             if boxes:
                 given = clip_boxes(boxes[canonical_id(paths[row])], size)
-            pictured, features, _ = regions(model, image / 255, most, given, precision)[0]
-            writer.write(row, features, pictured, size)
+            kept, features, _ = regions(model, image / 255, most, given, precision)[0]
+            writer.write(row, features, kept, size)
         except BadInput as error:
             writer.fail(row, str(error))
 
@@ -562,7 +562,7 @@ def extract(args):
     """
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
-            f"{WEIGHTS[args.detector]}")
+            f"{WEIGHTS_ADVICE[args.detector]}")
     paths = [args.images]
     if args.images.is_dir():
         paths = files_below(args.images, PICTURES)
@@ -668,9 +668,8 @@ def draw_regions(folder, which):
     dimmed = pil_to_tensor(ImageOps.contain(image, (500, 500))) // 2
     boxes = record["boxes"][::-1] * 500 / max(record["size"])
     labels = None
-    classes = range(store.num_region_classes)
-    if classes:
-        names = store.class_names or [f"class {c}" for c in classes]
+    if store.num_region_classes:
+        names = store.class_names or [f"class {c}" for c in range(store.num_region_classes)]
         probs = store.class_probs(row)[::-1, 1:]  # without the background
         labels = [f"{names[1 + p.argmax()]} {p.max():.2f}" for p in probs]
     # 137 degrees around the colour wheel each time, the golden angle: neighbours never look

@@ -25,7 +25,7 @@ from extract_features import (TOY_REGIONS, build_detector, draw_regions, draw_sc
     toy_detector, toy_targets, train_toy_detector)
 
 
-def test_an_example_by_hand():
+def test_three_regions_by_hand():
     """Classes are background, star and ring. A (row 2) is the best star. B (row 1) overlaps A by
     90 of 100 pixels, so it is no star; but it is the best ring, which strikes A from the rings. C
     (row 0) is alone. So they rank by A's .6 as a star, B's .3 as a ring, and C's .2 as a star.
@@ -188,6 +188,7 @@ FORMATS = [
     ("palette.gif", RGB.quantize(60), GREY),
     ("ink.tif", RGB.convert("CMYK"), GREY),
     ("float1.tif", np.float32(GREY / 255), GREY),
+    ("resampled.tif", np.float32(GREY / 50), GREY * 5.1),  # 0 to 1, and up to 1.18
     ("float255.tif", np.float32(GREY), GREY),
     ("float256.tif", FIFTY * np.float32(5.12), FIFTY * 5.12),
     ("int255.tif", np.int32(GREY) + 200, GREY + 200.0),

@@ -11,7 +11,7 @@ from torchvision.ops import nms
 from extract_features import C4RoIPool, VGTransform, build_detector, regions
 
 
-def test_an_example_by_hand():
+def test_the_bins_of_a_box_by_hand():
     """A map of one row, with cells 1, 2, 3, 4 of 16 pixels. The box reaches from pixel 16 to 47, so
     in whole cells from 1 to 3: they hold 2, 3, 4. Fourteen bins share these, 3/14 of a cell each.
     Bin 4 reaches from 12/14 to 15/14: it sees two cells, and keeps the 3. So does bin 9 with the 4.
