@@ -10,7 +10,8 @@ import torch
 
 import finetune
 import train
-from extract_features import build_detector
+from data import caption_records
+from extract_features import build_detector, read_boxes
 from switchbert import SwitchBertConfig, SwitchBertForPretraining
 
 parametrize = pytest.mark.parametrize
@@ -135,3 +136,54 @@ def test_the_lines_for_a_notebook_give_features_states_and_attention(
     assert names["out"].text_states.shape == (1, pieces, 16)
     assert names["out"].region_states.shape == (1, regions, 16)
     assert names["weights"].shape == (1, 2, tokens, tokens)
+
+
+# --- The blocks to copy ---
+
+# The name of a file, in backquotes, alone on its line, and the block below it.
+BLOCKS = dict(re.findall(r"\n`([^`\n]+)`\n```(?:json|python)\n(.*?)```", README, flags=re.S))
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """copy(names): a folder with these blocks as files."""
+    def write(*names):
+        for name in names:
+            (tmp_path / name).write_text(BLOCKS[name], encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def test_there_is_a_block_for_each_format():
+    assert sorted(BLOCKS) == ["annotations.json", "boxes.json", "captions.json", "instances.json",
+        "questions.json", "refs(unc).p", "splits.json"]
+
+
+def test_the_blocks_of_captions_are_read(copy):
+    folder = copy("captions.json", "splits.json")
+    dog = ("dog", "a dog on a sofa", "train")
+    assert list(caption_records(folder / "captions.json")) == [
+        dog, ("cat", "a cat", "train"), ("cat", "a cat asleep in the sun", "train")]
+    assert list(caption_records(folder / "splits.json")) == [dog, ("cat", "a cat", "test")]
+
+
+def test_the_blocks_of_vqa_are_read(copy):
+    (item,) = finetune.VQA.from_folder(copy("questions.json", "annotations.json"), None)["train"]
+    assert item["image_id"] == "dog.jpg"
+    assert item["text"] == "Where is the dog?"
+    assert item["answers"] == ["sofa", "on a sofa"]
+
+
+def test_the_blocks_of_referring_expressions_are_read(copy, monkeypatch):
+    folder = copy("instances.json")
+    monkeypatch.chdir(folder)
+    exec(BLOCKS["refs(unc).p"], {})
+    (item,) = finetune.Refer.from_folder(folder, None)["train"]
+    assert item["text"] == "the brown dog"
+    assert item["box"] == [10, 20, 210, 170]
+
+
+def test_the_block_of_boxes_is_read(copy):
+    boxes = read_boxes(copy("boxes.json") / "boxes.json")
+    assert boxes["dog"].tolist() == [[10, 20, 210, 170], [5, 180, 305, 240]]
