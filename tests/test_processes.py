@@ -204,7 +204,7 @@ def rank(process, sign):
     slow(rank, signal.SIGTERM, f"{TWO} --workers 1"),
     slow(rank, signal.SIGHUP, TWO),
 ])
-def test_a_stop_saves_and_is_no_success(start, tmp_path, whom, sign, flags):
+def test_a_stopped_run_saves_and_does_not_report_success(start, tmp_path, whom, sign, flags):
     """Nor does it leave a process behind. Signals to a group do not reach those that load."""
     process = start(tmp_path, f"{ENDLESS} {flags}")
     wait_for_step(tmp_path, 8)

@@ -81,7 +81,7 @@ def test_the_table_of_files_has_every_script():
 
 
 @parametrize("name", SCRIPTS)
-def test_the_table_of_files_has_a_scripts_length_within_a_tenth(name):
+def test_the_table_of_files_gives_the_length_of_a_script_within_a_tenth(name):
     told = int(LENGTHS[name].replace(",", ""))
     true = len(SCRIPTS[name].splitlines())
     assert told == pytest.approx(true, rel=0.1)

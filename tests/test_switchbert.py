@@ -27,7 +27,7 @@ H = 3
 T = 4
 VISUAL = 5  # vision tokens: the global region and four regions
 L = T + VISUAL
-SIZE = 6  # of a head
+SIZE = 6  # of a head, d
 
 # How text (first row) and vision share their attention out: intra, inter, joint.
 SHARES = {
@@ -39,7 +39,7 @@ SHARES = {
 
 
 def shares_of(kind):
-    """(B, 2, 3)"""
+    """A row of SHARES, for each of B pairs: (B, 2, 3)"""
     return torch.tensor(SHARES[kind]).repeat(B, 1, 1)
 
 
@@ -60,8 +60,8 @@ def tokens(numbers, dtype=torch.float32):
     return torch.tensor(numbers, dtype=dtype).view(1, 1, -1, 1).requires_grad_()
 
 
-def nearly(found, expected):
-    """Equal but for float32's rounding in sums of another order."""
+def close_but_for_rounding(found, expected):
+    """For float32 numbers that were added up in another order."""
     close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -117,8 +117,8 @@ def test_by_hand_a_word_and_a_region_attend_to_each_other():
         the word    1/4 + 1/4 = 1/2     e^(ln 3)    3/2        2/3       3
         the region  1/2 + 1/4 = 3/4     e^0         3/4        1/3       9
 
-    The word gets 2/3 x 3 + 1/3 x 9 = 5. The region's switch is hard, inter: it sees the word
-    alone, and gets its value, 3.
+    Weights are products over their sum, 9/4. The word gets 2/3 x 3 + 1/3 x 9 = 5. The region's
+    switch is hard, inter: the region sees the word alone, and gets its value, 3.
     """
     shares = torch.tensor([[[0.25, 0.5, 0.25], [0.0, 1.0, 0.0]]])
     modes = modes_of(shares)
@@ -248,7 +248,7 @@ def test_kept_weights_are_those_with_which_a_layer_averages_values(inputs, switc
     assert to_vision.any() == seen
 
 
-def test_a_layer_that_nobody_asked_keeps_no_weights(inputs):
+def test_only_layers_that_are_asked_keep_their_weights(inputs):
     model = SwitchBert(TINY)
     first, second = model.layers
     second.attention.keep_weights = True
@@ -408,9 +408,9 @@ def test_frozen_single_is_a_bert_over_text_and_vision_in_one_sequence(tmp_path, 
     out = model(**inputs)
     found = torch.cat([out.text_states, global_state[:, None], out.region_states], dim=1)
     real = mask.bool()
-    nearly(found[real], expected[real])
+    close_but_for_rounding(found[real], expected[real])
     pooled = F.relu(model.pooler.text(cls_state)) * F.relu(model.pooler.vision(global_state))
-    nearly(out.pooled, pooled)
+    close_but_for_rounding(out.pooled, pooled)
 
 
 WITHIN = [INTRA, INTRA]  # the modes of text and of vision in one layer
@@ -501,9 +501,9 @@ def test_padding_never_changes_a_real_token(config, inputs):
     for after in (model(**inputs), model(**wider)):
         text_states = after.text_states[:, :5]
         region_states = after.region_states[:, :4]
-        nearly(text_states[words], before.text_states[words])
-        nearly(region_states[regions], before.region_states[regions])
-        nearly(after.pooled, before.pooled)
+        close_but_for_rounding(text_states[words], before.text_states[words])
+        close_but_for_rounding(region_states[regions], before.region_states[regions])
+        close_but_for_rounding(after.pooled, before.pooled)
         assert after.modes.equal(before.modes)
 
 
@@ -542,8 +542,8 @@ def test_regions_and_the_mean_of_the_visible_ones_enter_by_content_and_place(con
     visible = torch.tensor([[3], [2], [4]])  # regions in each sample
     mean = seen.mul(mask[..., None]).sum(dim=1) / visible
     whole_picture = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])
-    nearly(found[:, 0], embedded(mean, whole_picture))
-    nearly(found[:, 1:], embedded(seen, boxes))
+    close_but_for_rounding(found[:, 0], embedded(mean, whole_picture))
+    close_but_for_rounding(found[:, 1:], embedded(seen, boxes))
 
 
 def test_switches_are_hard_in_evaluation_and_soft_at_a_temperature(config, inputs):
@@ -567,7 +567,7 @@ def test_switches_are_drawn_in_training(config, inputs):
     close(hot, torch.full_like(hot, 1 / len(MODES)), rtol=0, atol=0.1)
 
 
-def test_the_temperature_of_training_is_1_unless_told(config, inputs):
+def test_training_runs_at_temperature_1_unless_told_otherwise(config, inputs):
     model = SwitchBert(config).train()
     torch.manual_seed(5)
     default = model(**inputs).modes
@@ -585,7 +585,7 @@ def set_gate(gate, text, vision):
     gate.linear.bias.data = 9.0 * chosen  # more than a start of 5
 
 
-def test_text_and_vision_read_depths_and_choose_modes_apart(config, inputs):
+def test_text_and_vision_choose_depths_and_modes_separately(config, inputs):
     """Text reads depth 0, the embeddings, and vision depth 1, the first layer's output."""
     model = SwitchBert(config).eval()
     first, second = model.layers
@@ -700,7 +700,7 @@ def assert_finite_gradients(model):
 
 @parametrize("tau", [1.0, None], ids=["soft", "hard"])
 @parametrize("switches", ["learned", "dual"])
-def test_in_bf16_losses_stay_within_its_rounding_and_gradients_are_finite(
+def test_in_bf16_losses_change_by_rounding_only_and_gradients_are_finite(
         switches, tau, inputs):
     """As training on a GPU runs: the whole model under autocast."""
     model = SwitchBertForPretraining(SwitchBertConfig.tiny(switches=switches)).eval()
@@ -766,7 +766,7 @@ def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inp
     assert_finite_gradients(model)
 
 
-def test_an_answer_starts_at_probability_one_over_their_number(config, inputs):
+def test_each_of_n_answers_starts_at_probability_1_over_n(config, inputs):
     logits, _ = SwitchBertForVQA(config, num_answers=11).eval()(**inputs)
     assert logits.shape == (3, 11)
     assert logits.sigmoid().mean().item() == pytest.approx(1 / 11, rel=0.1)
@@ -783,7 +783,7 @@ def test_retrieval_starts_with_the_log_odds_of_a_match(config, inputs):
     close(scores, odds.log(), rtol=1e-4, atol=1e-6)
 
 
-def test_referring_scores_every_region_and_padding_lowest(config, inputs):
+def test_referring_scores_every_region_and_gives_padding_the_lowest_score(config, inputs):
     logits, _ = SwitchBertForReferring(config).eval()(**inputs)
     assert logits.shape == (3, 4)
     padding = inputs["region_mask"] == 0
@@ -902,7 +902,7 @@ def model():
     return SwitchBertForPretraining(SwitchBertConfig.tiny(switches="intra")).eval()
 
 
-RENAMED = {  # in a published form: what it calls differently
+RENAMED = {  # a published form: what has another name there
     "now": {},
     "without prefix": {"bert.": ""},
     "old": {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
@@ -916,7 +916,7 @@ RENAMED = {  # in a published form: what it calls differently
     ("model.safetensors", torch.float16),
     ("model.safetensors", torch.bfloat16),
 ])
-def test_a_berts_weights_in_every_published_form_make_that_bert(
+def test_the_weights_of_a_bert_in_every_published_form_make_that_bert(
         model, tmp_path, inputs, kind, dtype, form):
     weights = {name: tensor.to(dtype) for name, tensor in bert_weights().items()}
     published = {"bert.embeddings.position_ids": torch.arange(48)[None]}
@@ -935,15 +935,15 @@ def test_a_berts_weights_in_every_published_form_make_that_bert(
     real = inputs["text_mask"].bool()
     expected = encode(weights, embedded, real)[real]
     found = model.bert(**inputs).text_states[real]
-    nearly(found, expected)
+    close_but_for_rounding(found, expected)
 
     transformed = F.gelu(linear(weights, "cls.predictions.transform.dense", expected))
     transformed = norm(weights, "cls.predictions.transform.LayerNorm", transformed)
     scores = transformed @ words.T + weights["cls.predictions.bias"]
-    nearly(model.mlm_logits(found), scores)
+    close_but_for_rounding(model.mlm_logits(found), scores)
 
 
-def test_what_was_not_found_and_what_was_not_used_is_named(tmp_path):
+def test_loading_names_what_was_missing_and_what_was_not_used(tmp_path):
     write_bert(tmp_path, bert_weights())
     missing, unused = load_bert(SwitchBertForPretraining(TINY), tmp_path)
     assert sorted(unused) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight",
@@ -955,7 +955,7 @@ def test_what_was_not_found_and_what_was_not_used_is_named(tmp_path):
         assert any(part in name for part in new)
 
 
-def test_a_bare_encoder_has_no_use_for_the_words_head(tmp_path):
+def test_loading_into_a_bare_encoder_leaves_the_mlm_head_unused(tmp_path):
     write_bert(tmp_path, bert_weights())
     missing, unused = load_bert(SwitchBert(TINY), tmp_path)
     assert "cls.predictions.bias" in unused
@@ -1005,7 +1005,7 @@ REFUSED = {  # what is wrong: (what is tried with a model and a folder, words of
 
 
 @parametrize("wrong", REFUSED)
-def test_wrong_settings_and_unfitting_weights_are_refused(model, tmp_path, wrong):
+def test_wrong_settings_and_weights_that_do_not_fit_are_refused(model, tmp_path, wrong):
     attempt, message = REFUSED[wrong]
     with pytest.raises((ValueError, RuntimeError, OSError, KeyError), match=message):
         attempt(model, tmp_path)

@@ -214,7 +214,7 @@ def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, with_class_head, t
 
 
 @EACH_TASK
-def test_a_run_looks_at_its_numbers_every_few_steps_only(
+def test_a_run_looks_at_its_numbers_only_every_few_steps(
         gpu, kind, make_task, monkeypatch, tmp_path):
     """The whole loop but the switches' mixture, which is recorded thirty times in a run."""
     task = make_task(kind)
@@ -243,7 +243,7 @@ def test_a_run_looks_at_its_numbers_every_few_steps_only(
     assert len(steps) == 2
 
 
-def test_evaluation_looks_at_its_end(
+def test_evaluation_looks_at_its_numbers_only_at_the_end(
         args, gpu, tiny, with_class_head, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "total", look)
     pairs = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
@@ -252,7 +252,8 @@ def test_evaluation_looks_at_its_end(
         train.evaluate(train.place(model, args), pairs, batch_size=7)
 
 
-def test_ranking_looks_at_its_end(args, gpu, tiny, store, tokenizer, monkeypatch):
+def test_ranking_looks_at_its_numbers_only_at_the_end(
+        args, gpu, tiny, store, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "total", look)
     model = SwitchBertForRetrieval(tiny)
     texts = ["a red ring", "a"] * 9
@@ -262,7 +263,8 @@ def test_ranking_looks_at_its_end(args, gpu, tiny, store, tokenizer, monkeypatch
 
 
 @EACH_TASK
-def test_prediction_looks_at_its_end(args, gpu, kind, make_task, monkeypatch):
+def test_prediction_looks_at_its_numbers_only_at_the_end(
+        args, gpu, kind, make_task, monkeypatch):
     def load_here(items, parts, collate, workers):
         """A DataLoader would draw a seed on the CPU, and there are no fake draws."""
         for part in parts:
