@@ -1056,13 +1056,14 @@ class Thing:
 
     @property
     def where(self):
-        """Where in the picture it is: on that axis on which it is farther from the middle."""
-        x, y = np.subtract(self.centre, SCENE_PIXELS // 2)
-        if max(abs(x), abs(y)) < 16:
-            return "in the middle"
-        if abs(x) > abs(y):
-            return "on the left" if x < 0 else "on the right"
-        return "at the top" if y < 0 else "at the bottom"
+        """Where in the picture it is, by the direction in which it is farthest from the middle.
+
+        It is in the middle if it is less than 16 pixels from there, to each side.
+        """
+        right, down = np.subtract(self.centre, SCENE_PIXELS // 2)
+        distance = {"in the middle": 15, "at the top": -down, "at the bottom": down,
+            "on the left": -right, "on the right": right}
+        return max(distance, key=distance.get)
 
     def named(self, words="size colour shape"):
         """'small red star'; with fewer words, 'red star'. An unnamed shape is a 'thing'."""
@@ -1076,8 +1077,8 @@ class Thing:
         centres differ by more than 16 pixels.
         """
         right, down = np.subtract(self.centre, other.centre)
-        shift = {"left of": -right, "right of": right, "above": -down, "below": down}
-        return [relation for relation in shift if shift[relation] > margin]
+        distance = {"left of": -right, "right of": right, "above": -down, "below": down}
+        return [relation for relation in distance if distance[relation] > margin]
 
 
 class Scene:
