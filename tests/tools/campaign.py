@@ -18,10 +18,10 @@ a fault.
 import argparse
 import base64
 import contextlib
-import copy
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -74,13 +74,11 @@ WAYS = ("SIGKILL", "SIGTERM", "replace", "fsync")  # a signal, or a call of os t
 # Exit statuses.
 KILLED = -signal.SIGKILL
 STOPPED = 130
+FORK = multiprocessing.get_context("fork")
 
 
-def start_run(folder, store, flags=(), prepare=lambda: None):
-    """Start a run in a forked process with a group of its own; prepare() is called there first."""
-    pid = os.fork()
-    if pid > 0:
-        return pid
+def train_here(folder, store, flags, prepare):
+    """A run, in a process group of its own. prepare() is called before it begins."""
     os.setsid()
     data.on_stop()  # as `run` does it
     with open(os.devnull, "w") as null:
@@ -91,8 +89,8 @@ def start_run(folder, store, flags=(), prepare=lambda: None):
         words = data.WordPiece(list(WORDS))
         train.load_data = lambda *_: train.Data(store, CAPTIONS, CAPTIONS, words)
         argv = "--model small --batch 6 --epochs 3 --eval-every 3 --threads 1".split()
-        argv += ["--out", str(folder), "--data", str(store.folder)]
-        args, checkpoint = train.parse_args(argv + list(flags))
+        argv += ["--out", str(folder), "--data", str(store.folder)] + flags
+        args, checkpoint = train.parse_args(argv)
         prepare()
         train.launch(args, lambda: train.pretrain(args, checkpoint))
         status = 0
@@ -102,6 +100,15 @@ def start_run(folder, store, flags=(), prepare=lambda: None):
         status = STOPPED
     finally:
         os._exit(status)
+
+
+def start_run(folder, store, flags=None, prepare=lambda: None, seconds=None):
+    """Start a run in a forked process, and wait for its end, or so many seconds."""
+    arguments = (folder, store, flags or [], prepare)
+    process = FORK.Process(target=train_here, args=arguments)
+    process.start()
+    process.join(seconds)
+    return process
 
 
 def die_at(name, number):
@@ -119,17 +126,6 @@ def die_at(name, number):
     setattr(os, name, deadly)
 
 
-def wait_for(pid, seconds):
-    """The exit status of a process, negative for a signal; None if it still runs then."""
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
-
-
 def disturbed_run(folder, store, duration, rng):
     """Start or resume a run and end it in a random way; its exit status, 0 if it was faster."""
     way = WAYS[rng.integers(len(WAYS))]
@@ -138,20 +134,16 @@ def disturbed_run(folder, store, duration, rng):
     if (folder / "checkpoint.pt").exists():
         flags.append("--resume")
     if way in ("replace", "fsync"):
-        pid = start_run(folder, store, flags, lambda: die_at(way, number))
-        status = wait_for(pid, 4 * duration)
+        process = start_run(folder, store, flags, lambda: die_at(way, number), 4 * duration)
     else:
-        pid = start_run(folder, store, flags)
-        status = wait_for(pid, duration * rng.random())
-    if status is not None:
-        return status
-    if way == "SIGTERM":
+        process = start_run(folder, store, flags, seconds=duration * rng.random())
+    if way == "SIGTERM" and process.is_alive():
         with contextlib.suppress(ProcessLookupError):  # not yet a group
-            os.killpg(pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
     else:
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+        process.kill()  # nothing happens if it has ended
+    process.join()
+    return process.exitcode
 
 
 def state_of(folder):
@@ -169,10 +161,10 @@ def state_of(folder):
 def attack_kills(home, count, rng):
     """{outcome: number} of so many kills."""
     store = make_store(home / "store")
-    os.waitpid(start_run(home / "whole", store), 0)
+    start_run(home / "whole", store)
     last, expected = state_of(home / "whole")
     start = time.time()
-    os.waitpid(start_run(home / "timed", store), 0)
+    start_run(home / "timed", store)
     duration = time.time() - start
     folder = home / "run"
     names = {KILLED: "kills", STOPPED: "stops", 0: "ends before that"}
@@ -221,10 +213,9 @@ def damage_bytes(content, rng):
     return bytes(content)
 
 
-def damage_json(value, rng):
+def damage_json(text, rng):
     """The same JSON with one value somewhere in it replaced, or one key removed."""
-    value = copy.deepcopy(value)
-    here = value
+    whole = here = json.loads(text)
     while here:
         keys = list(here) if isinstance(here, dict) else range(len(here))
         key = keys[rng.integers(len(keys))]
@@ -236,7 +227,7 @@ def damage_json(value, rng):
         else:
             here[key] = NO_VALUES[rng.integers(len(NO_VALUES))]
             break
-    return value
+    return whole
 
 
 def write(path, content):
@@ -267,15 +258,13 @@ def store_files(home):
 
 def tsv_files(home):
     rng = np.random.default_rng(0)
-    boxes = np.array([[1, 1, 9, 9], [1, 1, 9, 9]], np.float32)
-    lines = []
+    box = base64.b64encode(np.array([1, 1, 9, 9], np.float32).tobytes()).decode()
+    lines = ""
     for i in range(4):
-        features = rng.normal(size=(2, 8)).astype(np.float32)
-        columns = [str(i), "90", "60", "2"]  # id, width, height, number of boxes
-        for array in (boxes, features):
-            columns.append(base64.b64encode(array.tobytes()).decode())
-        lines.append("\t".join(columns) + "\n")
-    path = write(home / "features.tsv", "".join(lines))
+        features = rng.normal(size=8).astype(np.float32)
+        features = base64.b64encode(features.tobytes()).decode()
+        lines += f"{i}\t90\t60\t1\t{box}\t{features}\n"  # id, width, height, one box
+    path = write(home / "features.tsv", lines)
 
     def read():
         shutil.rmtree(home / "imported", ignore_errors=True)
@@ -388,7 +377,7 @@ FILES = {
 def damage(path, rng):
     """Damage a file."""
     if path.suffix == ".json" and rng.random() < 0.7:
-        write(path, damage_json(json.loads(path.read_bytes()), rng))
+        write(path, damage_json(path.read_bytes(), rng))
     elif rng.random() < 0.03:
         path.unlink()
         path.mkdir()
@@ -396,7 +385,7 @@ def damage(path, rng):
         path.write_bytes(damage_bytes(path.read_bytes(), rng))
 
 
-def time_is_up(*_):
+def time_is_up(number, frame):
     raise TimeoutError("hangs")
 
 
@@ -422,8 +411,7 @@ def attack_files(home, count, rng):
     signal.signal(signal.SIGALRM, time_is_up)
     made = {kind: make(home) for kind, make in FILES.items()}
     found = Counter()
-    for kind in itertools.islice(itertools.cycle(made), count):
-        paths, read = made[kind]
+    for kind, (paths, read) in itertools.islice(itertools.cycle(made.items()), count):
         path = paths[rng.integers(len(paths))]
         whole = path.read_bytes()
         damage(path, rng)
