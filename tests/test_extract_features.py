@@ -356,6 +356,17 @@ def test_a_failed_command_keeps_what_was_there_before(tmp_path, weights, picture
     assert content(folder) == before
 
 
+def test_a_store_that_an_earlier_run_began_keeps_its_reasons(tmp_path, weights, detector):
+    """So a command that is repeated says again why it failed."""
+    cut = tmp_path / "cut.jpg"
+    cut.touch()
+    FeatureStore.create(tmp_path / "store", [cut], num_regions=36, precision="fp32",
+        boxes_file=None, **detector.about)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="for example, .*cut.jpg: not a picture"):
+            main(flags(cut, tmp_path / "store", weights))
+
+
 # --- Extraction -----------------------------------------------------------------------------------
 
 
