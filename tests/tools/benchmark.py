@@ -718,8 +718,8 @@ def benchmark_extract(folder, pictures=2, rounds=3, precision="fp32"):
     def extraction(turn):
         store = folder / f"{precision}{turn}"
         writer = FeatureStore.create(store, files, 36, **model.about)
-        extract_features.fill(writer, model, files, extract_features.load_picture, 1,
-            precision=precision, workers=4 if where.type == "cuda" else 0)
+        extract_features.fill(writer, model, files, precision=precision,
+            workers=4 if where.type == "cuda" else 0)
 
     seconds = take_turns({"network": network, "extraction": extraction}, rounds)
     show(f"extract, {precision}", f"600 x 1000 on {where.type}", {
