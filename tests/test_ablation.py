@@ -45,6 +45,12 @@ def group(**scores):
     return lines
 
 
+def rows_of(lines):
+    """The rows of these lines' table."""
+    table = ablation.table(lines)
+    return table.splitlines()
+
+
 LEARNED = [(0.8, 2.0), (0.6, 1.8)]
 SINGLE = [(0.5, 1.5), (0.5, 1.5)]
 DUAL = [(0.7, 1.9), (0.3, 1.9)]
@@ -102,7 +108,7 @@ def test_numbers_are_written_without_zeros_in_front(mean, error, sign, text):
 
 
 def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
-    table = ablation.table(GROUP).splitlines()
+    table = rows_of(GROUP)
     assert table[0] == "| measure | learned | single | dual | learned - best fixed |"
     assert table[2] == "| region KL | 1.900±.100 | **1.500±.000** | 1.900±.000 | +.400±.100 |"
     assert table[3] == "| VQA | **.700±.100** | .500±.000 | .500±.200 | +.200±.100 |"
@@ -115,7 +121,7 @@ def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is
     for setting, accuracy in (("II,XX", 0.9), ("learned", 0.8), ("chosen", 0.95),
             ("single+dropout", 0.97)):
         lines.append(line(setting, scores={"VQA": accuracy}))
-    head, _, vqa, rank, _ = ablation.table(lines).splitlines()
+    head, _, vqa, rank, _ = rows_of(lines)
     assert head == (
         "| measure | learned | chosen | single+dropout | II,XX | learned - best fixed |")
     assert vqa == "| VQA | .800±.000 | .950±.000 | **.970±.000** | .900±.000 | -.100±.000 |"
@@ -124,13 +130,13 @@ def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is
 
 @pytest.mark.parametrize("setting", ["learned", "single", "chosen"])
 def test_nothing_is_compared_where_there_is_no_rival(setting):
-    table = ablation.table([line(setting, scores={"VQA": 0.9})]).splitlines()
+    table = rows_of([line(setting, scores={"VQA": 0.9})])
     assert table[2] == "| VQA | **.900±.000** |  |"
 
 
 def test_a_setting_without_a_score_leaves_its_cell_empty():
     lines = [line("learned", scores={"VQA": 0.8} | RECALLS), line("single")]
-    table = ablation.table(lines).splitlines()
+    table = rows_of(lines)
     assert table[4] == "| VQA | **.800±.000** |  |  |"
 
 
@@ -208,7 +214,8 @@ def test_the_chosen_path_is_that_of_the_same_seed_length_and_number_of_layers():
     assert ablation.find_switches("chosen", 1, 4, results) == "XX"
     assert ablation.find_switches("chosen", 0, 16, results) == "JJ"
     assert ablation.find_switches("chosen@12", 0, 4, results) == "IX"
-    with pytest.raises(BadInput, match="path of learned with seed 2 and 4 epochs"):
+    missing = "path of learned with seed 2 and 4 epochs"
+    with pytest.raises(BadInput, match=missing):
         ablation.find_switches("chosen", 2, 4, results)
 
 
@@ -291,7 +298,8 @@ def test_a_run_whose_line_is_complete_is_not_made_again(monkeypatch, commands):
 
 def test_the_curve_is_that_of_the_evaluations_in_a_metrics_file(tmp_path):
     """Lines of the mixture alone have no scores."""
-    (tmp_path / "metrics.jsonl").write_text(
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
         '{"step": 30, "losses": {"mlm": 3.0}, "mixture": {}}\n'
         '{"step": 225, "scores": {"mlm": 1, "mrc": 2.5, "words": 0.5, "match": 0.7}}\n'
         '{"step": 450, "scores": {"mlm": 1, "mrc": 2.0, "words": 0.6, "match": 0.8}}\n')
