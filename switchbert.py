@@ -76,9 +76,9 @@ from torch.utils.checkpoint import checkpoint
 MODALITIES = ("text", "vision")
 TEXT, VISION = range(2)
 MISMATCH, MATCH = range(2)  # classes of image-text matching; in ViLBERT and VOLTA 0 means match
-# The modes of attention, and what a query sees in each (1) or not (0): of its own modality and
-# of the other one, the first token, which is [CLS] or the global region, and the rest. No mode
-# here tells them apart; one that you add, as a row, may do so.
+# The modes of attention, and what a query sees in each (1) or not (0): of its own modality,
+# and of the other one, the first token, which is [CLS] or the global region, and the rest.
+# No mode here tells first and rest apart; one that you add, as a row, may do so.
 #           own first, own rest, other first, other rest
 MODES = {
     "intra": (1, 1, 0, 0),
@@ -87,7 +87,7 @@ MODES = {
 }
 INTRA, INTER, JOINT = range(3)
 
-# --- 1. Configuration -----------------------------------------------------------------------------
+# --- 1. Configuration -------------------------------------------------------------------
 # Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model
 # form a path: two letters per layer, text first, each I (own modality, INTRA), X (across,
 # INTER) or J (both, JOINT). A path shorter than the model repeats.
@@ -142,20 +142,15 @@ class SwitchBertConfig:
         pair = f"[{LETTERS}]{{2}}"
         path = f"{pair}(,{pair}){{0,{self.num_hidden_layers - 1}}}"
         if self.switches not in names and not re.fullmatch(path, self.switches):
-            raise ValueError(f"switches={self.switches!r}: expected one of {', '.join(names)}, "
-                f"or two letters of {', '.join(LETTERS)} for each of at most "
-                f"{self.num_hidden_layers} layers, as in II,XX")
-        sizes = (self.vocab_size, self.hidden_size, self.num_hidden_layers,
-            self.num_attention_heads, self.intermediate_size, self.region_feature_size,
-            self.pooler_size, self.num_region_classes + 1)
-        if min(sizes) < 1:
-            raise ValueError(f"expected sizes of 1 or more, found {min(sizes)}")
-        dropout = (self.hidden_dropout_prob, self.attention_probs_dropout_prob)
-        if min(dropout) < 0 or max(dropout) > 1:
-            raise ValueError(f"expected dropout from 0 to 1, found {dropout}")
-        if self.max_position_embeddings < 38:  # what pretraining reads [supp. 2]
-            raise ValueError(f"max_position_embeddings={self.max_position_embeddings}: expected "
-                "38 or more, the word pieces of the longest text")
+            raise ValueError(f"switches={self.switches!r}: expected one of "
+                f"{', '.join(names)}, or two letters of {', '.join(LETTERS)} for each of at "
+                f"most {self.num_hidden_layers} layers, as in II,XX")
+        for name, value in vars(self).items():
+            least = {"num_region_classes": 0, "max_position_embeddings": 38}.get(name, 1)
+            if isinstance(value, int) and value < least:  # 38: the longest text [supp. 2]
+                raise ValueError(f"{name}={value}: expected {least} or more")
+            if "dropout" in name and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: expected 0 to 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                 f"num_attention_heads={self.num_attention_heads}")
@@ -174,7 +169,7 @@ class SwitchBertConfig:
         return cls(**{**small, **changes})
 
 
-# --- 2. Switches ----------------------------------------------------------------------------------
+# --- 2. Switches ------------------------------------------------------------------------
 # A switch turns a gate's logits into weights that sum to 1. In training it is soft and noisy,
 # so that every option gets a gradient. As the temperature falls it becomes all but hard.
 
@@ -255,7 +250,7 @@ class Gate(nn.Module):
         return switch(logits, temperature, self.training, self.start)
 
 
-# --- 3. Switch-Attention --------------------------------------------------------------------------
+# --- 3. Switch-Attention ----------------------------------------------------------------
 # Attention gives a query a distribution over keys. ASSUMPTION A1: every layer chooses among
 # three modes, separately for text and vision queries. They are the rows of MODES:
 #
@@ -280,21 +275,22 @@ class Gate(nn.Module):
 # softmaxes by g instead was measured, and is no better.)
 #
 # Because open e^s = e^(s + log open), a factor on a weight is a bias on its score. So this is
-# plain attention with a bias, for which torch has one fused operation. The bias has few values
-# per pair: one for a query's modality and a key's group, which is [CLS], the other words, the
-# global region, or the other regions. The Layout spreads them over the L x L pairs of tokens.
+# plain attention with a bias, for which torch has one fused operation. The bias has eight
+# values per pair: one for each modality of a query and each group of a key, which is [CLS],
+# the other words, the global region, or the other regions. The Layout spreads them over the
+# L x L pairs of tokens.
 
-# The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so the
-# key has weight 0, however high its score. It is not -inf, which turns into NaN where it meets
-# a 0 in a product, and not the lowest float32, which bf16 rounds to -inf.
+# The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so
+# the key has weight 0, however high its score. It is not -inf, which turns into NaN where it
+# meets a 0 in a product, and not the lowest float32, which bf16 rounds to -inf.
 CLOSED = -1e30
 
 
 def sees_of(modes):
     """What text and vision queries see in each mode: (2, M, 4), a key's group last.
 
-    modes: rows as those of MODES, which begin with the query's own modality. So for vision, whose
-    own groups are the last two, the halves of a row change places.
+    modes: rows as those of MODES, which begin with the query's own modality. So for vision,
+    whose own groups are the last two, the halves of a row change places.
     """
     for_text = torch.tensor([*modes.values()], dtype=torch.float32)  # (M, 4)
     for_vision = for_text.roll(2, dims=1)
@@ -305,7 +301,7 @@ SEES = sees_of(MODES)
 
 
 class Layout(NamedTuple):
-    """What masks alone say about the sequence [text | vision], and what a mode lets it see."""
+    """What masks alone say about the sequence [text | vision], and what modes let it see."""
 
     modality: Tensor  # (L, 2): of each token, TEXT or VISION, one-hot
     group: Tensor  # (L, 4): of each token, [CLS], word, global region or region, one-hot
@@ -351,7 +347,7 @@ def open_to(modes, layout):
 def switch_bias(modes, layout):
     """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, M) -> (B, L, L)"""
     opened = open_to(modes, layout)  # (B, 2, 4)
-    logarithm = opened.clamp(min=1e-18).log()  # the clamp keeps its gradient, 1 / open, finite
+    logarithm = opened.clamp(min=1e-18).log()  # clamp: its gradient, 1 / open, stays finite
     bias = logarithm.masked_fill(opened == 0, CLOSED)  # (B, 2, 4)
     with full_precision(modes):
         spread = layout.modality @ bias @ layout.group.T  # (L, 2) (B, 2, 4) (4, L)
@@ -418,7 +414,7 @@ class SwitchAttention(nn.Module):
         return self.dense(context.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
-# --- 4. Layers ------------------------------------------------------------------------------------
+# --- 4. Layers --------------------------------------------------------------------------
 # A layer first decides which depths to read (Switch-Input), then how to attend
 # (Switch-Attention). The gate for depths reads the newest states, the gate for modes their
 # mixture.
@@ -460,7 +456,7 @@ class SwitchInput(nn.Module):
         newest = depths[-1]
         weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
         with full_precision(newest):
-            shares = layout.modality @ weights  # (B, L, l+1): each token, that of its modality
+            shares = layout.modality @ weights  # (B, L, l+1): each token, as its modality
         # The backward pass needs the stack again. To keep those of twelve layers would take
         # 15 MB per pair, where all the rest takes 64: checkpoint stacks the depths anew.
         mixed = checkpoint(mixture, shares.to(newest.dtype), *depths, use_reentrant=False,
@@ -517,7 +513,7 @@ class SwitchBertLayer(nn.Module):
         return self.output_norm(states + self.dropout(processed)), modes
 
 
-# --- 5. Embeddings --------------------------------------------------------------------------------
+# --- 5. Embeddings ----------------------------------------------------------------------
 # Depth 0. A word is embedded by its id and position, a region by its feature and box.
 
 
@@ -589,7 +585,7 @@ class Pooler(nn.Module):
         return text * vision
 
 
-# --- 6. The encoder -------------------------------------------------------------------------------
+# --- 6. The encoder ---------------------------------------------------------------------
 # Text and vision become one sequence [text | global region | regions]. Every layer appends
 # its states to the list of depths that the layers above may read.
 
@@ -667,7 +663,7 @@ def init_weights(module, std):
             nn.init.zeros_(part.bias)
 
 
-# --- 7. Heads and losses --------------------------------------------------------------------------
+# --- 7. Heads and losses ----------------------------------------------------------------
 # Pretraining adds three means [supp. 1], each with weight 1 (ASSUMPTION A7, as is the rest):
 #
 #     MLM   mean over masked words w            -log p(w)                     p from text_states
@@ -809,8 +805,8 @@ class TaskModel(nn.Module):
 
 
 class SwitchBertForVQA(TaskModel):
-    """Visual question answering as classification: pooled -> (B, num_answers) logits, for binary
-    cross entropy against soft targets.
+    """Visual question answering as classification: pooled -> (B, num_answers) logits, for
+    binary cross entropy against soft targets.
     """
 
     def __init__(self, config, num_answers):
@@ -856,7 +852,8 @@ class SwitchBertForRetrieval(TaskModel):
 class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding gets the lowest float, so arg max never picks it. For binary cross entropy with IoU.
+    Padding gets the lowest float, so arg max never picks it. For binary cross entropy with
+    IoU.
     """
 
     def __init__(self, config):
@@ -869,7 +866,7 @@ class SwitchBertForReferring(TaskModel):
         return logits.masked_fill(region_mask == 0, lowest), out
 
 
-# --- 8. BERT weights ------------------------------------------------------------------------------
+# --- 8. BERT weights --------------------------------------------------------------------
 # Name in Hugging Face's BERT -> name here. In old files a LayerNorm has gamma and beta.
 
 BERT_NAMES = {
@@ -898,10 +895,11 @@ BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # 
 def load_bert(model, folder):
     """Load a Hugging Face BERT folder into a model (A6); returns (missing, unexpected) names.
 
-    model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is one.
-    folder: config.json with model.safetensors or pytorch_model.bin; names with or without `bert.`.
-    missing: what only the model has (regions, gates, poolers, other heads); unexpected: what only
-    the file has. Raises ValueError if a size does not fit; for a damaged file, its reader's error.
+    model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is
+    one. folder: config.json with model.safetensors or pytorch_model.bin; names may begin with
+    `bert.`. missing: what only the model has (regions, gates, poolers, other heads);
+    unexpected: what only the file has. Raises ValueError if a size does not fit; for a
+    damaged file, its reader's error.
     """
     folder = Path(folder)
     theirs = {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
