@@ -222,6 +222,26 @@ def switch(logits, temperature, training, start=0.0):
     return torch.softmax(logits / temperature + start, dim=-1)
 
 
+# ASSUMPTION A10: one option of each switch starts 5 ahead in log odds, at every temperature:
+# the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
+# across alternate. So training begins as a network that is known to work, and departs from it
+# where that pays. Gates that start even end at joint attention in nearly every layer. It can
+# imitate the other two, so no single step away from it pays; but the alternation predicts masked
+# words better, and gates that start there stay close to it. With a start of 3, gates soon read
+# older depths; MRC and VQA got worse. (All of this was measured: tests/ABLATION.md.)
+#
+# Without noise the newest of l + 1 depths weighs e^5 / (e^5 + l): .99 to .93 in twelve layers.
+# In training the noise counts, too. It is divided by tau and the start is not: so the start is
+# worth 5 tau logits, 25 at first and 1 in the end. A gate that has learned nothing gives its
+# first option, on average,
+#
+#     among    tau 5    tau 2    tau 1    tau .5    tau .2
+#     2        .99      .99      .97      .90       .73
+#     4        .98      .97      .92      .76       .47
+#     12       .93      .90      .78      .47       .20
+HEAD_START = 5.0
+
+
 def full_precision(states):
     """A context in which autocast, if it is on, does not round products to bf16."""
     return torch.autocast(states.device.type, enabled=False)
@@ -232,14 +252,13 @@ class Gate(nn.Module):
 
     ASSUMPTION A3: it reads both means, and decides per sample, for text and vision apart.
     forward(states (B, L, D), averages (B, 2, L) of the Layout, temperature) -> weights
-    (B, 2, M) of M options, in rows TEXT and VISION. start: the head start of the last option,
-    in log odds.
+    (B, 2, M) of M options, in rows TEXT and VISION. first: the option that starts ahead.
     """
 
-    def __init__(self, hidden_size, num_options, start=0.0):
+    def __init__(self, hidden_size, num_options, first):
         super().__init__()
         self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
-        start = start * F.one_hot(torch.tensor(num_options - 1), num_options)  # (M,)
+        start = HEAD_START * F.one_hot(torch.tensor(first), num_options)  # (M,)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):
@@ -271,8 +290,8 @@ class Gate(nn.Module):
 #     weight of key k for query q  =  open(q, k) e^s(q, k) / sum over all k' of the same
 #
 # A hard switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes
-# it 2/3 everywhere, which cancels: training begins close to joint attention. (To mix three
-# softmaxes by g instead was measured, and is no better.)
+# it 2/3 everywhere, which cancels: joint attention. (To mix three softmaxes by g instead was
+# measured, and is no better.)
 #
 # Because open e^s = e^(s + log open), a factor on a weight is a bias on its score. So this is
 # plain attention with a bias, for which torch has one fused operation. The bias has eight
@@ -436,20 +455,7 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        # ASSUMPTION A10: the newest depth starts 5 ahead in log odds, at every temperature.
-        # So training begins as the ordinary stack and departs from it where that pays. With a
-        # start of 3, gates soon read older depths; MRC and VQA got worse (tests/ABLATION.md).
-        #
-        # Without noise the newest depth then weighs e^5 / (e^5 + l): .99 to .93 in twelve
-        # layers. In training the noise counts, too. It is divided by tau and the start is
-        # not: so the start is worth 5 tau logits, 25 at first and 1 in the end. A gate that
-        # has learned nothing gives the newest depth, on average,
-        #
-        #     among    tau 5    tau 2    tau 1    tau .5    tau .2
-        #     2        .99      .99      .97      .90       .73
-        #     4        .98      .97      .92      .76       .47
-        #     12       .93      .90      .78      .47       .20
-        self.gate = Gate(config.hidden_size, layer + 1, start=5.0)
+        self.gate = Gate(config.hidden_size, layer + 1, first=layer)
 
     def forward(self, depths, layout, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
@@ -474,7 +480,10 @@ class SwitchBertLayer(nn.Module):
         learns_depths = config.switches in ("learned", "input") and layer > 0
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
-        self.mode_gate = Gate(config.hidden_size, len(MODES)) if learns_modes else None
+        alternating = (INTRA, INTER)[layer % 2]  # A10
+        self.mode_gate = None
+        if learns_modes:
+            self.mode_gate = Gate(config.hidden_size, len(MODES), first=alternating)
         frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
         constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)

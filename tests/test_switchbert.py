@@ -336,14 +336,15 @@ def test_the_temperature_falls_as_its_table_says(pairs, expected):
 
 def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_float32():
     """The means by hand: (1 + 3) / 2 = 2 and (10 + 20) / 2 = 15, then 5 and no vision: 0."""
-    gate = Gate(1, num_options=3).eval()
+    gate = Gate(1, num_options=3, first=2).eval()
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])
     means = torch.tensor([[2.0, 15.0], [5.0, 0.0]])
     with autocast():
         found = gate(states[..., None], layout_of(mask, 3).averages, 0.7)
     logits = gate.linear(means).view(2, 2, 3)
-    close(found, (logits / 0.7).softmax(-1))
+    start = torch.tensor([0.0, 0, 5])
+    close(found, (logits / 0.7 + start).softmax(-1))
 
 
 def share_of_bf16(numbers):
@@ -557,14 +558,15 @@ def test_switches_are_hard_in_evaluation_and_soft_at_a_temperature(config, input
 
 
 def test_switches_are_drawn_in_training(config, inputs):
-    """The hotter, the more even."""
+    """The hotter, the more even, but for the start."""
     model = SwitchBert(config).train()
     one = model(**inputs)
     other = model(**inputs)
     assert not one.modes.equal(other.modes)
     assert not one.depths[1].equal(other.depths[1])
     hot = model(**inputs, temperature=100.0).modes
-    close(hot, torch.full_like(hot, 1 / len(MODES)), rtol=0, atol=0.1)
+    starts = torch.stack([layer.mode_gate.start for layer in model.layers])  # (layers, M)
+    close(hot, starts.softmax(-1)[:, None].expand_as(hot), rtol=0, atol=0.02)
 
 
 def test_training_runs_at_temperature_1_unless_told_otherwise(config, inputs):
@@ -651,13 +653,19 @@ def test_depths_are_kept_in_the_precision_of_products(dtype, inputs):
 
 
 @parametrize("tau", [5.0, 1.0, 0.2])
-def test_training_begins_with_even_modes_and_the_newest_depth_at_any_temperature(tau, inputs):
-    """While gates know nothing, the newest of l + 1 depths has the weight e^5 / (e^5 + l)."""
+def test_training_begins_as_vilberts_alternation_and_with_the_newest_depth(tau, inputs):
+    """While gates know nothing, the first of M options has the weight e^5 / (e^5 + M - 1)."""
     out = encoder("learned", initializer_range=0.0)(**inputs, temperature=tau)
-    close(out.modes, torch.full((3, 4, 2, len(MODES)), 1 / len(MODES)))
     for l, weights in enumerate(out.depths):
         newest = math.e**5 / (math.e**5 + l)
         close(weights[..., -1], torch.full((3, 2), newest))
+        alternating = out.modes[:, l, :, (INTRA, INTER)[l % 2]]
+        close(alternating, torch.full((3, 2), math.e**5 / (math.e**5 + len(MODES) - 1)))
+
+
+def test_hard_switches_begin_as_dual(inputs):
+    known = encoder("learned", initializer_range=0.0)(**inputs)
+    assert known.modes.equal(encoder("dual")(**inputs).modes)
 
 
 @parametrize("tau", [5.0, 1.0, 0.2])
@@ -665,6 +673,7 @@ def test_even_modes_are_joint_attention(tau, inputs):
     even = encoder("attention")
     for layer in even.layers:
         nn.init.zeros_(layer.mode_gate.linear.weight)
+        layer.mode_gate.start.zero_()
     single = encoder("single")
     single.load_state_dict(even.state_dict(), strict=False)
     found = even(**inputs, temperature=tau)
