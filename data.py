@@ -1082,7 +1082,7 @@ class Thing:
 
 
 class Scene:
-    """Scene number `number`: 2 to 6 things that do not touch. The number determines all.
+    """2 to 6 things that do not touch, and what can be said of them: all by its number.
 
     things: list of Thing. .draw() -> PIL image; .captions(n), .questions(n), .expressions(n).
     """

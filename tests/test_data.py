@@ -535,6 +535,12 @@ def test_a_folder_without_pictures_has_captions_alone(tmp_path, capsys):
     assert "1 of 1 .txt files are captions, beside 0 pictures" in capsys.readouterr().out
 
 
+def test_where_there_are_pictures_a_text_beside_none_is_no_caption(tmp_path):
+    write(tmp_path / "a.jpg", "")
+    write(tmp_path / "README.txt", "about these pictures")
+    assert list(read_captions(tmp_path)) == []
+
+
 def test_a_caption_that_is_not_utf_8_is_named(folder):
     (folder / "link/d.txt").write_bytes(b"caf\xe9")
     with pytest.raises(BadInput, match="link/d.txt: not a caption in UTF-8"):
