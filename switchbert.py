@@ -3,9 +3,9 @@ r"""switchbert.py: a BERT whose layers learn how text and vision attend to each 
 
 Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over
 words and image regions jointly; ViLBERT alternates layers that attend within a modality with
-layers that attend across; LXMERT attends within first and across later. Each fixes this path
-by hand. In Switch-BERT every layer learns it, separately for text and vision, and which
-earlier layer to read.
+layers that attend across; LXMERT attends within first and later alternates across and within.
+Each fixes this path by hand. In Switch-BERT every layer learns it, separately for text and
+vision, and which earlier layer to read.
 
     input_ids (B, T)                        region_features (B, R, F), region_boxes (B, R, 5)
         | word + position + type                | prepend the mean region: the global region
@@ -31,14 +31,18 @@ earlier layer to read.
 
         mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
-    What depends on the masks alone (which token is text, the rows that average, padding) is
-    the Layout. It is computed once per forward pass and handed to every layer.
+    What depends only on which tokens are real and which are padding (each token's modality,
+    the matrix that averages each modality, the closed keys) is the Layout. It is computed once
+    per forward pass and handed to every layer.
 
 Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads,
 D hidden, d = D / H head size, M options of a switch, l a layer's number from 0, P pooled, F
-region feature, C region classes, V vocabulary. Masks are 1 = real, 0 = padding, everywhere.
-Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one of
-them: its weights are one-hot).
+region feature, C region classes, V vocabulary, K what a loss predicts in a batch: words,
+regions or pairs. Masks are 1 = real, 0 = padding, everywhere.
+
+Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one
+of them: its weights are one-hot). In signatures, `modes` are a switch's weights of the modes;
+`depths` are states, but in SwitchBertOutput their weights.
 
 Map of the file (* = read these first)
 
@@ -56,8 +60,9 @@ Map of the file (* = read these first)
     out = model(**batch, temperature=temperature(pairs_seen))      # batch: see data.collate
     out.loss.backward()
 
-Where the paper is silent the code says ASSUMPTION An; the README lists all of them. Here: A1
-to A8, A10 (how switches start) and A12 (boxes).
+[abstract] cites the paper's abstract; [supp. 1], [supp. 2] and [Fig. 1] cite its supplement.
+Where these are silent the code says ASSUMPTION An; the README lists all of them. Here: A1 to
+A8, A10 (how switches start) and A12 (boxes).
 """
 
 import json
@@ -76,9 +81,10 @@ from torch.utils.checkpoint import checkpoint
 MODALITIES = ("text", "vision")
 TEXT, VISION = range(2)
 MISMATCH, MATCH = range(2)  # classes of image-text matching; in ViLBERT and VOLTA 0 means match
-# The modes of attention, and what a query sees in each (1) or not (0): of its own modality,
-# and of the other one, the first token, which is [CLS] or the global region, and the rest.
-# No mode here tells first and rest apart; one that you add, as a row, may do so.
+# The modes of attention. A row says what a query sees (1) or not (0): the first token of its
+# own modality, the rest of it, the first token of the other modality, and the rest of that.
+# The first token is [CLS] or the global region. No mode here tells first and rest apart; one
+# that you add, as a row, may do so.
 #           own first, own rest, other first, other rest
 MODES = {
     "intra": (1, 1, 0, 0),
@@ -170,8 +176,9 @@ class SwitchBertConfig:
 
 
 # --- 2. Switches ------------------------------------------------------------------------
-# A switch turns a gate's logits into weights that sum to 1. In training it is soft and noisy,
-# so that every option gets a gradient. As the temperature falls it becomes all but hard.
+# A switch turns a gate's logits into weights that sum to 1. In training it is soft, so that
+# every option gets a gradient, and noisy. As the temperature falls, each draw becomes all but
+# one-hot.
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
@@ -185,8 +192,8 @@ def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
     ASSUMPTION A5: the paper's anneal_rate 1e-6 [supp. 2] counts training pairs, not optimiser
     steps. The floor is then reached at n = ln(initial / final) / rate = 3.22 million, one
     epoch of Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*:
-    counted in steps, training would end at 4.4, with every switch still close to an even
-    mixture.
+    counted in steps, training would end at 4.4, where one logit more is still worth a factor
+    of only e^(1 / 4.4) = 1.26. A run with fewer pairs takes a faster rate: see train.py.
     """
     return max(final, initial * math.exp(-rate * pairs_seen))
 
@@ -199,8 +206,9 @@ def switch(logits, temperature, training, start=0.0):
     al. 2017]. If all G_j are independent Gumbel(0, 1), then
         P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
     so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
-    temperature has. start (M,): log odds that the temperature does not scale; for None they
-    are added at the final one. Logits (2, 1, 0) without noise:
+    temperature has. start (M,): log odds, added after the division by the temperature, which
+    so does not scale them. A hard switch divides by the final temperature, as the end of
+    training does. Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -232,11 +240,12 @@ def switch(logits, temperature, training, start=0.0):
 #
 # Without noise the newest of l + 1 depths weighs e^5 / (e^5 + l): .99 to .93 in twelve layers.
 # In training the noise counts, too. It is divided by tau and the start is not: so the start is
-# worth 5 tau logits, 25 at first and 1 in the end. A gate that has learned nothing gives its
-# first option, on average,
+# worth 5 tau logits, 25 at first and 1 in the end. A gate that has learned nothing gives the
+# option that starts ahead, on average, with this number of options,
 #
-#     among    tau 5    tau 2    tau 1    tau .5    tau .2
+#     options  tau 5    tau 2    tau 1    tau .5    tau .2
 #     2        .99      .99      .97      .90       .73
+#     3        .99      .98      .95      .82       .57
 #     4        .98      .97      .92      .76       .47
 #     12       .93      .90      .78      .47       .20
 HEAD_START = 5.0
@@ -250,15 +259,15 @@ def full_precision(states):
 class Gate(nn.Module):
     """A linear layer on the mean states of both modalities, and the switch that it feeds.
 
-    ASSUMPTION A3: it reads both means, and decides per sample, for text and vision apart.
+    ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
     forward(states (B, L, D), averages (B, 2, L) of the Layout, temperature) -> weights
-    (B, 2, M) of M options, in rows TEXT and VISION. first: the option that starts ahead.
+    (B, 2, M) of M options, in rows TEXT and VISION. ahead: the option that starts ahead.
     """
 
-    def __init__(self, hidden_size, num_options, first):
+    def __init__(self, hidden_size, num_options, ahead):
         super().__init__()
         self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
-        start = HEAD_START * F.one_hot(torch.tensor(first), num_options)  # (M,)
+        start = HEAD_START * F.one_hot(torch.tensor(ahead), num_options)  # (M,)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):
@@ -285,17 +294,17 @@ class Gate(nn.Module):
 #     vision query   g_inter + g_joint     g_intra + g_joint
 #
 # Padding is closed. ASSUMPTION A2: the modes share queries, keys, values and one softmax over
-# all keys, in which a key counts as much as it is open. s(q, k) = q . k / sqrt(d) is a score:
+# all keys, in which a key counts as much as it is open. With score(q, k) = q . k / sqrt(d),
 #
-#     weight of key k for query q  =  open(q, k) e^s(q, k) / sum over all k' of the same
+#     weight of key k for query q  =  open(q, k) e^score(q, k) / sum over all k' of the same
 #
 # A hard switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes
 # it 2/3 everywhere, which cancels: joint attention. (To mix three softmaxes by g instead was
 # measured, and is no better.)
 #
-# Because open e^s = e^(s + log open), a factor on a weight is a bias on its score. So this is
+# Because open e^score = e^(score + log open), a factor on a weight is a bias on its score. So this is
 # plain attention with a bias, for which torch has one fused operation. The bias has eight
-# values per pair: one for each modality of a query and each group of a key, which is [CLS],
+# values per sample: one for each modality of a query and each group of a key, which is [CLS],
 # the other words, the global region, or the other regions. The Layout spreads them over the
 # L x L pairs of tokens.
 
@@ -342,7 +351,7 @@ def layout_of(mask, num_text, sees=SEES):
 
 
 def averaging(mask):
-    """Rows that average the real tokens of a mask: (..., L) -> (..., L); zeros if none is.
+    """Rows that average the real tokens of a mask: (..., L) -> (..., L); zeros if none is real.
 
     >>> averaging(torch.tensor([[1, 1, 0], [0, 0, 0]]))
     tensor([[0.5000, 0.5000, 0.0000],
@@ -455,7 +464,7 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.gate = Gate(config.hidden_size, layer + 1, first=layer)
+        self.gate = Gate(config.hidden_size, layer + 1, ahead=layer)
 
     def forward(self, depths, layout, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
@@ -463,8 +472,9 @@ class SwitchInput(nn.Module):
         weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
         with full_precision(newest):
             shares = layout.modality @ weights  # (B, L, l+1): each token, as its modality
-        # The backward pass needs the stack again. To keep those of twelve layers would take
-        # 15 MB per pair, where all the rest takes 64: checkpoint stacks the depths anew.
+        # The backward pass needs the stack again. Kept in all twelve layers, the stacks and what
+        # is made of them took 15 MB per sample, beside 64 MB for everything else. So checkpoint
+        # makes them anew. Nothing in `mixture` is random, so no random state is kept.
         mixed = checkpoint(mixture, shares.to(newest.dtype), *depths, use_reentrant=False,
             preserve_rng_state=False)
         return mixed, weights
@@ -480,10 +490,10 @@ class SwitchBertLayer(nn.Module):
         learns_depths = config.switches in ("learned", "input") and layer > 0
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
-        alternating = (INTRA, INTER)[layer % 2]  # A10
+        starting_mode = (INTRA, INTER)[layer % 2]  # ViLBERT's path (A10)
         self.mode_gate = None
         if learns_modes:
-            self.mode_gate = Gate(config.hidden_size, len(MODES), first=alternating)
+            self.mode_gate = Gate(config.hidden_size, len(MODES), ahead=starting_mode)
         frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
         constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
@@ -595,8 +605,8 @@ class Pooler(nn.Module):
 
 
 # --- 6. The encoder ---------------------------------------------------------------------
-# Text and vision become one sequence [text | global region | regions]. Every layer appends
-# its states to the list of depths that the layers above may read.
+# Text and vision become one sequence [text | global region | regions]. The states before each
+# layer are appended to the list of depths that it and the layers above may read.
 
 
 @dataclass
@@ -644,7 +654,8 @@ class SwitchBert(nn.Module):
         mask = torch.cat([text_mask, global_mask, region_mask], dim=1)  # (B, L)
         num_text = text.shape[1]
         layout = layout_of(mask, num_text, self.sees)
-        # Under autocast a GPU's LayerNorm returns float32. Depths are kept as products are: bf16.
+        # Under autocast, LayerNorm returns float32 on a GPU. Depths are stored in the precision
+        # of matrix products: bf16.
         device = states.device.type
         rounds = torch.is_autocast_enabled(device)
         precision = torch.get_autocast_dtype(device) if rounds else states.dtype
@@ -680,7 +691,8 @@ def init_weights(module, std):
 #     ITM   mean over whole pairs y (match?)    -log p(y)                     p from pooled
 #
 # c is the detector's distribution over C classes, p the model's: MRC is KL(c || p), summed
-# over classes as in VOLTA. A pair is either masked, or whole and matched: see data.py.
+# over classes as in VOLTA. A pair either has words and regions masked and counts in MLM and
+# MRC, or it is whole and counts in ITM, with its own picture or another one: see data.py.
 
 
 class Transform(nn.Sequential):
@@ -704,7 +716,7 @@ def label_loss(logits, labels):
 def region_loss(logits, targets):
     """Sum of KL(target || prediction) over K regions: logits (K, C), targets (K, C).
 
-    Target (.7 .2 .1), prediction (.5 .3 .2): .7 ln 1.4 + .2 ln .67 + .1 ln .5 = 0.085.
+    Target (.7 .2 .1), prediction (.5 .3 .2): .7 ln 1.4 + .2 ln (2/3) + .1 ln .5 = 0.085.
     >>> p, target = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.7, 0.2, 0.1]])
     >>> round(region_loss(p.log(), target).item(), 3)
     0.085
@@ -729,7 +741,7 @@ class PretrainingOutput:
     @property
     def losses(self):
         """(3,): the mean of each loss; zero, not NaN, where nothing was masked."""
-        # Divided by plain numbers: to copy a list to the GPU, the host would wait for it.
+        # Divided by plain numbers: copying a list to the GPU would make the host wait.
         means = [total / max(1, n) for total, n in zip(self.sums, self.counts)]
         return torch.stack(means)
 
@@ -742,7 +754,9 @@ class PretrainingOutput:
 class SwitchBertForPretraining(nn.Module):
     """Masked language modeling, masked region classification, image-text matching. [supp. 1]
 
-    forward(**batch of data.collate, temperature=None) -> PretrainingOutput
+    forward(**batch of data.collate, temperature=None) -> PretrainingOutput. mlm_positions (K,)
+    in 0 .. B T - 1, mlm_labels (K,); mrc_positions (K',) in 0 .. B R - 1, mrc_targets (K', C),
+    or None without classes; itm_positions (K",) in 0 .. B - 1, itm_labels (K",).
     """
 
     def __init__(self, config):
@@ -753,7 +767,8 @@ class SwitchBertForPretraining(nn.Module):
         # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word
         # embeddings (tied weights); only the bias is new.
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        # DistributedDataParallel fails on a parameter without gradient: no classes, no head.
+        # Without region classes there is no MRC head: DistributedDataParallel fails on
+        # parameters that get no gradient.
         classes = config.num_region_classes
         self.mrc_transform = Transform(config) if classes else nn.Identity()
         self.mrc_classifier = nn.Linear(config.hidden_size, classes) if classes else nn.Identity()
@@ -771,8 +786,8 @@ class SwitchBertForPretraining(nn.Module):
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_positions,
             itm_labels, temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
-        # Output layers run on what is predicted only, given as indices: for a mask, the GPU
-        # would have to wait until its places are counted.
+        # The output layers run only at the places that are predicted. These come as indices:
+        # with a boolean mask, the host would have to wait for the GPU to count them.
         words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
         mlm_sum = label_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
@@ -793,7 +808,7 @@ class SwitchBertForPretraining(nn.Module):
 
 class TaskModel(nn.Module):
     """The encoder with a head: inputs as SwitchBert's -> the head's output, SwitchBertOutput.
-    ASSUMPTION A8: the heads of the three tasks.
+    ASSUMPTION A8: the heads of the three tasks are VOLTA's.
     """
 
     def __init__(self, config, *head):
@@ -809,7 +824,7 @@ class TaskModel(nn.Module):
 
     def score(self, states):
         """The head in fp32, always: among thousands of images, many scores in bf16 would tie."""
-        with torch.autocast(states.device.type, enabled=False):
+        with full_precision(states):
             return self.classifier(states.float())
 
 
@@ -825,7 +840,7 @@ class SwitchBertForVQA(TaskModel):
             nn.GELU(),
             nn.LayerNorm(wide, eps=config.layer_norm_eps),
             nn.Linear(wide, num_answers))
-        # Every answer starts at probability 1/A: sigmoid(-log(A - 1)) = 1/A. From 1/2,
+        # Each of n answers starts at probability 1/n: sigmoid(-log(n - 1)) = 1/n. From 1/2,
         # hundreds of steps would only push answers down [focal loss, Lin et al. 2017, 4.1].
         others = max(1, num_answers - 1)
         nn.init.constant_(self.classifier[-1].bias, -math.log(others))
@@ -861,8 +876,8 @@ class SwitchBertForRetrieval(TaskModel):
 class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding gets the lowest float, so arg max never picks it. For binary cross entropy with
-    IoU.
+    Padding gets the lowest float, so arg max never picks it. For binary cross entropy: a
+    region's target is its overlap (IoU, intersection over union) with the box that is meant.
     """
 
     def __init__(self, config):
@@ -902,18 +917,22 @@ BERT_COPIES = ("position_ids", "predictions.decoder.weight", "decoder.bias")  # 
 
 
 def load_bert(model, folder):
-    """Load a Hugging Face BERT folder into a model (A6); returns (missing, unexpected) names.
+    """Load a Hugging Face BERT folder, from which both modalities then start (A6). Returns
+    (missing, unexpected) names.
 
     model: a SwitchBert, or a model with one as `.bert`; the MLM head is loaded where there is
     one. folder: config.json with model.safetensors or pytorch_model.bin; names may begin with
     `bert.`. missing: what only the model has (regions, gates, poolers, other heads);
-    unexpected: what only the file has. Raises ValueError if a size does not fit; for a
-    damaged file, its reader's error.
+    unexpected: what only the file has. Raises ValueError, RuntimeError or KeyError if a size
+    does not fit; for a damaged file, its reader's error.
     """
     folder = Path(folder)
-    theirs = {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
-    expected = theirs | {size: getattr(model.config, size) for size in BERT_SIZES}
-    theirs |= json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # What BERT assumes where config.json is silent. This file supports no other activation or
+    # positions.
+    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute",
+        "layer_norm_eps": 1e-12}
+    expected = defaults | {size: getattr(model.config, size) for size in BERT_SIZES}
+    theirs = defaults | json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in expected.items():
         if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")

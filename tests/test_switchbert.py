@@ -336,7 +336,7 @@ def test_the_temperature_falls_as_its_table_says(pairs, expected):
 
 def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_float32():
     """The means by hand: (1 + 3) / 2 = 2 and (10 + 20) / 2 = 15, then 5 and no vision: 0."""
-    gate = Gate(1, num_options=3, first=2).eval()
+    gate = Gate(1, num_options=3, ahead=2).eval()
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     states = torch.tensor([[1.0, 3, 9, 10, 20, 9], [4, 5, 6, 7, 8, 9]])
     means = torch.tensor([[2.0, 15.0], [5.0, 0.0]])
