@@ -6,14 +6,13 @@ Where this stands
     train.py --> runs/pretrain/checkpoint.pt --+
                                                |   python finetune.py vqa | retrieval | refer
     feature store, questions, captions,        v
-    expressions -------------------> SwitchBert --> pooled (B, P) --> answers (B, A)       VQA
-                                               |              \-> score of the pair (B,)  retrieval
-                                               \-> region_states (B, R, D) --> (B, R)     referring
+    expressions -------------------> SwitchBert --> pooled (B, P) --> answers (B, A)      VQA
+                                               |              \-> score of the pair (B,) retrieval
+                                               \-> region_states (B, R, D) --> (B, R)    referring
                                                           |
         runs/vqa/  checkpoint.pt  metrics.jsonl  result.json  predictions.json  examples.png ...
 
-Letters: B batch, T word pieces, R regions, F region feature, L = T + 1 + R tokens, H heads,
-D hidden, P pooled, A answers.
+Letters: B batch, T pieces, R regions, L = T + 1 + R, H heads, D hidden, P pooled, A answers.
 
 Map of the file (* = read these first)
 
@@ -23,7 +22,7 @@ Map of the file (* = read these first)
     4. Run and result      * training, hard and soft evaluation, the files of a result
     5. Examples              a picture of right and wrong predictions
     6. Your own pictures     ask
-    7. Machine room          flags, pickle safety, drawing, the command line
+    7. Machine room          the command line, pickle safety, drawing
 
     $ python finetune.py vqa                             answers to questions about scenes
     $ python finetune.py retrieval                       texts find images, images find texts
@@ -32,11 +31,10 @@ Map of the file (* = read these first)
     $ python finetune.py ask runs/retrieval "a red star" a.png b.png
     $ python finetune.py ask runs/pretrain texts.txt a.png b.png     which text fits which?
 
-Run train.py first. If there is a folder data/vqa, data/retrieval or data/refer, the task uses
-the real files in it and the paper's settings; if not, it uses the toy world. Every task is a
-class that defines its examples, model, loss and scores. train.fit does the rest: the loop,
-the processes, stopping and resuming. A run prints one line per evaluation, and a table at
-the end:
+Run train.py first. With a folder data/vqa, data/retrieval or data/refer, a task uses the real
+files and the paper's settings; without it, the toy world. Every task is a class that defines
+its examples, model, loss and scores. train.fit does the rest: the loop, the processes, stopping
+and resuming. A run prints one line per evaluation, and a table at the end:
 
     step   100/202  lr 5.7e-04  tau 0.42  loss 0.573 | val 0.969 | 1430 expressions/s, 9 s
     val                                         hard            soft
@@ -74,9 +72,9 @@ from switchbert import (FINAL_TEMPERATURE, SwitchBertConfig, SwitchBertForReferr
 
 # --- 1. Settings --------------------------------------------------------------------------
 #
-# FULL holds the paper's settings [supp. 2]; the batch sizes are VOLTA's. The toy runs
-# (DEVIATION D3) have the learning rate of toy pretraining. Both differ from the settings of
-# pretraining only in the length of a run. A task may override them: see its `full` and `toy`.
+# FULL holds the paper's settings [supp. 2], with VOLTA's batch sizes. The toy runs, which are
+# DEVIATION D3, have toy pretraining's learning rate, and like it reach the lowest temperature.
+# Both differ from pretraining only in the length of a run. A task may override some of them.
 
 FULL = train.FULL | {"epochs": 20}
 TOY = train.TOY | {"epochs": 3, "eval_every": 250}
@@ -96,18 +94,14 @@ def answer_accuracy(prediction, answers):
 
 
 def accuracy_table(answers):
-    """({answer: official accuracy} of the annotators' answers, how answers are compared).
-
-    All other answers score 0. Answers are compared as they come out of a function:
-    strip_answer if all ten annotators agree, normalise_answer otherwise.
+    """{answer: official accuracy} of the annotators' answers (all others score 0), and how
+    answers are compared: by strip_answer if all ten annotators agree, else by normalise_answer.
 
     Officially, each annotator is left out once. Against the other nine, a prediction scores
     min(1, matches / 3), and its accuracy is the mean of the ten scores. If n of the ten gave
     it, the mean is ((10 - n) min(1, n/3) + n min(1, (n-1)/3)) / 10: for n = 1, 2, 3 that is
-    .3, .6, .9, and from 4 on it is 1.
-
-    The rule is for ten annotators. If there are fewer or more, the accuracy of an answer is
-    the share of them who gave it, and all answers are normalised.
+    .3, .6, .9, and from 4 on it is 1. The rule is for ten annotators. If there are fewer or
+    more, an answer's accuracy is the share of them who gave it, and all are normalised.
     >>> table, _ = accuracy_table(["red"] * 3 + ["a pink"] * 7)
     >>> dict(table)
     {'red': 0.9, 'pink': 1.0}
@@ -123,14 +117,13 @@ def accuracy_table(answers):
 
 def strip_answer(answer):
     """An answer as the official evaluation strips it, before any comparison."""
-    return answer.replace("\n", " ").replace("\t", " ").strip()
+    return re.sub("[\n\t]", " ", answer).strip()
 
 
 def normalise_answer(answer):
-    """An answer as the official evaluation compares it where annotators disagree.
-
-    A punctuation mark becomes a space. But it vanishes if it touches a space anywhere in the
-    answer, or if the answer has a comma between digits. A full stop stays only before a digit.
+    """An answer as the official evaluation compares it where annotators disagree. Punctuation
+    becomes a space; but a mark vanishes if it touches a space anywhere in the answer, or if the
+    answer has a comma between digits. A full stop stays only before a digit.
     >>> [normalise_answer(a) for a in ("The red-car!", "two", "1,000", "3.5", "dont")]
     ['red car', '2', '1000', '3.5', "don't"]
     """
@@ -149,14 +142,14 @@ def normalise_answer(answer):
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
-    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
-    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
-    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-    you'd you'd've you'll you're you've""".split()
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll
+    ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
+    'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've
+    something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 # The official table maps each form that lacks one apostrophe to the full form; once it does
 # the opposite. (It omits contractions that are words without it: hell, ill, were, its.)
 REPLACED = {word[:i] + word[i + 1 :]: word
@@ -172,7 +165,7 @@ def answer_vocabulary(questions):
     val that gives 3,129. Of fewer than 9,000 questions, one in a thousand is enough. Raises
     BadInput if there are no questions.
     """
-    # Sorted first: most_common keeps the order of answers that are equally frequent.
+    # Sorted first, because most_common keeps the order of equally frequent answers.
     counts = Counter(sorted(normalise_answer(q["majority"]) for q in questions))
     least = min(9, len(questions) / 1000)
     answers = [answer for answer, n in counts.most_common() if n >= least]
@@ -186,27 +179,27 @@ def answer_vocabulary(questions):
 
 # --- 3. Three tasks -----------------------------------------------------------------------
 #
-# train.Task lists what train.fit needs of a task. The tasks here consist of items: dicts with
+# train.Task lists what train.fit needs of a task. A task here consists of items: dicts with
 # image_id, text, and what the task needs besides. `predict` chooses an answer or a region for
-# each item, and `evaluate_items` scores these choices, from 0 to 1; higher is better. The
-# first score is the headline of the task. Read Task, then one of the three.
+# each item; `evaluate_items` scores the choices, from 0 to 1, higher is better. The first score
+# is the headline of the task. Read Task, then one of the three.
 
 
 class Task(train.Task):
     """Texts about images: training examples, held-out splits, loss, predictions and scores.
 
-    splits: {name: items}, "train" among them. labels: the answers that a checkpoint's head
-    chooses from. A training item is left out if its image has no features. A held-out one is
-    answered from its text alone, so that a result covers every question. `missing` counts
-    both. Raises BadInput if no training item is left.
+    splits: {name: items}, "train" among them. labels: the answers of a checkpoint's head. A
+    training item whose image has no features is left out; a held-out one is answered from its
+    text alone, so that a result covers every question. `missing` counts both. Raises BadInput
+    if no training item is left.
 
     A subclass defines, besides the attributes of VQA below:
         from_folder(folder, store)  the splits of a folder of published files
         scene_items(scene, n)       up to n items of a toy scene
         targets(item)               numbers from 0 to 1, one per answer or region
         score_item(item, choice)    a prediction (a dict for a file) and its {name: score}
-        describe(item, prediction)  lines of text, boxes {colour: corners in pixels}, and how
-                                    right it is, 0 to 1; an item of `ask` lacks the truth
+        describe(item, prediction)  for a picture: lines of text, boxes {colour: corners in
+                                    pixels}, and how right the prediction is, 0 to 1
     """
 
     full = FULL
@@ -234,8 +227,8 @@ class Task(train.Task):
         if "val" not in self.held_out:
             self.watched = "train" if self.items else next(iter(self.held_out))
         if not self.held_out:
-            say(f"no held-out {self.unit}: scores are of the {self.unit} that it is trained on")
-        self.captions = Captions(zip(column(self.items, "image_id"), column(self.items, "text")))
+            say(f"no held-out {self.unit}: scores are of the {self.unit} it is trained on")
+        self.captions = Captions((item["image_id"], item["text"]) for item in self.items)
         self.lengths = lengths_of(self.items)
         self.labels = labels or self.vocabulary(splits.get("train", []))
         # With this index, the targets of a question take a third of the time.
@@ -262,10 +255,7 @@ class Task(train.Task):
         """The splits of the toy world; training, held_out: numbers of scenes."""
         def items(numbers, n):
             return [item for number in numbers for item in cls.scene_items(Scene(number), n)]
-
         return {"train": items(training, 8), "val": items(held_out, cls.most_per_scene)}
-
-    # Examples and loss: what a training step needs.
 
     def __len__(self):
         return len(self.items)
@@ -291,13 +281,13 @@ class Task(train.Task):
 
     @classmethod
     def new_model(cls, config, labels):
-        """The task's model with random weights; labels: the answers it chooses from, or None."""
+        """The task's model with random weights; labels: its answers, None without any."""
         if labels is None:
             return cls.model_class(config)
         return cls.model_class(config, len(labels))
 
     def build_model(self, config, weights):
-        """The task's model: its encoder from pretrained weights ({}: random), its head new."""
+        """The task's model: the encoder from pretrained weights ({}: random), the head new."""
         model = self.new_model(config, self.labels)
         model.load_state_dict(weights, strict=False)  # pretraining's heads have other names
         return model
@@ -321,10 +311,8 @@ class Task(train.Task):
         return self.loss(logits, targets)[None], out
 
     def __getstate__(self):
-        """A loading process may get a copy of its data set, the task, but never of the model."""
+        """A loading process may get a copy of the task, its data set, but not of the model."""
         return vars(self) | {"model": None}
-
-    # Predictions and scores: what an evaluation needs.
 
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
@@ -365,25 +353,23 @@ class Task(train.Task):
     def evaluate(self, model):
         """Hard scores and what the switches chose, on the split that is watched."""
         items = self.held_out.get(self.watched, self.items)[: self.looked_at]
-        scores, switches, _ = self.evaluate_items(model, items)
-        return scores, switches
+        return self.evaluate_items(model, items)[:2]
 
     def headline(self, scores):
-        """The score in the printed line: the task's first, and of which split it is."""
+        """What the printed line says: the task's first score, and which split it is of."""
         return f"{self.watched} {next(iter(scores.values())):.3f}"
 
 
 def lengths_of(items):
-    """(N,) roughly the number of words in each text: batches hold texts of similar length."""
-    return np.array([text.count(" ") for text in column(items, "text")])
+    """(N,) about the number of words in each text: batches hold texts of similar length."""
+    return np.array([item["text"].count(" ") for item in items])
 
 
 class VQA(Task):
     """Questions about pictures, answered from a vocabulary of answers [VQA v2].
 
-    An item also has: question_id; answers, those of ten annotators ([]: unpublished);
-    majority, the most frequent one; answer_type (yes/no, number, other); question_type ("how
-    many", ...).
+    An item also has: question_id; answers, those of ten annotators ([]: unpublished); majority,
+    the most frequent one; answer_type (yes/no, number, other); question_type ("how many", ...).
     """
 
     name = "vqa"
@@ -397,7 +383,6 @@ class VQA(Task):
     @staticmethod
     def from_folder(folder, _):
         """The splits of a folder with any of VQA v2's JSON files, recognised by their content.
-
         train2014 becomes train. A test subset without annotations keeps its name, for a
         submission; other questions without annotations are left out.
         """
@@ -408,8 +393,7 @@ class VQA(Task):
         say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
         unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
         if unusual:
-            say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see "
-                "accuracy_table")
+            say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
         splits = defaultdict(list)
         with reading(folder, "questions of VQA v2"):
             for (subset, number), item in questions.items():
@@ -442,7 +426,7 @@ class VQA(Task):
         return targets
 
     def score_item(self, item, choice):
-        """(prediction, scores): accuracy, overall and by type; the ceiling, with the best label."""
+        """(prediction, scores): accuracy, also by type; ceiling, that of the best label."""
         answer = self.labels[choice]
         prediction = {"question_id": item["question_id"], "answer": answer}
         if not item["answers"]:
@@ -455,15 +439,13 @@ class VQA(Task):
     def describe(item, prediction):
         """The answer and the annotators' majority."""
         answer = prediction["answer"]
-        lines = [f"answer: {answer}"]
-        if "majority" in item:
-            lines.append(f"truth: {item['majority']}")
-        return lines, {}, answer_accuracy(answer, item.get("answers", []))
+        lines = [f"answer: {answer}", f"truth: {item['majority']}"]
+        return lines, {}, answer_accuracy(answer, item["answers"])
 
 
 def read_vqa(folder):
-    """VQA v2's files in a folder: questions {(subset, id): item}, and truths {id: what the
-    annotators said}. An id, in the files a number or a text, is bytes here. Raises BadInput.
+    """The questions {(subset, id): item} and truths {id: what annotators said} of VQA v2's files
+    in a folder. An id, in the files a number or a text, is bytes here. Raises BadInput.
     """
     items = {}  # id -> item
     questions = {}
@@ -497,7 +479,7 @@ def read_vqa(folder):
 
 
 def text_of(record, key):
-    """record[key], which must be a text."""
+    """record[key]. Raises TypeError if it is not a text."""
     if not isinstance(record[key], str):
         raise TypeError(f"{key!r}: expected a text, found {record[key]!r}")
     return record[key]
@@ -523,7 +505,7 @@ class Retrieval(Task):
 
     @staticmethod
     def from_folder(folder, store):
-        """The splits of the captions in a folder, any that pretraining reads. Raises BadInput."""
+        """The splits of a folder's captions, any that pretraining reads. Raises BadInput."""
         captions, split_names = read_folder(folder, store)
         splits = defaultdict(list)
         for (image_id, text), split in zip(captions, split_names):
@@ -537,31 +519,25 @@ class Retrieval(Task):
         def items(numbers):
             return [dict(image_id=str(number), text=text)
                 for number in numbers for text in Scene(number).captions(2)]
-
         return {"train": items(training), "val": items(held_out[100:150]),
             "test": items(held_out[:100])}
 
     def __init__(self, *args):
         super().__init__(*args)
         self.images, self.own = images_of(self.items)
-        if self.items and len(self.images) < 3:
-            raise BadInput(
-                f"{self.store.folder}: captions of fewer than three images, too few")
-        self.nearest = self.nearest_images()
+        if self.items:  # else it is only evaluated
+            self.nearest = self.nearest_images()
 
     def nearest_images(self):
-        """For each image the index of its hard negative, the other image most like it.
-
-        Likeness is the cosine of mean features. Only the details of a caption distinguish one
-        street from another.
+        """For each image the index of its hard negative: the other image whose mean feature is
+        most similar, by cosine. Only the details of a caption tell a street from another one.
         """
-        rows = self.store.rows(self.images)
+        if len(self.images) < 3:
+            raise BadInput(f"{self.store.folder}: captions of fewer than three images")
         means = [self.store[row]["features"].mean(axis=0, dtype=np.float32)
-            for row in progress(rows, "features")]
-        nearest = []
-        if not means:  # without training
-            return nearest
+            for row in progress(self.store.rows(self.images), "features")]
         means = F.normalize(torch.tensor(np.stack(means), device=device()))
+        nearest = []
         for block in means.split(1000):
             similarity = block @ means.T
             # The image itself, and copies of it under other names, are no negatives.
@@ -570,33 +546,27 @@ class Retrieval(Task):
         return nearest
 
     def __getitem__(self, key):
-        """The four candidates of a caption [ViLBERT]; the first is right.
-
-        Its own image; its image with another image's caption; another image with it; and the
-        image most like its own with it.
+        """The four candidates of a caption [ViLBERT]: its own image; its image with another
+        image's caption; another image; the image most like its own. The first is right.
         """
         _, index = key  # (epoch, index)
         rng = np.random.default_rng([self.seed, *key])
         item = self.items[index]
         own = self.own[index]
-        # A caption is drawn among captions: an image that has more of them comes more often.
+        # The wrong text is drawn among captions: an image with more of them comes more often.
         other = index
         while self.own[other] == own:
             other = rng.integers(len(self))
-        # An image is drawn among images: the own one's index plus 1 to number - 1, in a ring.
+        # All other images come equally often: 1 to number - 1 places after the own one, round.
         number = len(self.images)
         image = (own + 1 + rng.integers(number - 1)) % number
         nearest = self.nearest[own]
-        pairs = [
-            item,
-            item | {"text": self.items[other]["text"]},
-            item | {"image_id": self.images[image]},
-            item | {"image_id": self.images[nearest]},
-        ]
+        pairs = [item, item | {"text": self.items[other]["text"]},
+            item | {"image_id": self.images[image]}, item | {"image_id": self.images[nearest]}]
         return [self.example(pair) for pair in pairs]
 
     def build_model(self, config, weights):
-        """Every task's, but pretraining's matching head becomes its head."""
+        """As in every task, but the head is pretraining's matching head, if there is one."""
         if "itm_classifier.weight" in weights:
             return SwitchBertForRetrieval.from_pretraining(config, weights)
         return super().build_model(config, weights)
@@ -616,9 +586,8 @@ class Retrieval(Task):
         own = torch.tensor(own)
         # No store has an image "": for a blind model it stands for every image.
         seen = [""] * len(images) if self.blind else images
-        texts = [item["text"] for item in items]
-        scores = match_scores(
-            model, self.store, self.tokenizer, texts, seen, self.max_tokens, tau)
+        texts = column(items, "text")
+        scores = match_scores(model, self.store, self.tokenizer, texts, seen, self.max_tokens, tau)
         ks = (1, 5, 10)
         recalls = recall_at(scores, own, ks)
         if len(images) == 5000:  # COCO's 1K protocol: the mean over five folds of its images
@@ -636,11 +605,8 @@ class Retrieval(Task):
 
     @staticmethod
     def describe(item, prediction):
-        """Which image was found, if it is not the right one."""
-        own = item["image_id"]
-        found = prediction["found"]
-        lines = [] if found == own else [f"found {found} (left), right is {own} (right)"]
-        return lines, {}, found == own
+        """Nothing but whether the right image was found: draw_examples shows both."""
+        return [], {}, prediction["found"] == item["image_id"]
 
 
 def images_of(items):
@@ -669,9 +635,8 @@ class Refer(Task):
 
     @staticmethod
     def from_folder(folder, _):
-        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both).
-
-        The file of RefCOCOg has another name, and test alone.
+        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both). The
+        file of RefCOCOg has another name, and test alone.
         """
         path = folder / "instances.json"
         boxes = {}
@@ -683,12 +648,14 @@ class Refer(Task):
                 boxes[record["id"]] = [x, y, x + width, y + height]
         paths = list(folder.glob("refs*.p"))
         if len(paths) != 1:
-            raise BadInput(f"{folder}: expected one file refs(unc).p, or (umd) or (google); "
-                f"found {len(paths)}")
+            raise BadInput(f"{folder}: expected one file refs(unc).p, or (umd) or (google); found "
+                f"{len(paths)}")
         path = paths[0]
         splits = defaultdict(list)
         with reading(path, "a pickle of RefCOCO's plain lists, dicts and strings") as at:
-            for at.entry, ref in enumerate(load_plain_pickle(path)):
+            with open(path, "rb") as file:
+                refs = PlainUnpickler(file, encoding="latin1").load()  # Python 2 wrote it
+            for at.entry, ref in enumerate(refs):
                 meant = dict(image_id=picture_name(ref["image_id"]), box=boxes[ref["ann_id"]],
                     ref_id=ref["ref_id"])
                 for sentence in ref["sentences"]:
@@ -706,17 +673,16 @@ class Refer(Task):
                 ref_id=scene.number, sent_id=k, kind=kind)
 
     def build_model(self, config, weights):
-        """Every task's, but its pooler is frozen: no loss reaches it, so several processes
-        would wait for its gradients in vain.
+        """As in every task, but the pooler is frozen: no loss reaches it, and several processes
+        would wait for its gradient.
         """
         model = super().build_model(config, weights)
         model.bert.pooler.requires_grad_(False)
         return model
 
     def overlaps(self, item):
-        """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant.
-
-        An image without features has one region, of zeros: it overlaps nothing.
+        """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant. An
+        image without features has one region, of zeros, which overlaps nothing.
         """
         from torchvision.ops import box_iou  # the other tasks need no torchvision
         row = self.store.row(item["image_id"])
@@ -726,14 +692,14 @@ class Refer(Task):
         return boxes, iou[:, 0].numpy()
 
     def targets(self, item):
-        """(n,) the IoU of every region with the box that is meant; 0 if the model sees none."""
+        """(n,) IoU of every region with the box that is meant; 0 if the model sees none."""
         if self.blind:
             return np.zeros(1)
         _, iou = self.overlaps(item)
         return iou
 
     def score_item(self, item, choice):
-        """(prediction, scores): IoU >= .5 of the chosen region; of any (oracle); toy: by kind."""
+        """(prediction, scores): is IoU >= .5 of the chosen region (also by kind), of any?"""
         boxes, iou = self.overlaps(item)
         right = (iou >= 0.5).tolist()
         scores = {"accuracy": right[choice], "oracle": any(right)}
@@ -746,12 +712,9 @@ class Refer(Task):
     @staticmethod
     def describe(item, prediction):
         """The box that is chosen, in magenta, and the one that is meant, in white."""
-        box = prediction["box"]
-        if "box" not in item:
-            return [f"box: {[round(corner) for corner in box]}"], {"magenta": box}, None
-        boxes = {"white": item["box"], "magenta": box}
-        line = f"magenta: chosen, white: meant; IoU {prediction['iou']:.2f}"
-        return [line], boxes, prediction["iou"]
+        boxes = {"white": item["box"], "magenta": prediction["box"]}
+        iou = prediction["iou"]
+        return [f"magenta: chosen, white: meant; IoU {iou:.2f}"], boxes, iou
 
 
 TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
@@ -759,16 +722,15 @@ TASKS = {task.name: task for task in (VQA, Retrieval, Refer)}
 
 # --- 4. Run and result --------------------------------------------------------------------
 #
-# Everything is evaluated twice. Hard switches take the best mode and depth in each layer; soft
-# ones mix all of them at temperature .2, the floor of training. Where the two scores agree,
-# nothing is lost by choosing.
+# Everything is evaluated twice. Hard switches take the best mode and depth in each layer. Soft
+# ones mix all of them, at temperature .2, the floor of training. Where both score alike, nothing
+# is lost by choosing.
 
 
 def finetune(args, checkpoint):
-    """A task's run from start to end. Returns its results, or None if it was stopped.
-
-    Results are {split: {"hard": scores, "soft": scores}}. Scores are {name: number}, and empty
-    for a split without answers. For args and checkpoint see parse_args.
+    """A task's run from start to end. Returns {split: {"hard": scores, "soft": scores}}, or None
+    if it was stopped. Scores are {name: number}, empty for a split without answers. For args and
+    checkpoint see parse_args.
     """
     task_class = TASKS[args.command]
     say(f"{task_class.name} on {args.data or 'the toy world'}")
@@ -777,7 +739,7 @@ def finetune(args, checkpoint):
     if not checkpoint and args.checkpoint == args.out:
         raise BadInput(f"--checkpoint {args.out}: a new run there would replace it; choose "
             "another --out, or continue it with --resume")
-    # 2. The task and its model. The checkpoint has the words, and of this task also the answers.
+    # 2. The task and its model. Words come from the checkpoint; so do answers, if it has any.
     store, splits = load_task(task_class, args)
     check_fits(source, store)
     tokenizer = WordPiece(source["vocab"])
@@ -805,48 +767,40 @@ def load_task(task_class, args):
 
 
 def evaluate_splits(args, task):
-    """Evaluate every split, print a table, and write the files of the result."""
+    """Evaluate every split: print a table and write result.json (settings and scores),
+    predictions.json (every text, the truth and the prediction) and examples.png (of val). A
+    split without answers becomes a submission, in the form that the evaluation server takes.
+    """
     results = {}
     predictions = {}
+    lines = {}
     for split, items in task.held_out.items():
         hard, _, predictions[split] = task.evaluate_items(task.model, items)
         soft = {}
-        say(f"{split:32s}            hard            soft")
         if hard:
             soft, _, _ = task.evaluate_items(task.model, items, FINAL_TEMPERATURE)
-        else:
-            say(f"  no answers to compare with; the model's go to submission-{split}.json")
+        results[split] = {"hard": hard, "soft": soft}
+        say(f"{split:32s}            hard            soft")
         for name in hard:
             say(f"  {name:30s}{hard[name]:16.3f}{soft[name]:16.3f}")
-        results[split] = {"hard": hard, "soft": soft}
+        if not hard:
+            say(f"  no answers to compare with; the model's are in submission-{split}.json")
+            if RANK == 0:
+                write_json(args.out / f"submission-{split}.json", predictions[split])
+        lines[split] = [{"image_id": item["image_id"], "text": item["text"],
+            "truth": item.get(task.truth)} | prediction
+            for item, prediction in zip(items, predictions[split])]
     if RANK == 0:
-        write_result(args, task, results, predictions)
+        write_json(args.out / "predictions.json", lines)
+        write_json(args.out / "result.json",
+            vars(args) | {"without_features": task.missing, "results": results})
+        if "val" in predictions:
+            try:
+                draw_examples(args, task, predictions["val"])
+            except Exception as error:  # hours of training may lie before it
+                say(f"{args.out}/examples.png could not be drawn: {error!r}")
     say(f"the results are in {args.out}")
     return results
-
-
-def write_result(args, task, results, predictions):
-    """Write result.json (settings and scores), predictions.json (every text, the truth and the
-    prediction) and examples.png (of val).
-
-    A split without answers becomes a submission, in the form that the evaluation server takes.
-    """
-    table = {}
-    for split, items in task.held_out.items():
-        table[split] = []
-        for item, prediction in zip(items, predictions[split]):
-            line = {"image_id": item["image_id"], "text": item["text"]}
-            table[split].append(line | {"truth": item.get(task.truth)} | prediction)
-        if not results[split]["hard"]:
-            write_json(args.out / f"submission-{split}.json", predictions[split])
-    write_json(args.out / "predictions.json", table)
-    write_json(args.out / "result.json",
-        vars(args) | {"without_features": task.missing, "results": results})
-    if "val" in predictions:
-        try:
-            draw_examples(args, task, predictions["val"])
-        except Exception as error:  # hours of training may lie before it
-            say(f"{args.out}/examples.png could not be drawn: {error!r}")
 
 
 # --- 5. Examples --------------------------------------------------------------------------
@@ -856,7 +810,7 @@ def write_result(args, task, results, predictions):
 
 def draw_examples(args, task, predictions):
     """examples.png: the first four right and first four wrong of val, one per image."""
-    panels = {"royalblue": [], "darkorange": []}  # right, wrong: colours that all can tell apart
+    panels = {"royalblue": [], "darkorange": []}  # right, wrong; everybody can tell them apart
     drawn = set()
     for item, prediction in zip(task.held_out["val"], predictions):
         lines, boxes, right = task.describe(item, prediction)
@@ -867,15 +821,17 @@ def draw_examples(args, task, predictions):
             image = picture_of(image_id, args.data)
             found = prediction.get("found", image_id)
             if found != image_id:
+                lines += [f"left, found: {found}", f"right, meant: {image_id}"]
+                image = ImageOps.expand(image, (4, 0, 0, 0), "white")  # a gap between them
                 image = stack([picture_of(found, args.data), image], columns=2)
             panels[frame].append(panel(image, boxes, [item["text"]] + lines, frame))
-    save_png(args.out / "examples.png", stack(sum(panels.values(), []), columns=4))
+    rows = panels["royalblue"] + panels["darkorange"]
+    save_png(args.out / "examples.png", stack(rows, columns=4))
 
 
 def picture_of(image_id, folder):
-    """A picture of the data folder's images/, opened as extraction does; folder None: a scene.
-
-    It is grey if there is none, or if it cannot be opened.
+    """A picture of the data folder's images/, opened as extraction does; grey if there is none,
+    or if it cannot be opened. folder None: the drawing of a scene.
     """
     from extract_features import open_picture
     if folder is None:
@@ -895,11 +851,9 @@ def picture_of(image_id, folder):
 
 
 def open_run(run):
-    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint.
-
-    Each forward pass leaves a layer's weights (B, H, L, L) in
-    model.bert.layers[l].attention.weights. A pretrained model ranks: its score is the log odds
-    of a match, as in zero-shot retrieval.
+    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward
+    pass leaves a layer's weights (B, H, L, L) in model.bert.layers[l].attention.weights. A
+    pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
     """
     saved = load_checkpoint(Path(run), "pretraining", *TASKS)
     task = TASKS.get(saved["task"], Retrieval)
@@ -915,10 +869,8 @@ def open_run(run):
 
 
 def read(ids, features, boxes, size):
-    """A model's inputs, B = 1.
-
-    ids: of a text's pieces; features (n, F) and boxes (n, 4) in pixels of a picture of size
-    (W, H).
+    """A model's inputs, B = 1, from the ids of a text's pieces, and features (n, F) and boxes
+    (n, 4) in pixels of a picture of size (W, H).
     """
     example = dict(input_ids=np.array(ids), region_features=features,
         region_boxes=normalise_boxes(boxes, size))
@@ -932,9 +884,9 @@ Reply = namedtuple("Reply", "logit lines panel inputs image boxes")
 
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a model says of each text and picture, the surest first. "sure" is
-    the accuracy or IoU that the model expects, or the probability of a match; of finetuned
-    retrieval only the order counts.
+    """Print and draw what a model says of each text and picture, the surest first. How sure it
+    is means the accuracy or IoU that it expects, or the probability of a match. The scores of
+    finetuned retrieval say nothing but their order.
     """
     saved, task, tokenizer, model = open_run(args.run)
     texts = [args.text]
@@ -950,17 +902,17 @@ def ask(args):
             inputs = read(ids, features, boxes, image.size)
             logits, _ = model(**inputs)  # (1, A) or (1, R); (1,) if it ranks
             choice = logits.argmax()
+            lines = [f"{picture}: {text}"]
+            marked = {}
             if task is VQA:
-                prediction = {"answer": saved["labels"][choice]}
+                lines.append(f"answer: {saved['labels'][choice]}")
             elif task is Refer:
-                prediction = {"box": boxes[choice].tolist()}
-            else:
-                prediction = {"found": picture}
-            lines, marked, _ = task.describe({"image_id": picture}, prediction)
-            lines = [f"{picture}: {text}"] + lines
+                box = boxes[choice].tolist()
+                lines.append(f"box: {[round(corner) for corner in box]}")
+                marked["magenta"] = box
             if saved["task"] != "retrieval":
                 lines.append(f"sure: {logits.max().sigmoid():.3g}")
-            drawn = panel(image, marked, lines)
+            drawn = panel(image.copy(), marked, lines)
             replies.append(Reply(logits.max(), lines, drawn, inputs, image, boxes))
     replies.sort(key=lambda reply: reply.logit, reverse=True)
     for reply in replies:
@@ -970,8 +922,8 @@ def ask(args):
 
 
 def read_pictures(args, saved):
-    """Yield (picture, image, boxes (n, 4) in pixels, features (n, F)) of all pictures. Regions
-    come from --store, or from the detector that the checkpoint `saved` was trained with.
+    """Yield (name, image, boxes (n, 4) in pixels, features (n, F)) of each picture. Regions come
+    from --store, or from the detector whose regions the checkpoint `saved` has learned.
     """
     # Here, not above: training needs no torchvision.
     from extract_features import build_detector, picture_regions, stored_picture
@@ -998,7 +950,14 @@ def read_pictures(args, saved):
 #
 # You need none of this to understand the sections above.
 
-# --- Flags ---
+# --- The command line ---
+
+def main(argv):
+    """Finetune, or answer; argv: the command line without the script's name."""
+    args, checkpoint = parse_args(argv)
+    if args.command == "ask":
+        return ask(args)
+    return launch(args, lambda: finetune(args, checkpoint))
 
 
 def parse_args(argv):
@@ -1034,12 +993,9 @@ def parse_args(argv):
 
 # --- Pickle safety ---
 
-
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers.
-
-    A pickle can call any class or function that it names while it is read; this one admits
-    none.
+    """Reads lists, dicts, strings and numbers. While a pickle is read, it can call any class or
+    function that it names; here it can call none.
     """
 
     def find_class(self, module, name):
@@ -1047,31 +1003,24 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def load_plain_pickle(path):
-    """The content of a pickle of plain values, which Python 2 wrote."""
-    with open(path, "rb") as file:
-        return PlainUnpickler(file, encoding="latin1").load()
-
-
 # --- Drawing ---
 
-
 def panel(image, boxes, lines, frame="white"):
-    """A picture in a frame, with boxes {colour: (x1, y1, x2, y2)} in its pixels; text below."""
-    image = image.copy()
+    """A framed picture with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
     edge = 1 + max(image.size) // 100
     for colour, box in boxes.items():
-        outside = np.add(box, (-edge, -edge, edge, edge)).tolist()
-        ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
-    image = ImageOps.expand(ImageOps.pad(image, (190, 190)), 5, frame)
+        ImageDraw.Draw(image).rectangle(box, outline=colour, width=edge)
+    image = ImageOps.pad(image, (190, 190), color="white")
+    image = ImageOps.expand(image, 5, frame)
     text = "\n".join(textwrap.fill(line, 30) for line in lines)
-    image = ImageOps.expand(image, (3, 5, 3, 32 + 17 * text.count("\n")), "white")
+    below = 32 + 17 * text.count("\n")
+    image = ImageOps.expand(image, (3, 5, 3, below), "white")
     ImageDraw.Draw(image).text((8, 209), text, "black", font_size=12)
     return image
 
 
 def replies_picture(replies, model, tokenizer, layer):
-    """A panel for each reply; of the first, one for each word, and what the switches chose."""
+    """A panel for each reply; for the first also one per word, and what switches chose."""
     first = replies[0]
     # The layers keep the weights of the last forward pass: now that of the first reply.
     _, out = model(**first.inputs)
@@ -1085,13 +1034,12 @@ def replies_picture(replies, model, tokenizer, layer):
 
 
 def word_panels(model, pieces, image, boxes, most):
-    """The picture once for each word piece that a model has just read.
-
-    The more the piece attends to a region, the brighter it is: in the mean over heads, in the
-    last of the first `most` layers in which text attends to vision. The largest weight there
-    is full brightness.
+    """The picture once for each word piece that a model has just read. The more the piece attends
+    to a region, the brighter the region: in the mean over heads, in the last of the first `most`
+    layers in which text attends to vision. The largest weight there is full brightness.
     """
-    for number, layer in reversed(list(enumerate(model.bert.layers[:most], 1))):
+    layers = list(enumerate(model.bert.layers[:most], 1))
+    for number, layer in reversed(layers):
         shares = layer.attention.weights[0].mean(dim=0)  # (L, L)
         shares = shares[: len(pieces), len(pieces) :]  # (T, 1 + R)
         if shares.any():
@@ -1108,17 +1056,6 @@ def word_panels(model, pieces, image, boxes, most):
         panels.append(panel(lit, {}, [f"{piece} (layer {number})",
             f"regions {sum(regions):.0%}, whole {weights[0]:.0%}"]))
     return panels
-
-
-# --- The command line ---
-
-
-def main(argv):
-    """Finetune, or answer; argv: the command line without the script's name."""
-    args, checkpoint = parse_args(argv)
-    if args.command == "ask":
-        return ask(args)
-    return launch(args, lambda: finetune(args, checkpoint))
 
 
 if __name__ == "__main__":
