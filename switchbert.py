@@ -302,11 +302,11 @@ class Gate(nn.Module):
 # it 2/3 everywhere, which cancels: joint attention. (To mix three softmaxes by g instead was
 # measured, and is no better.)
 #
-# Because open e^score = e^(score + log open), a factor on a weight is a bias on its score. So this is
-# plain attention with a bias, for which torch has one fused operation. The bias has eight
-# values per sample: one for each modality of a query and each group of a key, which is [CLS],
-# the other words, the global region, or the other regions. The Layout spreads them over the
-# L x L pairs of tokens.
+# Because open e^score = e^(score + log open), a factor on a weight is a bias on its score. So
+# this is plain attention with a bias, for which torch has one fused operation. The bias has
+# eight values per sample: one for each modality of a query and each group of a key, which is
+# [CLS], the other words, the global region, or the other regions. The Layout spreads them over
+# the L x L pairs of tokens.
 
 # The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so
 # the key has weight 0, however high its score. It is not -inf, which turns into NaN where it
