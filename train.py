@@ -18,8 +18,7 @@ Where this stands
           |
           +--> finetune.py, whose tasks are trained by the same `fit`
 
-Letters: B batch, T word pieces, R regions, C region classes, M modes, l a layer's number
-from 0.
+Letters: T word pieces, M modes of attention, l a layer's number from 0.
 
 Map of the file (* = read these first)
 
@@ -91,13 +90,11 @@ from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES,
 
 # --- 1. Settings --------------------------------------------------------------------------
 #
-# These settings define a run, and a resumed run keeps them. All other flags say how it is
-# computed. FULL holds the paper's settings [supp. 2] and, where the paper is silent, VOLTA's
-# (A7). The toy run is DEVIATION D2.
-#
-# anneal is the share of the run after which the temperature reaches its floor, 0.2. None
-# stands for the paper's rate, 1e-6 per pair (A5), which takes 3.2 million pairs. scratch and
-# boxes are settings of finetune.py.
+# Settings define a run, and a resumed run keeps them; all other flags say how it is computed.
+# FULL holds the paper's [supp. 2] and, where the paper is silent, VOLTA's (A7). The toy run is
+# DEVIATION D2. anneal is the share of the run after which the temperature reaches its floor,
+# 0.2. None stands for the paper's rate, 1e-6 per pair (A5): 3.2 million pairs. scratch and
+# boxes are of finetune.py.
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
     switches="learned", set=[], seed=0, limit=None, blind=False, scratch=False,
@@ -119,8 +116,7 @@ def parse_args(argv):
     start = p.add_mutually_exclusive_group()
     flag(start, "--bert", Path, None,
         "Hugging Face BERT folder to start from; None: DATA/bert, if any")
-    flag(start, "--init", Path, None,
-        "pretrained run whose words and weights to start from")
+    flag(start, "--init", Path, None, "pretrained run whose words and weights to start from")
     args, checkpoint = fill_settings(p, argv, TOY, FULL, "pretraining")
     if args.data and not args.bert and not args.init:
         args.bert = next(args.data.glob("bert"), None)
@@ -162,8 +158,8 @@ def pretrain(args, checkpoint=None):
         say(f"zero-shot among {scores['images']}: {', '.join(recalls)}")
     if RANK == 0:
         # As in finetune.py: the settings and, for each split, the scores with hard switches.
-        results = {"val": {"hard": scores}}
-        write_json(args.out / "result.json", vars(args) | {"results": results})
+        result = vars(args) | {"results": {"val": {"hard": scores}}}
+        write_json(args.out / "result.json", result)
     files = sorted(path.name for path in args.out.glob("[!.]*"))
     say(f"{args.out}: {', '.join(files)}")
     say(f"done in {time.time() - started:.0f} s")
@@ -174,17 +170,16 @@ class Task:
     """What `fit` trains: pretraining, and the three tasks of finetune.py.
 
     A subclass defines:
-        name, unit            what the task and its examples are called, in print and on disk
-        examples              a data set with `lengths` (N,), to sort by, and `captions`
-        collate(examples)     a batch of some examples
-        model                 a module with a config
-        counts(batch)         (losses,): the number of terms that each loss is the mean of
-        sums(model, batch, tau)
-                              (losses,): the sums of these terms; and the encoder's output
-        evaluate(model)       {name: score}; and what the switches chose
-        headline(scores)      what the printed line says of these scores
-        store, tokenizer      where regions and words come from; checkpoints record both
-        missing               {reason: how many} examples were left out
+        name, unit               what the task and its examples are called, also on disk
+        examples                 a data set with `lengths` (N,), to sort by, and `captions`
+        collate(examples)        a batch of some examples
+        model                    a module with a config
+        counts(batch)            (losses,): the number of terms that each loss is the mean of
+        sums(model, batch, tau)  (losses,): the sums of these terms; and the encoder's output
+        evaluate(model)          {name: score}; and what the switches chose
+        headline(scores)         what the printed line says of these scores
+        store, tokenizer         where regions and words come from; checkpoints record both
+        missing                  {reason: how many} examples were left out
     """
 
     loss_names = ("loss",)
@@ -193,9 +188,10 @@ class Task:
     clip = 1.0  # the largest norm that a gradient may have
     weight_decay = 1e-4
     initial_temperature = 1.0
-    # How fast gates learn, as a multiple of the learning rate. In pretraining they are slow
-    # (A10). In finetuning they decide quickly: as long as each of a four-layer model's gates
-    # samples the wrong option once in ten times, a third of the samples are noise.
+    # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
+    # here as fast as the rest. A model of four layers makes 14 choices for a sample, 8 of
+    # modes and 6 of depths. If each is wrong once in ten times, three quarters of all samples
+    # have a wrong one; so gates should decide soon.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -218,11 +214,13 @@ class Pretraining(Task):
     collate = staticmethod(collate)
 
     def __init__(self, args, data, earlier=None):
-        self.store, captions, held_out, self.tokenizer = data
-        store = self.store
-        common = dict(tokenizer=self.tokenizer, blind=args.blind)
+        store = data.store
+        held_out = data.held_out_captions
+        self.store = store
+        self.tokenizer = data.tokenizer
+        common = dict(tokenizer=data.tokenizer, blind=args.blind)
         self.examples = PretrainingDataset(
-            store, captions[: args.limit], seed=args.seed, **common)
+            store, data.captions[: args.limit], seed=args.seed, **common)
         # Words and regions are evaluated on masked pairs, matching on whole ones.
         common.update(seed=args.seed + 1, name="held-out captions")
         self.masked = PretrainingDataset(store, held_out, **common)
@@ -285,30 +283,30 @@ def model_config(size, store, tokenizer, switches, changes=()):
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05)
     for change in changes:
         field, _, value = change.partition("=")
-        number = type(getattr(SwitchBertConfig, field))  # int or float
-        fields[field] = number(value)
+        convert = type(getattr(SwitchBertConfig, field))  # int or float
+        fields[field] = convert(value)
     return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **fields,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
 # --- 3. The loop --------------------------------------------------------------------------
 #
-# `fit` does all training in this project, and forward_backward is the heart of its steps.
+# `fit` does all training in this project; forward_backward is the heart of a step.
 
-LOOK_EVERY = 10  # steps
+LOOK_EVERY = 10  # steps: has the run diverged, was it asked to stop?
 
 
 def fit(args, task, checkpoint=None):
-    """Train a task; args and checkpoint: see fill_settings. BadInput if training diverges.
-
-    Returns the scores of the last evaluation, or None if it was stopped."""
-    # 1. The model and AdamW. If the run is resumed, `first` steps were taken before.
+    """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
+    args, checkpoint: see fill_settings. Raises BadInput if training diverges.
+    """
+    # 1. The model, AdamW, the number of steps done so far, and the sums of recent losses.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, sums = begin(task, optimizer, checkpoint)
     watch = Watch(first)
 
-    # 2. The length of the run, and this process's part of each batch.
+    # 2. The length of the run, and this process's parts of each batch.
     steps = count_steps(args, task)
     begin_record(args, task, first, steps)
     rate = anneal_rate(args, task, steps)
@@ -336,7 +334,7 @@ def fit(args, task, checkpoint=None):
             # 5. Clip it, and update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             optimizer.step()
-            sums += losses + 0 * norm  # an infinite gradient makes them NaN
+            sums += losses + 0 * norm  # NaN, if the gradient is not finite
 
             # 6. To see a number, the host must wait for the GPU: it looks only now and then.
             done = step + 1
@@ -350,7 +348,7 @@ def fit(args, task, checkpoint=None):
             if records:
                 record(args, **line, mixture=mixture.shares())
             if evaluates:
-                scores = report(args, task, steps, watch, line)
+                scores = evaluate_and_report(args, task, steps, watch, line)
                 sums.zero_()
             if evaluates or stops:
                 save_checkpoint(args, task, optimizer, done, total(sums))
@@ -361,28 +359,30 @@ def fit(args, task, checkpoint=None):
 
 
 def forward_backward(args, task, model, batches, step, tau):
-    """Accumulate the gradients of a step. batches: the parts of it that this process has.
+    """Accumulate the gradients of a step. batches: the parts of its batch in this process.
 
-    Returns what they contribute to the mean losses (losses,), which is to be added up over
-    processes; and the mixtures of the switches, a SwitchShares.
+    Returns this process's share of the mean losses (losses,): all shares add up to the means.
+    And what the switches chose, a SwitchShares of mixtures.
 
     A mean is over all that is predicted in the *whole* batch. Its parts hold different
-    numbers of masked places. A mean of their means would count some places more than others,
-    and would depend on the number of parts; so each part's sum is divided by the common count.
+    numbers of masked places, so a mean of their means would count some places more than
+    others, and would depend on the number of parts. Instead each part's sum is divided by the
+    count of the whole batch.
     """
-    counts = total(sum(task.counts(batch) for batch in batches)).clamp(min=1)  # (losses,)
+    counts = sum(task.counts(batch) for batch in batches)
+    counts = total(counts).clamp(min=1)  # (losses,), of all processes
     sums = torch.zeros(len(counts), device=device())
     mixture = SwitchShares(task.model.config)
     for number, batch in enumerate(batches, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
-        seed = np.random.default_rng([args.seed, step, number]).integers(2**63)
-        torch.manual_seed(int(seed))
+        rng = np.random.default_rng([args.seed, step, number])
+        torch.manual_seed(int(rng.integers(2**63)))
         # DistributedDataParallel exchanges gradients with the last part only, which saves
         # time. It averages them over processes, but we need their sum: hence WORLD_SIZE.
         model.require_backward_grad_sync = batch is batches[-1]
         part_sums, output = task.sums(model, to_device(batch), tau)
-        loss = (part_sums / counts).sum()
-        (WORLD_SIZE * loss).backward()
+        loss = WORLD_SIZE * (part_sums / counts).sum()
+        loss.backward()
         sums += part_sums.detach()
         mixture.add(output)
     return sums / counts, mixture
@@ -417,9 +417,10 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
         decay = weight_decay if parameter.ndim > 1 else 0.0
         scale = gate_rate if "gate." in name else 1.0
         groups[decay, scale].append(parameter)
-    groups = [dict(params=parameters, weight_decay=decay, scale=scale)
-        for (decay, scale), parameters in groups.items()]
-    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
+    settings = []
+    for (decay, scale), parameters in groups.items():
+        settings.append(dict(params=parameters, weight_decay=decay, scale=scale))
+    return torch.optim.AdamW(settings, eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def anneal_rate(args, task, steps):
@@ -470,8 +471,10 @@ def epoch_batches(seed, epoch, size, examples):
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # the rest is skipped in this epoch
-    for window in np.split(order, range(100 * size, len(order), 100 * size)):  # views
-        window[:] = window[np.argsort(examples.lengths[window], kind="stable")]
+    starts = range(100 * size, len(order), 100 * size)
+    for window in np.split(order, starts):  # views
+        by_length = np.argsort(examples.lengths[window], kind="stable")
+        window[:] = window[by_length]
     return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
 
 
@@ -482,14 +485,18 @@ def load_parts(args, task, first, steps):
     WORLD_SIZE x accum equal parts. --workers load in advance. All they need of a part are its
     keys (epoch, index), so a kill loses nothing.
     """
+    per_epoch = len(task.examples) // args.batch
+
     def keys():
         for step in range(first, steps):
-            epoch, number = divmod(step, len(task.examples) // args.batch)
-            batch = epoch_batches(args.seed, epoch, args.batch, task.examples)[number]
-            for part in batch.reshape(WORLD_SIZE, args.accum, -1)[RANK]:
+            epoch, number = divmod(step, per_epoch)
+            batches = epoch_batches(args.seed, epoch, args.batch, task.examples)
+            parts = batches[number].reshape(WORLD_SIZE, args.accum, -1)
+            for part in parts[RANK]:
                 yield [(epoch, int(index)) for index in part]
 
-    return iter(load_ahead(task.examples, keys(), task.collate, args.workers))
+    loader = load_ahead(task.examples, keys(), task.collate, args.workers)
+    return iter(loader)
 
 
 # --- 5. Evaluation ------------------------------------------------------------------------
@@ -502,7 +509,8 @@ def load_parts(args, task, first, steps):
 def share_of(lengths, batch_size=200):
     """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
-    return np.split(order, range(batch_size, len(order), batch_size))[RANK::WORLD_SIZE]
+    starts = range(batch_size, len(order), batch_size)
+    return np.split(order, starts)[RANK::WORLD_SIZE]
 
 
 class SwitchShares:
@@ -527,8 +535,8 @@ class SwitchShares:
         shares = []
         for own in self.sums:
             sums = total(own)
-            # The options of a switch add up to the number of samples.
-            shares.append((sums / sums.sum(dim=-1, keepdim=True)).tolist())
+            samples = sums.sum(dim=-1, keepdim=True)  # to which a switch's options add up
+            shares.append((sums / samples).tolist())
         return {"modes": shares[0], "depths": shares[1:]}
 
 
@@ -558,15 +566,15 @@ def zero_shot(args, task):
     first = dict(reversed(task.whole.captions))  # so that it keeps the first of each image
     ids = sorted(first)[:100]
     texts = [first[image_id] for image_id in ids]
-    ranker = SwitchBertForRetrieval.from_pretraining(
-        task.model.config, task.model.state_dict())
+    model = task.model
+    ranker = SwitchBertForRetrieval.from_pretraining(model.config, model.state_dict())
     scores = match_scores(place(ranker, args), task.store, task.tokenizer, texts, ids)
     return {"images": len(ids)} | recall_at(scores, torch.arange(len(ids)))
 
 
 @torch.no_grad()
 def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, temperature=None):
-    """(texts, images): how well text i and image j match, by a SwitchBertForRetrieval.
+    """(texts, images): how well text i and image j match. model: a SwitchBertForRetrieval.
 
     Every pair goes through the model. A block of 100 images is padded and sent to the device
     once. A batch is all of them with some texts of similar length, up to 200 pairs. The
@@ -578,8 +586,8 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
     lengths = [len(ids) for ids in words]
     scores = torch.zeros(len(texts), len(image_ids), device=device())
     for start in progress(range(0, len(image_ids), 100), "scoring"):
-        images = [dict(region_inputs(store, store.row(image_id)), input_ids=words[0])
-            for image_id in image_ids[start : start + 100]]
+        store_rows = [store.row(image_id) for image_id in image_ids[start : start + 100]]
+        images = [dict(region_inputs(store, row), input_ids=words[0]) for row in store_rows]
         n = len(images)
         block = to_device(model_inputs(images))
         for chosen in share_of(lengths, 200 // n):
@@ -641,7 +649,10 @@ def load_data(folder, bert=None, words=None):
         store = FeatureStore(folder / "features")
         training, held_out = split_captions(folder, store)
         texts = (text for _, text in training)
-    tokenizer = WordPiece(words) if words else find_words(folder, bert, texts)
+    if words:
+        tokenizer = WordPiece(words)
+    else:
+        tokenizer = find_words(folder, bert, texts)
     return Data(store, training, held_out, tokenizer)
 
 
@@ -783,44 +794,43 @@ def toy_texts(numbers):
 
 # --- 7. Machine room ----------------------------------------------------------------------
 #
-# You need none of it to understand the sections above; look a name up when you want to know
-# how it works.
+# You need none of it to understand the sections above.
 
 # --- Flags ---
 
 def add_run_flags(p, data, content, out):
-    """Add the flags that all trainings share. A setting's flag is None where it is not given.
+    """Add the flags that all trainings share. A setting is None where it is not given.
 
     data, out: the usual folders of data and results. content: what the data folder holds.
     """
+    def setting(name, convert, text):
+        flag(p, name, convert, None, text)
+
+    add = p.add_argument
     gpu = torch.cuda.is_available()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     flag(p, "--data", Path, data if data.is_dir() else None,
         f"folder with {content}; None: the toy world (default: %(default)s)")
     flag(p, "--out", Path, out, "folder of the results (default: %(default)s)")
-    flag(p, "--epochs", NATURAL, None, "passes over the training examples")
-    flag(p, "--batch", COUNT, None, "examples per step, over all processes")
-    flag(p, "--lr", RATE, None, "peak learning rate")
-    flag(p, "--eval-every", COUNT, None, "steps between evaluations and checkpoints")
-    flag(p, "--anneal", SHARE, None,
-        "share of the run with tau above 0.2; None: 1e-6 per example")
-    flag(p, "--limit", COUNT, None, "train on this many examples at most")
-    flag(p, "--seed", NATURAL, None, "seed of everything random")
-    flag(p, "--gpus", COUNT, 1,
-        "processes, one per GPU; without GPUs on the CPU (default: 1)")
+    setting("--epochs", NATURAL, "passes over the training examples")
+    setting("--batch", COUNT, "examples per step, over all processes")
+    setting("--lr", RATE, "peak learning rate")
+    setting("--eval-every", COUNT, "steps between evaluations and checkpoints")
+    setting("--anneal", SHARE, "share of the run with tau above 0.2; None: 1e-6 per example")
+    setting("--limit", COUNT, "train on this many examples at most")
+    setting("--seed", NATURAL, "seed of everything random")
+    flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU (default: 1)")
     flag(p, "--accum", COUNT, 1,
         "parts per process and step: less memory, other noise (default: 1)")
     flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
         "loading processes per process (default: %(default)s; on a CPU, which is busy, none)")
-    flag(p, "--threads", COUNT, None,
-        "CPU threads per process; None: all cores. Busy machine: 1")
-    p.add_argument("--resume", action="store_true",
-        help="continue from the checkpoint in --out")
-    p.add_argument("--blind", action="store_true", default=None,
+    setting("--threads", COUNT, "CPU threads per process; None: all cores. Busy machine: 1")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--blind", action="store_true", default=None,
         help="no pictures: what do words alone give?")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu,
+    add("--compile", action=argparse.BooleanOptionalAction, default=gpu,
         help="torch.compile the layers, if they are more than the small model's four")
-    p.add_argument("--precision", default="bf16" if native else "fp32",
+    add("--precision", default="bf16" if native else "fp32",
         choices=["bf16", "fp32"], help="of matrix products, fp32 with TF32 where a GPU has "
         "it; softmax, losses: fp32 (default: %(default)s)")
 
@@ -864,17 +874,19 @@ def launch(args, work):
         return start_processes(args.gpus)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if torch.cuda.is_available() and args.precision == "fp32":
+    gpu = torch.cuda.is_available()
+    if gpu and args.precision == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD_SIZE > 1:
         card = None
-        if torch.cuda.is_available():
+        if gpu:
             card = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(card)
+        backend = "nccl" if card else "gloo"
         # In a ranking, hours may pass before the processes hear of each other again.
-        dist.init_process_group("nccl" if card else "gloo", timeout=timedelta(days=1),
-            device_id=card)
-    with only_run_in(args.out) if RANK == 0 else contextlib.nullcontext():
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)
+    lock = only_run_in(args.out) if RANK == 0 else contextlib.nullcontext()
+    with lock:
         result = work()
     status = 130 if result is None else 0
     if WORLD_SIZE > 1:
@@ -903,8 +915,9 @@ def place(model, args):
     That includes evaluation and ranking. A backward pass, which runs outside of autocast,
     takes each product's own precision.
     """
-    lower = torch.autocast(device().type, torch.bfloat16, enabled=args.precision == "bf16")
-    model.forward = lower(model.forward)
+    bf16 = args.precision == "bf16"
+    autocast = torch.autocast(device().type, torch.bfloat16, enabled=bf16)
+    model.forward = autocast(model.forward)
     return model.to(device())
 
 
@@ -952,11 +965,11 @@ def compile_layers(model):
 
 @contextlib.contextmanager
 def stop_signals():
-    """In this block, a request to stop interrupts no step: what is saved then is the state of
-    an undisturbed run. Such are SIGTERM, Ctrl-C, and the end of this process's torchrun.
+    """In this block, no request to stop interrupts a step: SIGTERM, Ctrl-C, torchrun's end.
 
-    Yields stop_asked(step): should the run stop after this step? If any process was asked, all
-    say so after the same step, for which they talk to each other every LOOK_EVERY steps.
+    Thus the state that is saved is that of an undisturbed run. Yields stop_asked(step): should
+    the run stop after this step? Several processes tell each other every LOOK_EVERY steps, and
+    all stop after the same one.
     """
     requests = []
     parent = os.getppid()
@@ -978,10 +991,10 @@ def stop_signals():
 
 # --- The record of a run ---
 #
-# metrics.jsonl has two kinds of lines. At most thirty hold the mixture of the
-# switches in training at that step: the frames of switches.gif. One per evaluation holds
-# held-out scores and what the switches chose: switches.png draws the last one. Both hold the
-# mean losses since the last evaluation: curves.png draws these, scores, lr and temperature.
+# metrics.jsonl has lines of two kinds. At most thirty hold the mixture of the switches in
+# training at that step: the frames of switches.gif. One per evaluation holds held-out scores
+# and what the switches chose: switches.png draws the last one. Both hold the mean losses
+# since the last evaluation: curves.png draws these, scores, lr and temperature.
 #
 #     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 3.97, ...},
 #         "mixture": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
@@ -990,7 +1003,7 @@ def stop_signals():
 #         "switches": {"modes": ..., "depths": ...}, "per_second": 872, "seconds": 71}
 
 class Watch:
-    """When a run began and last evaluated, and the last step whose losses it looked at."""
+    """When a run began, when it last evaluated, and after which step it last looked at losses."""
 
     def __init__(self, first):
         self.began = time.time()
@@ -998,7 +1011,7 @@ class Watch:
         self.restart(first)
 
     def restart(self, step):
-        """Measure the speed from here on: evaluations, of which one has ended, do not count."""
+        """Measure the speed from the end of an evaluation, which does not count."""
         self.step = step
         self.since = time.time()
 
@@ -1008,7 +1021,8 @@ def mean_losses(args, task, sums, watch, step):
 
     Raises BadInput if training has diverged.
     """
-    means = total(sums) / ((step - 1) % args.eval_every + 1)
+    steps = (step - 1) % args.eval_every + 1
+    means = total(sums) / steps
     means = dict(zip(task.loss_names, means.tolist()))
     check_sound(f"steps {watch.looked + 1} to {step}", means)
     watch.looked = step
@@ -1042,14 +1056,15 @@ def begin_record(args, task, first, steps):
         move_aside(out)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
-    write_json(out / "config.json", {"settings": vars(args),
-        "model": asdict(task.model.config), "data": task.store.folder,
-        "examples": len(task.examples), "left_out": task.missing,
-        "torch": torch.__version__})
+    model = task.model
+    number = len(task.examples)
+    write_json(out / "config.json", dict(settings=vars(args), model=asdict(model.config),
+        data=task.store.folder, examples=number, left_out=task.missing,
+        torch=torch.__version__))
     blind = " without pictures" if args.blind else ""
     resuming = f"; resuming after step {first}" if first else ""
-    parameters = sum(p.numel() for p in task.model.parameters())
-    say(f"{task.name}{blind}: {len(task.examples)} {task.unit}, {parameters:,} parameters, "
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{task.name}{blind}: {number} {task.unit}, {parameters:,} parameters, "
         f"{steps} steps of {args.batch}, {args.precision}, on {device().type}; "
         f"processes: {WORLD_SIZE}, threads: {torch.get_num_threads()}{resuming}")
 
@@ -1073,17 +1088,19 @@ def move_aside(out):
 def record(args, **line):
     """Add an object to metrics.jsonl."""
     if RANK == 0:
+        text = json.dumps(line)
         with open(args.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            print(text, file=file)
 
 
-def report(args, task, steps, watch, line):
-    """Evaluate; print, record and draw the scores. Returns them. line: what to add to them.
+def evaluate_and_report(args, task, steps, watch, line):
+    """Evaluate; print, record and draw the scores, and return them. line: what to record, too.
 
     Raises BadInput if training has diverged.
     """
     step = line["step"]
-    speed = (step - watch.step) * args.batch / (time.time() - watch.since)
+    seconds = time.time() - watch.since
+    speed = (step - watch.step) * args.batch / seconds
     scores, switches = task.evaluate(task.model)
     check_sound(f"step {step}", scores)
     seconds = time.time() - watch.began
@@ -1095,8 +1112,7 @@ def report(args, task, steps, watch, line):
         f"{' '.join(losses)} | {task.headline(scores)} | {speed:.0f} {task.unit}/s, "
         f"{seconds:.0f} s")
     if RANK == 0:
-        save_png(args.out / "switches.png", draw_switches(args.out))
-        save_png(args.out / "curves.png", draw_curves([args.out]))
+        draw_runs([args.out], args.out / "switches.png")
     watch.restart(step)
     return scores
 
@@ -1126,13 +1142,15 @@ def save_checkpoint(args, task, optimizer, step, losses):
     """
     if RANK > 0:
         return
-    content = {"format": CHECKPOINT_FORMAT, "task": task.name, "step": step,
-        "settings": {name: vars(args)[name] for name in TOY if name in args},
-        "config": asdict(task.model.config), "vocab": task.tokenizer.pieces,
-        "labels": task.labels, "store": task.store.meta, "model": task.model.state_dict(),
-        "examples": task.examples.captions.checksum, "interval": losses,
-        "optimizer": optimizer.state_dict()}
-    write_whole(args.out / "checkpoint.pt", lambda file: torch.save(content, file), mode="wb")
+    model = task.model
+    captions = task.examples.captions
+    settings = {name: vars(args)[name] for name in TOY if name in args}
+    content = dict(format=CHECKPOINT_FORMAT, task=task.name, step=step, settings=settings,
+        config=asdict(model.config), vocab=task.tokenizer.pieces, labels=task.labels,
+        store=task.store.meta, model=model.state_dict(), examples=captions.checksum,
+        interval=losses, optimizer=optimizer.state_dict())
+    path = args.out / "checkpoint.pt"
+    write_whole(path, lambda file: torch.save(content, file), mode="wb")
 
 
 def load_checkpoint(path, *tasks):
@@ -1157,10 +1175,10 @@ def load_checkpoint(path, *tasks):
 
 
 def begin(task, optimizer, checkpoint):
-    """(steps that a run has done, sums of its losses since the last evaluation): 0, if new.
+    """Take up the state of a checkpoint; None: a new run.
 
-    Loads its state from the checkpoint, which is None for a new run. The sums are of this
-    process, on the device. Raises BadInput if the run had other examples.
+    Returns the number of its steps, and the sums of its losses since the last evaluation, of
+    this process and on the device. Raises BadInput if the run had other examples.
     """
     sums = torch.zeros(len(task.loss_names), device=device())
     if checkpoint is None:
@@ -1182,11 +1200,11 @@ def check_fits(checkpoint, store, *more):
 
     Another detector's features have another meaning, even if they are of the same size.
     """
+    theirs = checkpoint["store"]
     for name in ("feature_size", "detector") + more:
-        if store.meta[name] != checkpoint["store"][name]:
+        if store.meta[name] != theirs[name]:
             raise BadInput(f"{store.folder}: its {name} is {store.meta[name]!r}, but the "
-                f"checkpoint was trained with {checkpoint['store'][name]!r}; use that store, "
-                "or start over")
+                f"checkpoint was trained with {theirs[name]!r}; use that store, or start over")
 
 
 def take_weights(model, checkpoint, source, store):
@@ -1220,11 +1238,9 @@ def say_taken(source, new, unused):
 
 # --- Pictures ---
 
-# Of modes and of runs. The colour-blind can tell these seven apart [Okabe and Ito]; then they
-# come again.
+# Of modes and of runs: seven that the colour-blind can tell apart [Okabe and Ito].
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000") * 9
-# Pixels:
-WIDTH = 828  # of a picture: what GitHub shows
+WIDTH = 828  # pixels of a picture: what GitHub shows
 ROW = 24  # the height of a layer's row
 BAR = 340  # the width of a bar, and of all depths
 
@@ -1241,10 +1257,7 @@ def canvas(width, height, title, names=()):
 
 
 def stack(images, columns=1):
-    """Some PIL images as one, `columns` per row.
-
-    All columns are as wide as the widest image, each row as high as its highest.
-    """
+    """PIL images as one, `columns` per row. Each row is as high as its highest image."""
     rows = [images[k : k + columns] for k in range(0, len(images), columns)]
     heights = [max(image.height for image in row) for row in rows]
     width = max(image.width for image in images)
@@ -1262,7 +1275,9 @@ def switches_picture(switches, title):
 
     switches: as SwitchShares.shares returns them.
     """
-    layers = len(switches["modes"])
+    modes = switches["modes"]
+    depths = switches["depths"]
+    layers = len(modes)
     top = 40 + 20 * len(MODES)
     image, draw = canvas(WIDTH, top + 20 + 2 * ROW * layers,
         f"{title}: how text and vision attend, and (black) which depth they read", MODES)
@@ -1271,15 +1286,21 @@ def switches_picture(switches, title):
         y = top + ROW * row + 10 * modality
         draw.text((10, y + 2), f"{MODALITIES[modality]}, layer {layer + 1}", "black")
         x = 120
-        for share, colour in zip(switches["modes"][layer][modality], COLOURS):
+        for share, colour in zip(modes[layer][modality], COLOURS):
             draw.rectangle([x, y, x + BAR * share, y + 20], colour)
             x += BAR * share
         x += 14
-        for share in switches["depths"][layer][modality]:
+        for share in depths[layer][modality]:
             grey = round(255 - 255 * share)
             draw.rectangle([x, y, x + cell - 4, y + 20], (grey, grey, grey), "grey")
             x += cell
     return image
+
+
+def draw_runs(folders, path):
+    """Draw what the switches of runs chose, into `path`, and how they went, into curves.png."""
+    save_png(path, stack([draw_switches(folder) for folder in folders]))
+    save_png(path.with_name("curves.png"), draw_curves(folders))
 
 
 def draw_switches(folder):
@@ -1301,8 +1322,9 @@ def draw_switches(folder):
         milliseconds = [150] * (len(frames) - 1) + [3000]
         write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", loop=0,
             save_all=True, append_images=frames[1:], duration=milliseconds), mode="wb")
+    shown = [line for line in chosen if line["step"] == 0 or line is chosen[-1]]
     return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
-        for line in chosen if line["step"] == 0 or line is chosen[-1]])
+        for line in shown])
 
 
 def draw_curves(folders):
@@ -1313,9 +1335,10 @@ def draw_curves(folders):
             rates = {name: line[name] for name in ("lr", "temperature") if name in line}
             training = line.get("losses", {}) | rates
             held_out = line.get("scores", {})
+            step = line["step"]
             for width, values in ((2, training), (5, held_out)):
                 for name, value in values.items():
-                    curves[name][colour, width].append((line["step"], value))
+                    curves[name][colour, width].append((step, value))
     image, _ = canvas(WIDTH, 40 + 20 * len(folders), "thin: training, thick: held out", folders)
     names = list(curves)[:12]
     for row in np.array_split(names, math.ceil(len(names) / 3)):
@@ -1327,9 +1350,9 @@ def draw_curves(folders):
 def curve_panel(name, lines, width):
     """A panel, so many pixels wide. lines: {(colour, width): [(step, value), ...]}."""
     points = np.concatenate(list(lines.values()))  # (points, 2)
-    low = points.min(axis=0)
+    low = points.min(0)  # of steps and of values
     low[0] = 0  # steps count from 0
-    high = points.max(axis=0)
+    high = points.max(0)
     panel, draw = canvas(width, 200,
         f"{name}: {low[1]:.4g} to {high[1]:.4g}\nsteps 0 to {high[0]:.0f}")
     draw.rectangle([10, 48, width - 10, 192], outline="lightgrey")
@@ -1352,8 +1375,7 @@ def show_runs(argv):
         help="what all switches chose, beside it curves.png; None: first RUN/switches.png")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
-    save_png(out, stack([draw_switches(folder) for folder in args.runs]))
-    save_png(out.with_name("curves.png"), draw_curves(args.runs))
+    draw_runs(args.runs, out)
     for folder in args.runs:
         scores = {}
         for line in read_metrics(folder):
@@ -1361,7 +1383,8 @@ def show_runs(argv):
         for path in folder.glob("result.json"):
             scores |= read_json(path)["results"].get("val", {"hard": {}})["hard"]
         numbers = [f"{name} {value:.3f} " for name, value in scores.items()]
-        print(f"{folder!s:24}", " ".join(numbers))
+        text = " ".join(numbers)
+        print(f"{folder!s:24} {text}")
     print(out)
 
 
