@@ -716,11 +716,15 @@ def write_run(tmp_path):
     return write
 
 
-def drawn(picture, colour):
-    """(points, 2): x and y of a colour's pixels in the first panel; the frame is 256 x 144."""
-    pixels = np.asarray(picture)[-200:, : picture.width // 3]
+def drawn(picture, colour, panels=1):
+    """(points, 2): x and y of a colour's pixels in the first of a row of panels.
+
+    The frame of a panel is 144 pixels high, and 20 less wide than the panel.
+    """
+    width = picture.width // panels
+    pixels = np.asarray(picture)[-200:, :width]
     found = (pixels == ImageColor.getrgb(colour)).all(axis=2)
-    return np.argwhere(found[48:193, 10:267])[:, ::-1]
+    return np.argwhere(found[48:193, 10 : width - 9])[:, ::-1]
 
 
 def test_curves_of_all_runs_share_their_axes(write_run):
@@ -730,9 +734,9 @@ def test_curves_of_all_runs_share_their_axes(write_run):
     picture = train.draw_curves([new, old])
     falling = drawn(picture, train.COLOURS[0])
     alone = drawn(picture, train.COLOURS[1])
-    assert falling.min(axis=0) == pytest.approx([64, 0], abs=6)
-    assert falling.max(axis=0) == pytest.approx([128, 72], abs=6)
-    assert alone.min(axis=0) == pytest.approx([256, 144], abs=8)
+    assert falling.min(axis=0) == pytest.approx([808 / 4, 0], abs=6)
+    assert falling.max(axis=0) == pytest.approx([808 / 2, 72], abs=6)
+    assert alone.min(axis=0) == pytest.approx([808, 144], abs=8)
 
 
 def test_held_out_losses_are_drawn_thick_over_those_of_training(write_run):
@@ -752,7 +756,7 @@ def test_twelve_curves_are_drawn_losses_first_and_more_runs_than_colours(write_r
     picture = train.draw_curves(runs)
     assert picture.size == (train.WIDTH, 40 + 20 * 8 + 4 * 200)
     first_row = picture.crop((0, 0, picture.width, 40 + 20 * 8 + 200))
-    heights = [drawn(first_row, colour)[:, 1].max() for colour in train.COLOURS[1:7]]
+    heights = [drawn(first_row, colour, panels=3)[:, 1].max() for colour in train.COLOURS[1:7]]
     assert heights == sorted({*heights})  # a loss each, the higher the earlier
 
 
