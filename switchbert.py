@@ -31,8 +31,8 @@ vision, and which earlier layer to read.
 
         mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
-    What depends only on which tokens are real and which are padding (each token's modality,
-    the matrix that averages each modality, the closed keys) is the Layout. It is computed once
+    The Layout holds what all layers share: each token's modality, the matrix that averages
+    each modality, what each mode sees, and the bias that closes padding. It is computed once
     per forward pass and handed to every layer.
 
 Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads,
@@ -177,7 +177,7 @@ class SwitchBertConfig:
 
 # --- 2. Switches ------------------------------------------------------------------------
 # A switch turns a gate's logits into weights that sum to 1. In training it is soft, so that
-# every option gets a gradient, and noisy. As the temperature falls, each draw becomes all but
+# every option gets a gradient, and noisy. As the temperature falls, each draw becomes nearly
 # one-hot.
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
@@ -206,8 +206,8 @@ def switch(logits, temperature, training, start=0.0):
     al. 2017]. If all G_j are independent Gumbel(0, 1), then
         P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
     so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
-    temperature has. start (M,): log odds, added after the division by the temperature, which
-    so does not scale them. A hard switch divides by the final temperature, as the end of
+    temperature has. start (M,): log odds, added after the division by the temperature, and
+    therefore not scaled by it. A hard switch divides by the final temperature, as the end of
     training does. Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
@@ -305,11 +305,13 @@ class Gate(nn.Module):
 # Because open e^score = e^(score + log open), a factor on a weight is a bias on its score. So
 # this is plain attention with a bias, for which torch has one fused operation. The bias has
 # eight values per sample: one for each modality of a query and each group of a key, which is
-# [CLS], the other words, the global region, or the other regions. The Layout spreads them over
-# the L x L pairs of tokens.
+# [CLS], the other words, the global region, or the other regions. (In the three modes here the
+# first token and the rest are alike. A mode that you add may tell them apart.) The Layout
+# spreads them over the L x L pairs of tokens.
 
 # The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so
-# the key has weight 0, however high its score. It is not -inf, which turns into NaN where it
+# the key has weight 0, however high its score, as long as another key is open: [CLS] and the
+# global region always are real. It is not -inf, which turns into NaN where it
 # meets a 0 in a product, and not the lowest float32, which bf16 rounds to -inf.
 CLOSED = -1e30
 
@@ -329,7 +331,9 @@ SEES = sees_of(MODES)
 
 
 class Layout(NamedTuple):
-    """What masks alone say about the sequence [text | vision], and what modes let it see."""
+    """What every layer needs to know of the sequence [text | vision]: the kinds of its tokens,
+    its padding, and what each mode lets it see.
+    """
 
     modality: Tensor  # (L, 2): of each token, TEXT or VISION, one-hot
     group: Tensor  # (L, 4): of each token, [CLS], word, global region or region, one-hot
@@ -344,6 +348,7 @@ def layout_of(mask, num_text, sees=SEES):
     is_vision = (position >= num_text).long()
     is_first = (position == 0) | (position == num_text)
     modality = F.one_hot(is_vision, 2).float()  # (L, 2)
+    # 0 [CLS], 1 word, 2 global region, 3 region
     group = F.one_hot(2 * is_vision + ~is_first, 4).float()  # (L, 4)
     averages = averaging(modality.T * mask[:, None])  # (B, 2, L)
     padding = CLOSED * (mask[:, None] == 0)  # (B, 1, L)
@@ -388,8 +393,9 @@ def switch_attention(query, key, value, modes, layout, dropout=0.0):
     query, key, value (B, H, L, d); modes (B, 2, M), rows TEXT and VISION, columns as MODES;
     dropout: the share of attention weights that is dropped.
 
-    A word and a region with equal scores and the values 1 and 0. The word's switch is that of
-    open_to's example: .5 e^0 / (.5 e^0 + .8 e^0) = .3846. The region attends jointly: .5.
+    One text and one vision token with equal scores and the values 1 and 0. The text token's
+    switch is that of open_to's example: .5 e^0 / (.5 e^0 + .8 e^0) = .3846. The vision token
+    attends jointly: .5.
     >>> layout = layout_of(torch.ones(1, 2), num_text=1)
     >>> modes = torch.tensor([[[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]])
     >>> query = key = torch.zeros(1, 1, 2, 1)
@@ -444,8 +450,8 @@ class SwitchAttention(nn.Module):
 
 # --- 4. Layers --------------------------------------------------------------------------
 # A layer first decides which depths to read (Switch-Input), then how to attend
-# (Switch-Attention). The gate for depths reads the newest states, the gate for modes their
-# mixture.
+# (Switch-Attention). The gate for depths reads the newest depth; the gate for modes reads what
+# Switch-Input returns, the mixture of depths.
 
 
 def mixture(shares, *depths):

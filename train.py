@@ -47,9 +47,10 @@ tau is the temperature; mlm, mrc and itm are the mean training losses since the 
 `words` is the share of masked word pieces that are predicted right, `match` the accuracy of
 image-text matching (chance: .50). Both are measured on held-out pairs with hard switches.
 
-A run is a function of its settings. The pairs of a batch, their masks, and the noise of
-dropout and switches depend on (seed, epoch, step) and on no hidden state. That is why a
-killed run resumes bit for bit, and why 1, 2 or 8 processes train on the same batches.
+A run is a function of its settings; no state is hidden. The pairs of a batch and their masks
+depend on (seed, epoch, step) only, so any number of processes trains on the same batches. The
+noise of dropout and switches depends on (seed, step, part), so another number of parts,
+processes x --accum, draws other noise. On a CPU, a killed run resumes bit for bit.
 
 Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
@@ -189,9 +190,10 @@ class Task:
     weight_decay = 1e-4
     initial_temperature = 1.0
     # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
-    # here as fast as the rest. A model of four layers makes 14 choices for a sample, 8 of
-    # modes and 6 of depths. If each is wrong once in ten times, three quarters of all samples
-    # have a wrong one; so gates should decide soon.
+    # here as fast as the rest. While gates are undecided, noise often draws an option other
+    # than the best. A model of four layers makes 14 choices for a sample, 8 of modes and 6 of
+    # depths. If each differs once in ten times, three quarters of all samples have one that
+    # differs; so gates should decide soon.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -231,14 +233,15 @@ class Pretraining(Task):
                 say(f"left out: {count} captions {reason}")
         if not store.num_region_classes:
             say(f"{store.folder} has no class distributions: training without MRC")
-        with reading(" ".join(["--switches", args.switches, "--set"] + args.set), "a model"):
+        flags = ["--switches", args.switches, "--set"] + args.set
+        with reading(" ".join(flags), "a model"):
             config = model_config(args.model, store, self.tokenizer, args.switches, args.set)
             torch.manual_seed(args.seed)
             self.model = SwitchBertForPretraining(config)
         if earlier and args.init:
             take_weights(self.model, earlier, args.init, store)
         elif earlier:
-            check_fits(earlier, store, "num_region_classes")
+            check_fits(earlier, store, "num_region_classes")  # its weights: see `begin`
         elif args.bert:
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, args.bert)  # A6
@@ -246,7 +249,7 @@ class Pretraining(Task):
 
     @staticmethod
     def counts(batch):
-        """(3,): predicted words, predicted regions, matched pairs."""
+        """(3,): predicted words, predicted regions, pairs that are judged."""
         names = ("mlm_labels", "mrc_positions", "itm_labels")
         return torch.tensor([len(batch[name]) for name in names])
 
@@ -309,7 +312,7 @@ def fit(args, task, checkpoint=None):
     # 2. The length of the run, and this process's parts of each batch.
     steps = count_steps(args, task)
     begin_record(args, task, first, steps)
-    rate = anneal_rate(args, task, steps)
+    anneal = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     trained = wrap(model, args)
     if task.evaluates_at_start or first >= steps:
@@ -324,7 +327,7 @@ def fit(args, task, checkpoint=None):
             lr = learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
-            tau = temperature(step * args.batch, task.initial_temperature, rate=rate)
+            tau = temperature(step * args.batch, task.initial_temperature, rate=anneal)
 
             # 4. The gradient of the mean losses over the whole batch.
             optimizer.zero_grad()
@@ -343,7 +346,7 @@ def fit(args, task, checkpoint=None):
             stops = stop_asked(done)
             if not (evaluates or records or stops or done % LOOK_EVERY == 0):
                 continue
-            means = mean_losses(args, task, sums, watch, done)
+            means = mean_losses(args, task, sums, watch, done)  # BadInput if it has diverged
             line = dict(step=done, lr=lr, temperature=tau, losses=means)
             if records:
                 record(args, **line, mixture=mixture.shares())
@@ -390,8 +393,8 @@ def forward_backward(args, task, model, batches, step, tau):
 
 # --- 4. Optimisation ----------------------------------------------------------------------
 #
-# All random draws depend on (seed, epoch, step, part) only. So a step is the same in any
-# number of processes and after any number of restarts.
+# All random draws depend on (seed, epoch, step, part) only. So a step does not change after a
+# restart, nor with the number of processes while processes x --accum stays the same.
 
 
 def learning_rate(step, steps, peak):
@@ -1162,7 +1165,8 @@ def load_checkpoint(path, *tasks):
     """
     if path.is_dir():
         path /= "checkpoint.pt"
-    with reading(path, f"a whole checkpoint of {' or '.join(tasks)}"):
+    with reading(path, f"a whole checkpoint of {' or '.join(tasks)}, which train.py or "
+            "finetune.py writes"):
         with zipfile.ZipFile(path) as file:
             if broken := file.testzip():
                 raise ValueError(f"{broken} is damaged")
@@ -1231,7 +1235,8 @@ def say_taken(source, new, unused):
     """Say where a model starts from: parameters that are new in it, and the source's unused."""
     def some(names):
         more = " ..." if len(names) > 5 else ""
-        return f"{len(names)} parameters ({', '.join(sorted(names)[:5])}{more})"
+        first = ", ".join(sorted(names)[:5])
+        return f"{len(names)} parameters ({first}{more})" if names else "nothing"
 
     say(f"started from {source}; new in this model: {some(new)}; not used: {some(unused)}")
 

@@ -673,7 +673,8 @@ def test_even_modes_are_joint_attention(tau, inputs):
     even = encoder("attention")
     for layer in even.layers:
         nn.init.zeros_(layer.mode_gate.linear.weight)
-        layer.mode_gate.start.zero_()
+        layer.mode_gate.start.fill_(-1e30)  # of modes that you add
+        layer.mode_gate.start[[INTRA, INTER, JOINT]] = 0
     single = encoder("single")
     single.load_state_dict(even.state_dict(), strict=False)
     found = even(**inputs, temperature=tau)

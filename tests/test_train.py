@@ -398,7 +398,7 @@ def test_a_run_starts_from_the_words_and_weights_of_another_that_fit(folder, cap
     init = ["--init", str(first)]
     pretrain(folder, *init, "--epochs", "1", "--lr", "1e-12", "--set", "num_hidden_layers=3")
     said = capsys.readouterr().out
-    assert f"started from {first}; new in this model: 0 parameters (); not used: 20 " in said
+    assert f"started from {first}; new in this model: nothing; not used: 20 " in said
     one, two = (train.load_checkpoint(run, "pretraining") for run in (first, folder / "../run"))
     assert two["config"]["num_hidden_layers"] == 3 and two["vocab"] == one["vocab"]
     assert two["settings"]["set"] == ["num_hidden_layers=3"] and two["step"] == 2
