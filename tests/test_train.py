@@ -538,7 +538,7 @@ def write_captions(path, captions):
 
 
 def write_splits(path, splits):
-    """One of Karpathy's files. splits: (an image's number, its split, which is also its caption)."""
+    """One of Karpathy's files. splits: (number of an image, its split and caption)."""
     images = [{"filename": f"{image}.jpg", "split": split, "sentences": [{"raw": split}]}
         for image, split in splits]
     path.write_text(json.dumps({"images": images}))
