@@ -948,9 +948,8 @@ def read_pictures(args, saved):
 
 # --- 7. Machine room ----------------------------------------------------------------------
 #
-# You need none of this to understand the sections above.
+# You need none of this to understand the sections above. First the command line.
 
-# --- The command line ---
 
 def main(argv):
     """Finetune, or answer; argv: the command line without the script's name."""
@@ -1009,7 +1008,8 @@ def panel(image, boxes, lines, frame="white"):
     """A framed picture with boxes {colour: (x1, y1, x2, y2)} in its pixels, and text below."""
     edge = 1 + max(image.size) // 100
     for colour, box in boxes.items():
-        ImageDraw.Draw(image).rectangle(box, outline=colour, width=edge)
+        outside = np.add(box, (-edge, -edge, edge, edge)).tolist()  # it hides nothing
+        ImageDraw.Draw(image).rectangle(outside, outline=colour, width=edge)
     image = ImageOps.pad(image, (190, 190), color="white")
     image = ImageOps.expand(image, 5, frame)
     text = "\n".join(textwrap.fill(line, 30) for line in lines)
