@@ -1038,12 +1038,14 @@ def word_panels(model, pieces, image, boxes, most):
     to a region, the brighter the region: in the mean over heads, in the last of the first `most`
     layers in which text attends to vision. The largest weight there is full brightness.
     """
-    layers = list(enumerate(model.bert.layers[:most], 1))
-    for number, layer in reversed(layers):
-        shares = layer.attention.weights[0].mean(dim=0)  # (L, L)
+    number = len(model.bert.layers[:most])
+    while True:
+        attention = model.bert.layers[number - 1].attention
+        shares = attention.weights[0].mean(dim=0)  # (L, L)
         shares = shares[: len(pieces), len(pieces) :]  # (T, 1 + R)
-        if shares.any():
+        if number == 1 or shares.any():
             break
+        number -= 1
     brightest = shares[:, 1:].max().clamp(min=1e-9)  # 0 where no layer attends to vision
     panels = []
     for piece, weights in zip(pieces, shares.tolist()):

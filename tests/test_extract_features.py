@@ -300,7 +300,7 @@ VG_HELP = ("download pytorch_model.bin from https://huggingface.co/unc-nlp/frcnn
     (BOXES, None, "", "b.json: not .*" + MISSING),
     ("images", None, "", "0 of 1 pictures extracted; for example, images/1.jpg: not a picture"),
     ("gone.jpg", None, "", "gone.jpg: expected a picture or a folder of pictures, found none"),
-    ("images/empty", None, "", "images/empty: expected a picture or a folder of pictures, found none"),
+    ("images/empty", None, "", "images/empty: expected a picture or a folder of pictures"),
     ("images", "images/1.png", "", "'1' is the id of two images"),
     (WEIGHTS, None, "", "w.pt: not the weights of the toy detector; train.py .*" + MISSING),
     (WEIGHTS, "w.pt", {"x": torch.zeros(1)}, "w.pt: not the weights.*Missing"),
@@ -335,7 +335,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
 def test_a_missing_picture_or_store_is_called_missing(detector, tmp_path):
     with pytest.raises(BadInput, match="a.jpg: not a picture that can be read" + MISSING):
         picture_regions(detector, tmp_path / "a.jpg", 8)
-    with pytest.raises(BadInput, match="gone: not a feature store; extract_features.py writes one" + MISSING):
+    with pytest.raises(BadInput, match="gone: not a feature store; .* writes one" + MISSING):
         draw_regions(tmp_path / "gone", "3")
 
 
