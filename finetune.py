@@ -1038,14 +1038,12 @@ def word_panels(model, pieces, image, boxes, most):
     to a region, the brighter the region: in the mean over heads, in the last of the first `most`
     layers in which text attends to vision. The largest weight there is full brightness.
     """
-    number = len(model.bert.layers[:most])
-    while True:
-        attention = model.bert.layers[number - 1].attention
-        shares = attention.weights[0].mean(dim=0)  # (L, L)
-        shares = shares[: len(pieces), len(pieces) :]  # (T, 1 + R)
-        if number == 1 or shares.any():
-            break
-        number -= 1
+    words = len(pieces)
+    of_layers = [layer.attention.weights[0].mean(dim=0)[:words, words:]  # (T, 1 + R)
+        for layer in model.bert.layers[:most]]
+    looking = [number for number, shares in enumerate(of_layers, 1) if shares.any()]
+    number = max(looking, default=1)
+    shares = of_layers[number - 1]
     brightest = shares[:, 1:].max().clamp(min=1e-9)  # 0 where no layer attends to vision
     panels = []
     for piece, weights in zip(pieces, shares.tolist()):
