@@ -47,10 +47,12 @@ tau is the temperature; mlm, mrc and itm are the mean training losses since the 
 `words` is the share of masked word pieces that are predicted right, `match` the accuracy of
 image-text matching (chance: .50). Both are measured on held-out pairs with hard switches.
 
-A run is a function of its settings; no state is hidden. The pairs of a batch and their masks
-depend on (seed, epoch, step) only, so any number of processes trains on the same batches. The
-noise of dropout and switches depends on (seed, step, part), so another number of parts,
-processes x --accum, draws other noise. On a CPU, a killed run resumes bit for bit.
+A batch is cut into processes x --accum parts. A process runs its --accum parts one after
+another and adds up their gradients. A run is a function of its settings; no state is hidden.
+The pairs of a batch and their masks depend on (seed, epoch, step) only, so any number of
+processes trains on the same batches. The noise of dropout and switches depends on (seed, step,
+part), so another number of parts, processes x --accum, draws other noise. On a CPU, a killed
+run resumes bit for bit.
 
 Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
@@ -94,8 +96,8 @@ from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES,
 # Settings define a run, and a resumed run keeps them; all other flags say how it is computed.
 # FULL holds the paper's [supp. 2] and, where the paper is silent, VOLTA's (A7). The toy run is
 # DEVIATION D2. anneal is the share of the run after which the temperature reaches its floor,
-# 0.2. None stands for the paper's rate, 1e-6 per pair (A5): 3.2 million pairs. scratch and
-# boxes are of finetune.py.
+# 0.2. None: the paper's rate, 1e-6 per pair (A5), if the run has the 3.2 million pairs that it
+# takes; otherwise as 0.9 (see anneal_rate). scratch and boxes are of finetune.py.
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
     switches="learned", set=[], seed=0, limit=None, blind=False, scratch=False,
@@ -190,10 +192,10 @@ class Task:
     weight_decay = 1e-4
     initial_temperature = 1.0
     # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
-    # here as fast as the rest. While gates are undecided, noise often draws an option other
-    # than the best. A model of four layers makes 14 choices for a sample, 8 of modes and 6 of
-    # depths. If each differs once in ten times, three quarters of all samples have one that
-    # differs; so gates should decide soon.
+    # here as fast as the rest. Evaluation takes the best option everywhere. A sample trains
+    # that path only if noise changed none of its choices. A model of four layers makes 14, 8
+    # of modes and 6 of depths: if noise changes each once in ten times, it changes one or more
+    # in three quarters of all samples. So gates should decide soon.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -223,7 +225,9 @@ class Pretraining(Task):
         common = dict(tokenizer=data.tokenizer, blind=args.blind)
         self.examples = PretrainingDataset(
             store, data.captions[: args.limit], seed=args.seed, **common)
-        # Words and regions are evaluated on masked pairs, matching on whole ones.
+        # `masked` is mixed as in training: its masked half gives words and regions, its whole
+        # half the loss of matching. In `whole` every pair is whole: it gives `match`, of twice
+        # as many pairs.
         common.update(seed=args.seed + 1, name="held-out captions")
         self.masked = PretrainingDataset(store, held_out, **common)
         self.whole = PretrainingDataset(store, held_out, masking=False, **common)
@@ -255,6 +259,7 @@ class Pretraining(Task):
 
     def sums(self, model, batch, tau):
         """(3,): the three losses, summed; and the encoder's output."""
+        # The detector's classes of hidden regions are computed here, on the device of the batch.
         out = model(**class_targets(batch, self.store), temperature=tau)
         return out.sums, out.encoder
 
@@ -312,7 +317,7 @@ def fit(args, task, checkpoint=None):
     # 2. The length of the run, and this process's parts of each batch.
     steps = count_steps(args, task)
     begin_record(args, task, first, steps)
-    anneal = anneal_rate(args, task, steps)
+    rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     trained = wrap(model, args)
     if task.evaluates_at_start or first >= steps:
@@ -327,7 +332,7 @@ def fit(args, task, checkpoint=None):
             lr = learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * lr
-            tau = temperature(step * args.batch, task.initial_temperature, rate=anneal)
+            tau = temperature(step * args.batch, task.initial_temperature, rate=rate_per_pair)
 
             # 4. The gradient of the mean losses over the whole batch.
             optimizer.zero_grad()
@@ -365,7 +370,8 @@ def forward_backward(args, task, model, batches, step, tau):
     """Accumulate the gradients of a step. batches: the parts of its batch in this process.
 
     Returns this process's share of the mean losses (losses,): all shares add up to the means.
-    And what the switches chose, a SwitchShares of mixtures.
+    And the mean weights that the switches gave their options, a SwitchShares: soft and noisy,
+    as in training.
 
     A mean is over all that is predicted in the *whole* batch. Its parts hold different
     numbers of masked places, so a mean of their means would count some places more than
