@@ -712,6 +712,7 @@ def read_folder(folder, store):
 
     captions = Captions(pairs())
     sources = np.array(sources, np.uint32)
+    splits = np.array(splits, "S5")
     read = np.unique(sources)
     unread = [path.name for number, path in enumerate(paths) if number not in read]
     if unread:
@@ -725,7 +726,6 @@ def read_folder(folder, store):
         own = sources == number
         rows = store.find(captions.ids[own], f"{paths[number]}: captions")
         has_features[own] = rows >= 0
-    splits = np.array(splits, "S5")
     return captions, hold_out(captions.ids, splits, has_features)
 
 
