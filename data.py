@@ -775,8 +775,8 @@ class Captions:
     Captions. checksum: (N, a number that depends on all ids and texts).
 
     A list of 3.3 million tuples takes 0.8 GB. This takes 0.3 GB, and the loading processes
-    share it. They would copy a list page by page: whoever reads a string changes its
-    reference count, and so writes to its page.
+    share it. They would copy a list page by page: to read a string is to change its
+    reference count, which writes to its page.
     """
 
     def __init__(self, pairs):

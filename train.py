@@ -497,6 +497,7 @@ def load_parts(args, task, first, steps):
     per_epoch = len(task.examples) // args.batch
 
     def keys():
+        """Lists of (epoch, index), one for each part of this process."""
         for step in range(first, steps):
             epoch, number = divmod(step, per_epoch)
             batches = epoch_batches(args.seed, epoch, args.batch, task.examples)
@@ -984,6 +985,7 @@ def stop_signals():
     parent = os.getppid()
 
     def stop_asked(step):
+        """Should the run stop after this step?"""
         if WORLD_SIZE == 1:
             return len(requests) > 0
         if step % LOOK_EVERY:

@@ -11,11 +11,11 @@ import json
 import threading
 from pathlib import Path
 
-import ablation
 import pytest
 
 import train
 from data import BadInput
+from tests.tools import ablation
 
 ROOT = Path(__file__).parent.parent
 CURVE = {

@@ -2,11 +2,11 @@
 
 import json
 
-import benchmark
 import pytest
 import torch
 
 from switchbert import SwitchBertConfig, SwitchBertForPretraining
+from tests.tools import benchmark
 
 
 def test_turns_are_taken_and_the_first_one_does_not_count():

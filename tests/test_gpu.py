@@ -5,7 +5,6 @@ on them as it would on their device. Where the host would have to wait for a num
 (`.item()`, `nonzero`, an index by bool), it raises an error, because there is no number.
 """
 
-import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchbert import (SwitchBertConfig, SwitchBertForPretraining, SwitchBertForReferring,
     SwitchBertForRetrieval, SwitchBertForVQA)
+from tests.tools import benchmark
 
 parametrize = pytest.mark.parametrize
 B = 4
