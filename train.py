@@ -858,7 +858,7 @@ def fill_settings(parser, argv, toy, full, task):
     checkpoint = None
     if args.resume:
         checkpoint = load_checkpoint(args.out, task)
-        settings = settings | checkpoint["settings"]
+        settings = checkpoint["settings"]
     for name, value in settings.items():
         given = getattr(args, name, value)
         if given is None:
@@ -1142,7 +1142,7 @@ def read_metrics(folder):
 
 # --- Checkpoints ---
 
-CHECKPOINT_FORMAT = "switchbert-4"
+CHECKPOINT_FORMAT = "switchbert-5"  # in 4, modes started even
 
 
 def save_checkpoint(args, task, optimizer, step, losses):
@@ -1196,14 +1196,14 @@ def begin(task, optimizer, checkpoint):
     if checkpoint is None:
         return 0, sums
     checksum = task.examples.captions.checksum
-    known = checkpoint.get("examples", checksum)  # older ones have none
+    known = checkpoint["examples"]
     if known != checksum:
         raise BadInput(f"{task.store.folder.parent}: the run that is resumed had other "
             f"{task.unit}, {known[0]:,} of them, here are {len(task.examples):,}; give it "
             "its own, or start a new run with another --out")
     task.model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    sums += send(checkpoint["interval"])[: len(sums)] / WORLD_SIZE  # older ones have more
+    sums += send(checkpoint["interval"]) / WORLD_SIZE
     return checkpoint["step"], sums
 
 

@@ -252,11 +252,6 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
     else:
         assert first.result == {"score": 0.5}
         assert done == 16
-    if step == 8:  # older checkpoints have the number of steps behind the losses
-        path = run / "checkpoint.pt"
-        old = torch.load(path, weights_only=True)
-        old["interval"] = torch.cat([old["interval"], torch.tensor([3.0])])
-        torch.save(old, path)
     with open(run / "metrics.jsonl", "a") as file:  # a killed run knows later steps
         file.write(f'{{"step": {done + 1}, "losses": {{}}}}\n{{"step": 99, "lo')
     again = plain("run", "--accum 2 --resume")
@@ -932,7 +927,7 @@ def with_entry(name, value):
     (cut_off, "checkpoint.pt: not a whole checkpoint"),
     (flip_a_bit, "is damaged"),
     (with_entry("vocab", Path()), "checkpoint.pt: not a whole checkpoint"),  # runs no code
-    (with_entry("format", "switchbert-3"), "its format is switchbert-3, not switchbert-4"),
+    (with_entry("format", "switchbert-4"), "its format is switchbert-4, not switchbert-5"),
 ])
 def test_damaged_checkpoints_are_refused(plain, tmp_path, change, message):
     plain("run", "--lr 1e-12")  # so that the weight is still 1, and its bytes known
