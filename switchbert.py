@@ -500,6 +500,7 @@ class SwitchBertLayer(nn.Module):
         self.mode_gate = None
         if learns_modes:
             self.mode_gate = Gate(config.hidden_size, len(MODES), ahead=starting_mode)
+        # (mode of text, mode of vision) in this layer, for a layer without a gate: see section 1.
         frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
         constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)

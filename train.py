@@ -225,11 +225,11 @@ class Pretraining(Task):
         common = dict(tokenizer=data.tokenizer, blind=args.blind)
         self.examples = PretrainingDataset(
             store, data.captions[: args.limit], seed=args.seed, **common)
-        # `masked` is mixed as in training: its masked half gives words and regions, its whole
-        # half the loss of matching. In `whole` every pair is whole: it gives `match`, of twice
-        # as many pairs.
+        # `mixed` is half masked (losses of words and regions) and half whole (loss of matching),
+        # as in training. `whole` is all whole: its `match` replaces that of `mixed`, being of
+        # twice as many pairs.
         common.update(seed=args.seed + 1, name="held-out captions")
-        self.masked = PretrainingDataset(store, held_out, **common)
+        self.mixed = PretrainingDataset(store, held_out, **common)
         self.whole = PretrainingDataset(store, held_out, masking=False, **common)
         self.missing = self.examples.skipped
         for reason, count in self.missing.items():
@@ -265,7 +265,7 @@ class Pretraining(Task):
 
     def evaluate(self, model):
         """Held-out losses and accuracies with hard switches, and what the switches chose."""
-        scores, switches = evaluate(model, self.masked)
+        scores, switches = evaluate(model, self.mixed)
         of_whole, _ = evaluate(model, self.whole)
         scores["match"] = of_whole["match"]
         return scores, switches
@@ -320,6 +320,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     trained = wrap(model, args)
+    # If no step is left (--epochs 0, or a finished run is resumed), the scores must still exist.
     if task.evaluates_at_start or first >= steps:
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -370,8 +371,8 @@ def forward_backward(args, task, model, batches, step, tau):
     """Accumulate the gradients of a step. batches: the parts of its batch in this process.
 
     Returns this process's share of the mean losses (losses,): all shares add up to the means.
-    And the mean weights that the switches gave their options, a SwitchShares: soft and noisy,
-    as in training.
+    And `mixture`, the mean weights that the switches gave their options (a SwitchShares): soft
+    and noisy, as in training.
 
     A mean is over all that is predicted in the *whole* batch. Its parts hold different
     numbers of masked places, so a mean of their means would count some places more than
