@@ -320,8 +320,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     trained = wrap(model, args)
-    # If no step is left (--epochs 0, or a finished run is resumed), the scores must still exist.
-    if task.evaluates_at_start or first >= steps:
+    if task.evaluates_at_start or first >= steps:  # no step left: --epochs 0, a finished run
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
