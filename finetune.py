@@ -56,7 +56,7 @@ from pathlib import Path
 import train
 from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
     load_checkpoint, match_scores, read_folder, recall_at, send, share_of, stack,
-    switches_picture, to_device, total, toy_world)
+    switches_picture, sum_over_processes, to_device, toy_world)
 
 import numpy as np
 import torch
@@ -332,7 +332,7 @@ class Task(train.Task):
             chosen[send(torch.from_numpy(indices))] = logits.argmax(dim=-1)
             switches.add(out)
         model.train()
-        return total(chosen), switches.shares()
+        return sum_over_processes(chosen), switches.shares()
 
     def evaluate_items(self, model, items, tau=None):
         """(scores, switches, predictions: dicts for a file); tau: None for hard switches. A

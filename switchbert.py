@@ -37,12 +37,12 @@ vision, and which earlier layer to read.
 
 Letters: B batch, T word pieces, R regions, L = T + 1 + R tokens of both modalities, H heads,
 D hidden, d = D / H head size, M options of a switch, l a layer's number from 0, P pooled, F
-region feature, C region classes, V vocabulary, K what a loss predicts in a batch: words,
-regions or pairs. Masks are 1 = real, 0 = padding, everywhere.
+region feature, C region classes, V vocabulary, K the number of words, regions or pairs that a
+loss predicts in a batch. Masks are 1 = real, 0 = padding, everywhere.
 
 Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one
-of them: its weights are one-hot). In signatures, `modes` are a switch's weights of the modes;
-`depths` are states, but in SwitchBertOutput their weights.
+of them: its weights are one-hot). In signatures, `modes` holds the weights that a switch gives the
+modes, and `depths` the states of depths 0..l. SwitchBertOutput holds the weights of both.
 
 Map of the file (* = read these first)
 
@@ -57,7 +57,8 @@ Map of the file (* = read these first)
 
     config = SwitchBertConfig.base()                               # 12 layers x 768
     model = SwitchBertForPretraining(config)
-    out = model(**batch, temperature=temperature(pairs_seen))      # batch: see data.collate
+    batch = class_targets(collate(examples), store)                # both of data.py
+    out = model(**batch, temperature=temperature(pairs_seen))
     out.loss.backward()
 
 [abstract] cites the paper's abstract; [supp. 1], [supp. 2] and [Fig. 1] cite its supplement.
@@ -109,7 +110,8 @@ LETTERS = "IXJ"  # in the order of MODES
 
 
 def frozen_modes(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer. LEARNED: joint, as "input" uses it.
+    """[(mode of text, mode of vision)] of every layer, where modes are not learned: of a frozen
+    model, and of "input", which attends jointly.
 
     >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
@@ -457,7 +459,7 @@ class SwitchAttention(nn.Module):
 def mixture(shares, *depths):
     """Each token's own weighted sum of depths: sum over i of shares[..., i] depths[i].
 
-    shares (B, L, l+1), l+1 depths (B, L, D) -> (B, L, D), as one product for all of them.
+    shares (B, L, l+1), l+1 depths (B, L, D) -> (B, L, D), as one batched matrix product.
     """
     stack = torch.stack(depths, dim=2)  # (B, L, l+1, D)
     return (shares.unsqueeze(2) @ stack).squeeze(2)  # (B, L, 1, l+1) x (B, L, l+1, D)
@@ -478,9 +480,10 @@ class SwitchInput(nn.Module):
         weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
         with full_precision(newest):
             shares = layout.modality @ weights  # (B, L, l+1): each token, as its modality
-        # The backward pass needs the stack again. Kept in all twelve layers, the stacks and what
-        # is made of them took 15 MB per sample, beside 64 MB for everything else. So checkpoint
-        # makes them anew. Nothing in `mixture` is random, so no random state is kept.
+        # The backward pass needs the stack of depths again. To keep the stacks of all twelve
+        # layers, with the copies that the product makes, took 15 MB per sample, beside 64 MB for
+        # everything else. So `checkpoint` keeps none and stacks anew. Nothing in `mixture` is
+        # random, so no random state is kept.
         mixed = checkpoint(mixture, shares.to(newest.dtype), *depths, use_reentrant=False,
             preserve_rng_state=False)
         return mixed, weights
@@ -587,7 +590,8 @@ class RegionEmbeddings(nn.Module):
         if region_hidden is not None:
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
-        # The global region [A7: VOLTA's] is a mean that does not leak a masked region.
+        # The global region is VOLTA's mean; but it leaves hidden regions out, or it would leak
+        # their features (A7).
         mean = averaging(visible)[:, None] @ features  # (B, 1, F)
         whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
         features = torch.cat([mean, features], dim=1)  # (B, 1+R, F)
@@ -691,7 +695,7 @@ def init_weights(module, std):
 
 
 # --- 7. Heads and losses ----------------------------------------------------------------
-# Pretraining adds three means [supp. 1], each with weight 1 (ASSUMPTION A7, as is the rest):
+# Pretraining adds three means [supp. 1]. Their equal weights and what follows are ASSUMPTION A7:
 #
 #     MLM   mean over masked words w            -log p(w)                     p from text_states
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states
@@ -763,7 +767,7 @@ class SwitchBertForPretraining(nn.Module):
 
     forward(**batch of data.collate, temperature=None) -> PretrainingOutput. mlm_positions (K,)
     in 0 .. B T - 1, mlm_labels (K,); mrc_positions (K',) in 0 .. B R - 1, mrc_targets (K', C),
-    or None without classes; itm_positions (K",) in 0 .. B - 1, itm_labels (K",).
+    made by data.class_targets (None: no MRC); itm_positions (K",) in 0 .. B - 1, itm_labels (K",).
     """
 
     def __init__(self, config):

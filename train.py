@@ -48,11 +48,15 @@ tau is the temperature; mlm, mrc and itm are the mean training losses since the 
 image-text matching (chance: .50). Both are measured on held-out pairs with hard switches.
 
 A batch is cut into processes x --accum parts. A process runs its --accum parts one after
-another and adds up their gradients. A run is a function of its settings; no state is hidden.
-The pairs of a batch and their masks depend on (seed, epoch, step) only, so any number of
-processes trains on the same batches. The noise of dropout and switches depends on (seed, step,
-part), so another number of parts, processes x --accum, draws other noise. On a CPU, a killed
-run resumes bit for bit.
+another and adds up their gradients. A run is a function of its settings, its data and the
+number of parts; no state of a random generator is carried along. Batches, and the masks of
+their pairs, depend on (seed, epoch, index) only, so any number of processes trains on the same
+ones. The noise of dropout and switches depends on (seed, step, part), so another number of
+parts draws other noise. On a CPU, a killed run resumes bit for bit.
+
+Four names come from data.py. BadInput is the exception for a fault in the user's files or
+flags. `with reading(x, what)` turns any error in its block into BadInput("x: not <what>"). `say`
+prints, from the first process only. RANK and WORLD_SIZE number the processes and count them.
 
 Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
@@ -93,7 +97,8 @@ from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES,
 
 # --- 1. Settings --------------------------------------------------------------------------
 #
-# Settings define a run, and a resumed run keeps them; all other flags say how it is computed.
+# A resumed run keeps these settings. All other flags say where files are, what the model starts
+# from, and how it is computed.
 # FULL holds the paper's [supp. 2] and, where the paper is silent, VOLTA's (A7). The toy run is
 # DEVIATION D2. anneal is the share of the run after which the temperature reaches its floor,
 # 0.2. None: the paper's rate, 1e-6 per pair (A5), if the run has the 3.2 million pairs that it
@@ -192,10 +197,11 @@ class Task:
     weight_decay = 1e-4
     initial_temperature = 1.0
     # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
-    # here as fast as the rest. Evaluation takes the best option everywhere. A sample trains
-    # that path only if noise changed none of its choices. A model of four layers makes 14, 8
-    # of modes and 6 of depths: if noise changes each once in ten times, it changes one or more
-    # in three quarters of all samples. So gates should decide soon.
+    # here as fast as the rest. Evaluation follows the path of best options. In training, noise
+    # may change some of a sample's choices, and then the sample trains another path. A model of
+    # four layers makes 14 choices, 8 of modes and 6 of depths. If each is changed one time in
+    # ten, three quarters of the samples leave the path that is evaluated. At the full rate,
+    # gates become decided early, and few samples leave it.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -226,8 +232,8 @@ class Pretraining(Task):
         self.examples = PretrainingDataset(
             store, data.captions[: args.limit], seed=args.seed, **common)
         # `mixed` is half masked (losses of words and regions) and half whole (loss of matching),
-        # as in training. `whole` is all whole: its `match` replaces that of `mixed`, being of
-        # twice as many pairs.
+        # as in training. `whole` is all whole: its `match` replaces that of `mixed`, because it
+        # judges twice as many pairs.
         common.update(seed=args.seed + 1, name="held-out captions")
         self.mixed = PretrainingDataset(store, held_out, **common)
         self.whole = PretrainingDataset(store, held_out, masking=False, **common)
@@ -245,7 +251,7 @@ class Pretraining(Task):
         if earlier and args.init:
             take_weights(self.model, earlier, args.init, store)
         elif earlier:
-            check_fits(earlier, store, "num_region_classes")  # its weights: see `begin`
+            check_fits(earlier, store, "num_region_classes")  # its weights: see `restore`
         elif args.bert:
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, args.bert)  # A6
@@ -281,9 +287,9 @@ def model_config(size, store, tokenizer, switches, changes=()):
 
     changes: "field=value" of SwitchBertConfig. Raises AttributeError, TypeError, ValueError.
     """
-    # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05.
-    # With .02, matching was learned only after 450 steps; with .05, after 225. There is no
-    # dropout, because a run sees each pair only four times.
+    # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With
+    # .02, matching was learned twice as late. There is no dropout, because a run sees each pair
+    # only four times.
     fields = {}
     if size == "small":
         fields = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -299,7 +305,13 @@ def model_config(size, store, tokenizer, switches, changes=()):
 
 # --- 3. The loop --------------------------------------------------------------------------
 #
-# `fit` does all training in this project; forward_backward is the heart of a step.
+# `fit` does all training in this project; forward_backward is the heart of a step. What they call
+# is in this section and the next two, or does what its name says. Behind the names in section 7:
+#
+#     place                 to the device; from now on, every forward pass runs under autocast
+#     wrap                  compiles the layers; averages gradients over the processes (DDP)
+#     restore               takes up the state of a checkpoint, if there is one
+#     sum_over_processes    an all-reduce; every process must call it
 
 LOOK_EVERY = 10  # steps: has the run diverged, was it asked to stop?
 
@@ -308,10 +320,11 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args, checkpoint: see fill_settings. Raises BadInput if training diverges.
     """
-    # 1. The model, AdamW, the number of steps done so far, and the sums of recent losses.
+    # 1. The model, AdamW, the number of steps done so far, and the sums of their losses since the
+    #    last evaluation.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
-    first, sums = begin(task, optimizer, checkpoint)
+    first, sums = restore(task, optimizer, checkpoint)
     watch = Watch(first)
 
     # 2. The length of the run, and this process's parts of each batch.
@@ -319,7 +332,7 @@ def fit(args, task, checkpoint=None):
     begin_record(args, task, first, steps)
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
-    trained = wrap(model, args)
+    wrapped = wrap(model, args)
     if task.evaluates_at_start or first >= steps:  # no step left: --epochs 0, a finished run
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -336,15 +349,16 @@ def fit(args, task, checkpoint=None):
 
             # 4. The gradient of the mean losses over the whole batch.
             optimizer.zero_grad()
-            batches = [next(loader) for _ in range(args.accum)]
-            losses, mixture = forward_backward(args, task, trained, batches, step, tau)
+            parts = [next(loader) for _ in range(args.accum)]
+            losses, soft_switches = forward_backward(args, task, wrapped, parts, step, tau)
 
             # 5. Clip it, and update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             optimizer.step()
-            sums += losses + 0 * norm  # NaN, if the gradient is not finite
+            sums += losses + 0 * norm  # if the gradient is not finite: NaN, for mean_losses to find
 
-            # 6. To see a number, the host must wait for the GPU: it looks only now and then.
+            # 6. To see a number, the host must wait for the GPU: it looks only now and then. It
+            #    records losses and soft switches thirty times a run, for curves and switches.gif.
             done = step + 1
             evaluates = done % args.eval_every == 0 or done == steps
             records = done % math.ceil(steps / 30) == 0
@@ -354,57 +368,57 @@ def fit(args, task, checkpoint=None):
             means = mean_losses(args, task, sums, watch, done)  # BadInput if it has diverged
             line = dict(step=done, lr=lr, temperature=tau, losses=means)
             if records:
-                record(args, **line, mixture=mixture.shares())
+                record(args, **line, soft_switches=soft_switches.shares())
             if evaluates:
                 scores = evaluate_and_report(args, task, steps, watch, line)
                 sums.zero_()
             if evaluates or stops:
-                save_checkpoint(args, task, optimizer, done, total(sums))
+                save_checkpoint(args, task, optimizer, done, sum_over_processes(sums))
             if stops and done < steps:
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
     return scores
 
 
-def forward_backward(args, task, model, batches, step, tau):
-    """Accumulate the gradients of a step. batches: the parts of its batch in this process.
+def forward_backward(args, task, model, parts, step, tau):
+    """Accumulate the gradients of a step. parts: this process's parts of the step's batch.
 
-    Returns this process's share of the mean losses (losses,): all shares add up to the means.
-    And `mixture`, the mean weights that the switches gave their options (a SwitchShares): soft
-    and noisy, as in training.
+    Returns two things. First, this process's summands of the mean losses (losses,): over all
+    processes they add up to the means. Second, the mean weights that the switches gave their
+    options (a SwitchShares), soft and noisy, as in training.
 
     A mean is over all that is predicted in the *whole* batch. Its parts hold different
     numbers of masked places, so a mean of their means would count some places more than
     others, and would depend on the number of parts. Instead each part's sum is divided by the
     count of the whole batch.
     """
-    counts = sum(task.counts(batch) for batch in batches)
-    counts = total(counts).clamp(min=1)  # (losses,), of all processes
+    counts = sum(task.counts(part) for part in parts)
+    counts = sum_over_processes(counts).clamp(min=1)  # (losses,), of all processes
     sums = torch.zeros(len(counts), device=device())
-    mixture = SwitchShares(task.model.config)
-    for number, batch in enumerate(batches, RANK * args.accum):
+    soft_switches = SwitchShares(task.model.config)
+    for number, part in enumerate(parts, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
         rng = np.random.default_rng([args.seed, step, number])
         torch.manual_seed(int(rng.integers(2**63)))
         # DistributedDataParallel exchanges gradients with the last part only, which saves
         # time. It averages them over processes, but we need their sum: hence WORLD_SIZE.
-        model.require_backward_grad_sync = batch is batches[-1]
-        part_sums, output = task.sums(model, to_device(batch), tau)
+        model.require_backward_grad_sync = part is parts[-1]
+        part_sums, output = task.sums(model, to_device(part), tau)
         loss = WORLD_SIZE * (part_sums / counts).sum()
         loss.backward()
         sums += part_sums.detach()
-        mixture.add(output)
-    return sums / counts, mixture
+        soft_switches.add(output)
+    return sums / counts, soft_switches
 
 
 # --- 4. Optimisation ----------------------------------------------------------------------
 #
-# All random draws depend on (seed, epoch, step, part) only. So a step does not change after a
+# All random draws depend on seed, epoch, step and part only. So a step does not change after a
 # restart, nor with the number of processes while processes x --accum stays the same.
 
 
 def learning_rate(step, steps, peak):
-    """The learning rate of a step, from 0: linear warm-up over 10 %, then linear decay to 0.
+    """The learning rate of step 0, 1, ...: linear warm-up over the first 10 %, then linear decay.
 
     >>> [round(learning_rate(step, 1000, 1.0), 2) for step in (0, 49, 99, 550, 775, 1000)]
     [0.01, 0.5, 1.0, 0.5, 0.25, 0.0]
@@ -433,11 +447,11 @@ def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
 
 
 def anneal_rate(args, task, steps):
-    """The rate at which the temperature decays per example: the paper's, 1e-6 (A5).
+    """The rate at which the temperature decays per example.
 
-    What will be used are hard switches, so a run must end at the lowest temperature. With
-    --anneal it gets there after that share of the run, and after .9 if the run is too short
-    for the paper's rate.
+    Switches are used hard, so a run must end at the lowest temperature. With --anneal it gets
+    there after that share of the run. Without, the rate is the paper's, 1e-6 (A5), or that of
+    --anneal 0.9 if the run is too short for the paper's.
     """
     # From the initial temperature to the floor, initial * exp(-rate * n) = floor, there are
     # n = decay / rate examples.
@@ -448,7 +462,7 @@ def anneal_rate(args, task, steps):
         if 1e-6 * examples >= decay:
             return 1e-6
         share = 0.9
-        say(f"switches close after 90 % of the run: its {examples:,} {task.unit} are fewer "
+        say(f"switches are hard after 90 % of the run: its {examples:,} {task.unit} are fewer "
             f"than the {1e6 * decay:,.0f} of the paper's rate")
     return decay / (share * examples)
 
@@ -481,7 +495,7 @@ def epoch_batches(seed, epoch, size, examples):
     order = rng.permutation(len(examples))
     order = order[: len(order) // size * size]  # the rest is skipped in this epoch
     starts = range(100 * size, len(order), 100 * size)
-    for window in np.split(order, starts):  # views
+    for window in np.split(order, starts):  # a view: to sort it is to sort that part of `order`
         by_length = np.argsort(examples.lengths[window], kind="stable")
         window[:] = window[by_length]
     return rng.permutation(order.reshape(-1, size))  # shuffles batches, not within them
@@ -490,9 +504,9 @@ def epoch_batches(seed, epoch, size, examples):
 def load_parts(args, task, first, steps):
     """An iterator over this process's parts of the batches, --accum per step, from `first` on.
 
-    A step's batch is the same for any number of processes: it is cut into
-    WORLD_SIZE x accum equal parts. --workers load in advance. All they need of a part are its
-    keys (epoch, index), so a kill loses nothing.
+    A step's batch is the same for any number of processes: it is cut into WORLD_SIZE x accum
+    equal parts. Loading processes (--workers) prepare parts in advance. The keys (epoch, index)
+    determine a part, so a resumed run makes anew what was prepared and not used.
     """
     per_epoch = len(task.examples) // args.batch
 
@@ -533,7 +547,7 @@ class SwitchShares:
         self.sums = [torch.zeros(shape, device=device()) for shape in shapes]
 
     def add(self, output):
-        """output: a SwitchBertOutput, with mixtures if it was soft, one-hot if it was hard."""
+        """output: a SwitchBertOutput, whose weights are soft or one-hot."""
         for kept, new in zip(self.sums, [output.modes] + output.depths):
             kept += new.detach().sum(dim=0)
 
@@ -544,7 +558,7 @@ class SwitchShares:
         """
         shares = []
         for own in self.sums:
-            sums = total(own)
+            sums = sum_over_processes(own)
             samples = sums.sum(dim=-1, keepdim=True)  # to which a switch's options add up
             shares.append((sums / samples).tolist())
         return {"modes": shares[0], "depths": shares[1:]}
@@ -565,8 +579,8 @@ def evaluate(model, dataset, batch_size=200):
         switches.add(out.encoder)
     model.train()
     # mlm and words are means over masked words, mrc over regions, itm and match over pairs.
-    words, regions, pairs = total(counts).clamp(min=1)
-    means = total(sums) / torch.stack([words, regions, pairs, words, pairs])
+    words, regions, pairs = sum_over_processes(counts).clamp(min=1)
+    means = sum_over_processes(sums) / torch.stack([words, regions, pairs, words, pairs])
     scores = dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist()))
     return scores, switches.shares()
 
@@ -611,7 +625,7 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
             odds, _ = model(**pairs, temperature=temperature)  # (k n,)
             rows = send(torch.from_numpy(chosen))
             scores[rows, start : start + n] = odds.view(k, n)
-    return total(scores).cpu()
+    return sum_over_processes(scores).cpu()
 
 
 def recall_at(scores, image_of_text, ks=(1, 5)):
@@ -943,7 +957,7 @@ def to_device(batch):
         for name, value in batch.items()}
 
 
-def total(tensor):
+def sum_over_processes(tensor):
     """The sum of a tensor over all processes, on the device. All must call it."""
     tensor = send(tensor)
     if dist.is_initialized():
@@ -991,7 +1005,7 @@ def stop_signals():
         if step % LOOK_EVERY:
             return False
         orphaned = os.getppid() != parent
-        return total(torch.tensor(len(requests) + orphaned)) > 0
+        return sum_over_processes(torch.tensor(len(requests) + orphaned)) > 0
 
     on_stop(lambda *_: requests.append(1))
     try:
@@ -1002,13 +1016,13 @@ def stop_signals():
 
 # --- The record of a run ---
 #
-# metrics.jsonl has lines of two kinds. At most thirty hold the mixture of the switches in
-# training at that step: the frames of switches.gif. One per evaluation holds held-out scores
-# and what the switches chose: switches.png draws the last one. Both hold the mean losses
+# metrics.jsonl has lines of two kinds. At most thirty hold the mean weights of the soft switches
+# in that step's training: the frames of switches.gif. One per evaluation holds held-out scores
+# and what hard switches chose: switches.png draws the last one. Both hold the mean losses
 # since the last evaluation: curves.png draws these, scores, lr and temperature.
 #
 #     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 3.97, ...},
-#         "mixture": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
+#         "soft_switches": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
 #     {"examples": 28800, "step": 450, "lr": 5.6e-4, "temperature": 0.84,
 #         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
 #         "switches": {"modes": ..., "depths": ...}, "per_second": 872, "seconds": 71}
@@ -1033,7 +1047,7 @@ def mean_losses(args, task, sums, watch, step):
     Raises BadInput if training has diverged.
     """
     steps = (step - 1) % args.eval_every + 1
-    means = total(sums) / steps
+    means = sum_over_processes(sums) / steps
     means = dict(zip(task.loss_names, means.tolist()))
     check_sound(f"steps {watch.looked + 1} to {step}", means)
     watch.looked = step
@@ -1186,7 +1200,7 @@ def load_checkpoint(path, *tasks):
     return checkpoint
 
 
-def begin(task, optimizer, checkpoint):
+def restore(task, optimizer, checkpoint):
     """Take up the state of a checkpoint; None: a new run.
 
     Returns the number of its steps, and the sums of its losses since the last evaluation, of
@@ -1317,7 +1331,7 @@ def draw_runs(folders, path):
 
 
 def draw_switches(folder):
-    """Draw how a run's switches closed as the temperature fell. Raises BadInput without data.
+    """Draw how a run's switches hardened as the temperature fell. Raises BadInput without data.
 
     It writes switches.gif, of under 300 KB, and returns a picture of what every layer chose at
     the end; of a finetuned run also at the start: what did the task change?
@@ -1326,9 +1340,9 @@ def draw_switches(folder):
     chosen = [line for line in lines if "switches" in line]
     if not chosen:
         raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-    pictures = [switches_picture(line["mixture"],
+    pictures = [switches_picture(line["soft_switches"],
         f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}")
-        for line in lines if "mixture" in line]
+        for line in lines if "soft_switches" in line]
     # In one fixed palette, pixels that do not change between frames take no space.
     frames = [picture.convert("P", dither=0) for picture in pictures]
     if frames:

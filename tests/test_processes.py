@@ -132,8 +132,8 @@ def assert_alike(out, expected):
     for a, b in zip(metrics(out, "scores"), metrics(expected, "scores"), strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
         assert a["scores"]["itm"] == pytest.approx(b["scores"]["itm"], rel=1e-3)
-    for a, b in zip(metrics(out, "mixture"), metrics(expected, "mixture"), strict=True):
-        assert np.allclose(a["mixture"]["modes"], b["mixture"]["modes"], atol=1e-3)
+    for a, b in zip(metrics(out, "soft_switches"), metrics(expected, "soft_switches"), strict=True):
+        assert np.allclose(a["soft_switches"]["modes"], b["soft_switches"]["modes"], atol=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
     taus = [max(0.2, 3 * (1 / 15) ** (step / (16 * share))) for step in range(16)]
     assert task.taus[::accum] == approx(taus, rel=1e-9)
 
-    mixtures = metrics(tmp_path / "run", "mixture")
+    mixtures = metrics(tmp_path / "run", "soft_switches")
     evaluations = metrics(tmp_path / "run", "scores")
     assert len(mixtures) == 16  # one of every step, as there are under thirty
     assert [line["step"] for line in evaluations] == [5, 10, 15, 16]
@@ -574,7 +574,7 @@ def test_a_data_folder_is_trained_on_and_the_run_leaves_its_record(folder, tmp_p
     assert "16 pairs" in said
     evaluations = metrics(out, "scores")
     shares = [line["switches"] for line in evaluations]
-    shares += [line["mixture"] for line in metrics(out, "mixture")]
+    shares += [line["soft_switches"] for line in metrics(out, "soft_switches")]
     for of_line in shares:
         assert np.allclose(np.sum(of_line["modes"], axis=-1), 1)
         shapes = [np.shape(depths) for depths in of_line["depths"]]
@@ -1022,7 +1022,7 @@ def write_run(tmp_path):
 
 
 def test_show_draws_the_end_of_a_run_and_the_start_of_a_finetuned_one(write_run):
-    frame = {"temperature": 1.0, "mixture": SHARES}
+    frame = {"temperature": 1.0, "soft_switches": SHARES}
     heights = []
     for lines in ({5: frame, 10: frame}, {0: frame, 15: frame}):
         run = write_run("run", lines)

@@ -207,16 +207,16 @@ def test_a_step_of_pretraining_does_not_wait(args, gpu, tiny, with_class_head, t
     task.sums = functools.partial(train.Pretraining.sums, task)
     with gpu(model):
         train.place(model, args)
-        losses, mixture = train.forward_backward(args, task, model, batches, 0, 1.5)
+        losses, soft_switches = train.forward_backward(args, task, model, batches, 0, 1.5)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.Pretraining.clip)
-    for result in (losses, norm, mixture.sums[0]):
+    for result in (losses, norm, soft_switches.sums[0]):
         assert result.device.type == "cuda"
 
 
 @EACH_TASK
 def test_a_run_looks_at_its_numbers_only_every_few_steps(
         gpu, kind, make_task, monkeypatch, tmp_path):
-    """The whole loop but the switches' mixture, which is recorded thirty times in a run."""
+    """The whole loop but the soft switches, which are recorded thirty times in a run."""
     task = make_task(kind)
     task.evaluates_at_start = False
     batches = [batch_of(task, task.collate, part) for part in ([0, 5], [1, 2])]
@@ -231,7 +231,7 @@ def test_a_run_looks_at_its_numbers_only_every_few_steps(
         return train.send(numbers) if numbers.is_cpu else look(numbers)
 
     monkeypatch.setattr(train, "LOOK_EVERY", 2)
-    monkeypatch.setattr(train, "total", look_on_gpu)
+    monkeypatch.setattr(train, "sum_over_processes", look_on_gpu)
     monkeypatch.setattr(train, "record", lambda *_, **__: None)
     monkeypatch.setattr(train.SwitchShares, "shares", lambda self: None)
     monkeypatch.setattr(train, "load_parts", lambda *_: iter(batches))
@@ -245,7 +245,7 @@ def test_a_run_looks_at_its_numbers_only_every_few_steps(
 
 def test_evaluation_looks_at_its_numbers_only_at_the_end(
         args, gpu, tiny, with_class_head, tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "total", look)
+    monkeypatch.setattr(train, "sum_over_processes", look)
     pairs = PretrainingDataset(with_class_head, CAPTIONS, tokenizer)
     model = SwitchBertForPretraining(tiny)
     with gpu(model), pytest.raises(Look):
@@ -254,7 +254,7 @@ def test_evaluation_looks_at_its_numbers_only_at_the_end(
 
 def test_ranking_looks_at_its_numbers_only_at_the_end(
         args, gpu, tiny, store, tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "total", look)
+    monkeypatch.setattr(train, "sum_over_processes", look)
     model = SwitchBertForRetrieval(tiny)
     texts = ["a red ring", "a"] * 9
     images = list("0123456789") * 12
@@ -270,7 +270,7 @@ def test_prediction_looks_at_its_numbers_only_at_the_end(
         for part in parts:
             yield collate([items[i] for i in part])
 
-    monkeypatch.setattr(finetune, "total", look)
+    monkeypatch.setattr(finetune, "sum_over_processes", look)
     monkeypatch.setattr(finetune, "load_ahead", load_here)
     task = make_task(kind)
     with gpu(task.model), pytest.raises(Look):

@@ -362,9 +362,9 @@ def settings_of(lines):
 
 
 def mean_and_error(values):
-    """Mean and its standard error; the error of one value is unknown: 0."""
+    """Mean and its standard error; the error of one value is unknown: None."""
     mean = np.mean(values)
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
     return mean, error
 
 
@@ -398,9 +398,10 @@ def short(number, sign=""):
 
 
 def with_error(mean_and_error, sign=""):
-    """'.781±.012'"""
+    """'.781±.012'; '.781' if the error is unknown."""
     mean, error = mean_and_error
-    return f"{short(mean, sign)}±{short(error)}"
+    text = short(mean, sign)
+    return text if error is None else f"{text}±{short(error)}"
 
 
 def row_of(measure, scores, settings):
@@ -491,7 +492,7 @@ def points_of(results):
         for measure in RECALLS:
             for setting, seeds in scores[measure].items():
                 mean, error = mean_and_error(list(seeds.values()))
-                points[measure][setting].append((epochs * STEPS, mean, error))
+                points[measure][setting].append((epochs * STEPS, mean, error or 0))
     return points
 
 
