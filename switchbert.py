@@ -204,13 +204,12 @@ def switch(logits, temperature, training, start=0.0):
     """Turn gate logits (..., M) into weights (..., M) that sum to 1.
 
     temperature None: hard, the best option is one-hot. A number: soft, the mixture
-    softmax(logits / temperature + start); in training with noise, the Gumbel-softmax [Jang et
-    al. 2017]. If all G_j are independent Gumbel(0, 1), then
+    softmax(logits / temperature); in training with noise, the Gumbel-softmax [Jang et al. 2017].
+    If all G_j are independent Gumbel(0, 1), then
         P(argmax_j (logits_j + G_j) = k) = softmax(logits)_k,
     so the arg max would sample the switch exactly, but it has no gradient; a softmax at a
-    temperature has. start (M,): log odds, added after the division by the temperature, and
-    therefore not scaled by it. A hard switch divides by the final temperature, as the end of
-    training does. Logits (2, 1, 0) without noise:
+    temperature has. start (M,): log odds that are added to the logits, but are not made smaller
+    by temperatures above 1 (see HEAD_START). Logits (2, 1, 0) without noise:
 
     >>> for tau in (5.0, 1.0, 0.2):
     ...     print(tau, switch(torch.tensor([2.0, 1.0, 0.0]), tau, training=False))
@@ -221,35 +220,31 @@ def switch(logits, temperature, training, start=0.0):
     tensor([1., 0., 0.])
     """
     if temperature is None:
-        odds = logits / FINAL_TEMPERATURE + start
-        best = odds.argmax(dim=-1)
-        return F.one_hot(best, odds.shape[-1]).to(odds.dtype)
+        best = (logits + start).argmax(dim=-1)
+        return F.one_hot(best, logits.shape[-1]).to(logits.dtype)
     if training:
         # -log(E) of an exponential variable E is Gumbel(0, 1):
         # P(-log(E) < x) = P(E > e^-x) = exp(-e^-x). On Apple's GPUs a draw can be 0.
         draws = torch.empty_like(logits).exponential_().clamp(min=1e-30)
         logits = logits - draws.log()
-    return torch.softmax(logits / temperature + start, dim=-1)
+    odds = logits / temperature + start / min(temperature, 1)
+    return torch.softmax(odds, dim=-1)
 
 
-# ASSUMPTION A10: one option of each switch starts 5 ahead in log odds, at every temperature:
+# ASSUMPTION A10: one option of each switch starts ahead of all others together, by e^5 = 148 to 1:
 # the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
 # across alternate. So training begins as a network that is known to work, and departs from it
-# where that pays. Gates that start even end at joint attention in nearly every layer. It can
-# imitate the other two, so no single step away from it pays; but the alternation predicts masked
-# words better, and gates that start there stay close to it. With a start of 3, gates soon read
-# older depths; MRC and VQA got worse. (All of this was measured: tests/ABLATION.md.)
+# where that pays. Gates that start even end at joint attention in nearly every layer: it can
+# imitate the other modes, and a single layer that leaves it loses something. The alternation
+# predicts masked words better, but only several layers that leave together get there.
 #
-# Without noise the newest of l + 1 depths weighs e^5 / (e^5 + l): .99 to .93 in twelve layers.
-# In training the noise counts, too. It is divided by tau and the start is not: so the start is
-# worth 5 tau logits, 25 at first and 1 in the end. A gate that has learned nothing gives the
-# option that starts ahead, on average, with this number of options,
-#
-#     options  tau 5    tau 2    tau 1    tau .5    tau .2
-#     2        .99      .99      .97      .90       .73
-#     3        .99      .98      .95      .82       .57
-#     4        .98      .97      .92      .76       .47
-#     12       .93      .90      .78      .47       .20
+# The temperature divides logits and noise always, but the start only below 1. So a hot switch
+# hardly feels logits and noise, and still takes the option that is ahead: training begins with a
+# network that works, not with an average of all options. Below 1, logits, noise and start are
+# divided alike. Then the option with the largest sum stays the same while the temperature falls:
+# the choice becomes sharper, but does not change. And a gate that has learned nothing takes the
+# option that is ahead in 148 of 149 samples, to the end. (A start that is never divided is worth
+# one logit at .2. Then noise decides, and every measure got worse: see tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -269,7 +264,9 @@ class Gate(nn.Module):
     def __init__(self, hidden_size, num_options, ahead):
         super().__init__()
         self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
-        start = HEAD_START * F.one_hot(torch.tensor(ahead), num_options)  # (M,)
+        # e^(5 + log(M - 1)) against M - 1 options with e^0 each.
+        head_start = HEAD_START + math.log(num_options - 1)
+        start = head_start * F.one_hot(torch.tensor(ahead), num_options)  # (M,)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):

@@ -40,8 +40,8 @@ Map of the file (* = read these first)
 Without data, a run draws scenes, trains a Faster R-CNN on them, extracts their regions and
 pretrains. It prints one line per evaluation, here wrapped:
 
-    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.73 mrc 2.38 itm 0.41 | words 0.706  match 0.886
-           | 1049 pairs/s, 29 s
+    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.75 mrc 2.35 itm 0.28 | words 0.722  match 0.921
+           | 569 pairs/s, 52 s
 
 tau is the temperature; mlm, mrc and itm are the mean training losses since the last line.
 `words` is the share of masked word pieces that are predicted right, `match` the accuracy of
@@ -58,7 +58,7 @@ Four names come from data.py. BadInput is the exception for a fault in the user'
 flags. `with reading(x, what)` turns any error in its block into BadInput("x: not <what>"). `say`
 prints, from the first process only. RANK and WORLD_SIZE number the processes and count them.
 
-Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
+Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings). Deviation: D2.
 """
 
 import argparse
@@ -196,13 +196,6 @@ class Task:
     clip = 1.0  # the largest norm that a gradient may have
     weight_decay = 1e-4
     initial_temperature = 1.0
-    # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
-    # here as fast as the rest. Evaluation follows the path of best options. In training, noise
-    # may change some of a sample's choices, and then the sample trains another path. A model of
-    # four layers makes 14 choices, 8 of modes and 6 of depths. If each is changed one time in
-    # ten, three quarters of the samples leave the path that is evaluated. At the full rate,
-    # gates become decided early, and few samples leave it.
-    gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
 
@@ -219,7 +212,6 @@ class Pretraining(Task):
     clip = 5.0  # A7, supp. 2
     weight_decay = 0.01
     initial_temperature = 5.0
-    gate_rate = 0.1  # A10
     evaluates_at_start = False
     collate = staticmethod(collate)
 
@@ -323,7 +315,7 @@ def fit(args, task, checkpoint=None):
     # 1. The model, AdamW, the number of steps done so far, and the sums of their losses since the
     #    last evaluation.
     model = place(task.model, args)
-    optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
+    optimizer = make_optimizer(model, task.weight_decay)
     first, sums = restore(task, optimizer, checkpoint)
     watch = Watch(first)
 
@@ -344,7 +336,7 @@ def fit(args, task, checkpoint=None):
             # 3. Learning rate and temperature depend on the step alone.
             lr = learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * lr
+                group["lr"] = lr
             tau = temperature(step * args.batch, task.initial_temperature, rate=rate_per_pair)
 
             # 4. The gradient of the mean losses over the whole batch.
@@ -429,21 +421,13 @@ def learning_rate(step, steps, peak):
     return peak * min(rising, falling)
 
 
-def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
-    """AdamW [supp. 2], without decay on biases and LayerNorms (A7).
-
-    In pretraining, gates have a tenth of the learning rate (A10): fast ones settle on what is
-    best for a model that is still untrained.
-    """
-    groups = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        scale = gate_rate if "gate." in name else 1.0
-        groups[decay, scale].append(parameter)
-    settings = []
-    for (decay, scale), parameters in groups.items():
-        settings.append(dict(params=parameters, weight_decay=decay, scale=scale))
-    return torch.optim.AdamW(settings, eps=1e-6, fused=True)  # betas: .9, .999
+def make_optimizer(model, weight_decay=0.01):
+    """AdamW [supp. 2], without decay on biases and LayerNorms (A7)."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [dict(params=matrices, weight_decay=weight_decay),
+        dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def anneal_rate(args, task, steps):
@@ -1021,11 +1005,11 @@ def stop_signals():
 # and what hard switches chose: switches.png draws the last one. Both hold the mean losses
 # since the last evaluation: curves.png draws these, scores, lr and temperature.
 #
-#     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 3.97, ...},
+#     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 4.12, ...},
 #         "soft_switches": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
 #     {"examples": 28800, "step": 450, "lr": 5.6e-4, "temperature": 0.84,
-#         "losses": {"mlm": 0.72, ...}, "scores": {"words": 0.726, ...},
-#         "switches": {"modes": ..., "depths": ...}, "per_second": 872, "seconds": 71}
+#         "losses": {"mlm": 0.75, ...}, "scores": {"words": 0.722, ...},
+#         "switches": {"modes": ..., "depths": ...}, "per_second": 569, "seconds": 52}
 
 class Watch:
     """When a run began, when it last evaluated, and after which step it last looked at losses."""
@@ -1156,7 +1140,7 @@ def read_metrics(folder):
 
 # --- Checkpoints ---
 
-CHECKPOINT_FORMAT = "switchbert-5"  # in 4, modes started even
+CHECKPOINT_FORMAT = "switchbert-6"  # in 5, switches started otherwise
 
 
 def save_checkpoint(args, task, optimizer, step, losses):

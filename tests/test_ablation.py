@@ -30,7 +30,8 @@ PRETRAINED = RECALLS | {"masked words": 0.7, "region KL": 2.0, "matching": 0.9}
 
 def line(setting, seed=0, epochs=4, scores=RECALLS, path="JJ,JJ,JJ,JJ"):
     """A line of the results file."""
-    found = {"path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE}
+    found = {"path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE,
+        "detector": 7}
     key = {"setting": setting, "seed": seed, "epochs": epochs}
     return key | found
 
@@ -156,6 +157,15 @@ def test_each_length_of_training_and_each_number_of_layers_has_a_table():
         "4 layers, 3,600 steps": "| measure | learned | learned - best fixed |",
         "12 layers, 900 steps": "| measure | learned | single | learned - best fixed |",
     }
+
+
+def test_a_table_whose_seeds_mix_detectors_says_so():
+    """Seeds may have different detectors, but the settings of a seed may not."""
+    other = {"detector": 8}
+    apart = [line("learned"), line("dual"), line("learned", 1) | other, line("dual", 1) | other]
+    assert list(ablation.tables(apart)) == ["4 layers, 900 steps"]
+    title = "4 layers, 900 steps; not comparable, since detectors differ within seeds [1]"
+    assert list(ablation.tables(apart + [line("single", 1)])) == [title]
 
 
 def test_the_figure_has_curves_of_the_longest_runs_and_recalls_at_each_length():
@@ -298,7 +308,7 @@ def test_a_run_whose_line_is_complete_is_not_made_again(monkeypatch, commands):
 
 
 def test_the_curve_is_that_of_the_evaluations_in_a_metrics_file(tmp_path):
-    """Lines of the mixture alone have no scores."""
+    """Lines of soft switches alone have no scores."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 30, "losses": {"mlm": 3.0}, "soft_switches": {}}\n'

@@ -293,20 +293,31 @@ def test_low_temperatures_give_one_hot_switches_that_still_have_gradients():
 START = torch.tensor([0.0, 3.0])
 
 
-@parametrize("tau", [5.0, 1.0, 0.2])
-def test_a_start_is_log_odds_that_no_temperature_changes(tau):
+@parametrize("tau, expected", [(5.0, 3), (1.0, 3), (0.5, 6), (0.2, 15)])
+def test_a_start_is_log_odds_that_only_temperatures_below_1_divide(tau, expected):
     """With noise it is their median."""
     weights = switch(torch.zeros(2), tau, training=False, start=START)
-    log_odds = weights.log().diff()
-    assert log_odds.item() == pytest.approx(3, rel=1e-5)
+    log_odds = weights.double().log().diff()
+    assert log_odds.item() == pytest.approx(expected, rel=1e-2)
     noisy = switch(torch.zeros(9999, 2), tau, training=True, start=START)
     log_odds = noisy.log().diff()
-    assert log_odds.median().item() == pytest.approx(3, abs=0.3 / tau)
+    assert log_odds.median().item() == pytest.approx(expected, abs=0.3 / tau)
 
 
-@parametrize("logit, best", [(0.59, 1), (0.61, 0)])
-def test_a_hard_switch_adds_the_start_at_the_final_temperature(logit, best):
-    """There a logit of 0.6 makes up for it: 0.6 / 0.2 = 3."""
+@parametrize("tau", [0.7, 0.2])
+def test_below_1_the_temperature_changes_no_choice(tau):
+    logits = torch.randn(1000, 2)
+
+    def choices(temperature):
+        torch.manual_seed(1)  # the same noise
+        return switch(logits, temperature, training=True, start=START).argmax(-1)
+
+    assert choices(tau).equal(choices(1.0))
+    assert not choices(5.0).equal(choices(1.0))
+
+
+@parametrize("logit, best", [(2.9, 1), (3.1, 0)])
+def test_a_hard_switch_adds_the_start_to_the_logits(logit, best):
     weights = switch(torch.tensor([logit, 0.0]), None, training=False, start=START)
     assert weights.argmax() == best
 
@@ -343,8 +354,8 @@ def test_a_gate_reads_the_means_of_real_tokens_and_decides_for_each_modality_in_
     with autocast():
         found = gate(states[..., None], layout_of(mask, 3).averages, 0.7)
     logits = gate.linear(means).view(2, 2, 3)
-    start = torch.tensor([0.0, 0, 5])
-    close(found, (logits / 0.7 + start).softmax(-1))
+    start = torch.tensor([0.0, 0, 5 + math.log(2)])  # ahead of two options
+    close(found, ((logits + start) / 0.7).softmax(-1))
 
 
 def share_of_bf16(numbers):
@@ -584,7 +595,7 @@ def set_gate(gate, text, vision):
     options = len(gate.start)
     nn.init.zeros_(gate.linear.weight)
     chosen = F.one_hot(choices, options).flatten()
-    gate.linear.bias.data = 9.0 * chosen  # more than a start of 5
+    gate.linear.bias.data = 9.0 * chosen  # more than a start of 5 + log(M - 1)
 
 
 def test_text_and_vision_choose_depths_and_modes_separately(config, inputs):
@@ -652,15 +663,27 @@ def test_depths_are_kept_in_the_precision_of_products(dtype, inputs):
     assert [states.dtype for states in depths[0]] == [dtype] * 3
 
 
-@parametrize("tau", [5.0, 1.0, 0.2])
+@parametrize("tau", [5.0, 1.0])
 def test_training_begins_as_vilberts_alternation_and_with_the_newest_depth(tau, inputs):
-    """While gates know nothing, the first of M options has the weight e^5 / (e^5 + M - 1)."""
+    """While gates know nothing, the odds are e^5 to 1 against all other options together."""
     out = encoder("learned", initializer_range=0.0)(**inputs, temperature=tau)
+    expected = torch.full((3, 2), math.e**5 / (math.e**5 + 1))
     for l, weights in enumerate(out.depths):
-        newest = math.e**5 / (math.e**5 + l)
-        close(weights[..., -1], torch.full((3, 2), newest))
+        if l > 0:
+            close(weights[..., -1], expected)
         alternating = out.modes[:, l, :, (INTRA, INTER)[l % 2]]
-        close(alternating, torch.full((3, 2), math.e**5 / (math.e**5 + len(MODES) - 1)))
+        close(alternating, expected)
+
+
+def test_a_gate_that_has_learned_nothing_leaves_its_start_once_in_149_samples():
+    """To the end, and with any number of options."""
+    n = 40_000
+    gate = Gate(1, num_options=12, ahead=11).train()
+    nn.init.zeros_(gate.linear.bias)  # it reads zeros, so the bias alone is its logits
+    weights = gate(torch.zeros(n, 2, 1), torch.zeros(n, 2, 2), 0.2)  # (n, 2, 12)
+    left = (weights.argmax(-1) != 11).float().mean().item()
+    share = 1 / (1 + math.e**5)
+    assert abs(left - share) < 4 * math.sqrt(share / (2 * n))
 
 
 def test_hard_switches_begin_as_dual(inputs):

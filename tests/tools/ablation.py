@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -316,7 +317,8 @@ def measure(folder, parts):
     """What is measured of these parts of a run, for its line in the results."""
     torch.set_num_threads(1)
     store = FeatureStore(folder.parent / "third")
-    found = {"scores": {}}
+    weights = store.arrays["class_weight"].tobytes()
+    found = {"scores": {}, "detector": zlib.crc32(weights)}
     for part in parts:
         if part != "pretrain":
             found["scores"] |= measure_task(folder, part, store)
@@ -451,8 +453,23 @@ def tables(results):
     """{title: table}, one for each number of layers and length of training."""
     found = {}
     for (layers, epochs), lines in groups_of(results).items():
-        found[f"{layers} layers, {epochs * STEPS:,} steps"] = table(lines)
+        title = f"{layers} layers, {epochs * STEPS:,} steps"
+        if mixed := mixed_seeds(lines):
+            title += f"; not comparable, since detectors differ within seeds {mixed}"
+        found[title] = table(lines)
     return found
+
+
+def mixed_seeds(lines):
+    """The seeds whose runs had regions of different detectors, so that no difference is paired.
+
+    Each machine trains its own toy detector. Kinds of CPUs round differently, so their detectors
+    differ, and with them all scores.
+    """
+    detectors = defaultdict(set)
+    for line in lines:
+        detectors[line["seed"]].add(line["detector"])
+    return [seed for seed, found in detectors.items() if len(found) > 1]
 
 
 # --- 5. The figure --------------------------------------------------------------------------------
