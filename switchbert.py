@@ -27,7 +27,8 @@ vision, and which earlier layer to read.
                         | pooled (B, P)
                        ITM, VQA, retrieval                          referring reads region_states
 
-    Every s and every g has its own gate, which decides for text and for vision separately:
+    Every s (but layer 0's, which has one depth to read) and every g has its own gate, which
+    decides for text and for vision separately:
 
         mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
@@ -41,8 +42,8 @@ region feature, C region classes, V vocabulary, K the number of words, regions o
 loss predicts in a batch. Masks are 1 = real, 0 = padding, everywhere.
 
 Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one
-of them: its weights are one-hot). In signatures, `modes` holds the weights that a switch gives the
-modes, and `depths` the states of depths 0..l. SwitchBertOutput holds the weights of both.
+of them: its weights are one-hot). In signatures, `modes` are the weights of the modes, and `depths`
+the states of depths 0..l. Only in SwitchBertOutput are `.depths` the weights of the depths.
 
 Map of the file (* = read these first)
 
@@ -234,17 +235,19 @@ def switch(logits, temperature, training, start=0.0):
 # ASSUMPTION A10: one option of each switch starts ahead of all others together, by e^5 = 148 to 1:
 # the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
 # across alternate. So training begins as a network that is known to work, and departs from it
-# where that pays. Gates that start even end at joint attention in nearly every layer: it can
-# imitate the other modes, and a single layer that leaves it loses something. The alternation
-# predicts masked words better, but only several layers that leave together get there.
+# where that pays. If all options start with equal odds, nearly every layer learns joint attention.
+# It is a local optimum: it can imitate the other modes, and a single layer that changes to another
+# one makes the loss worse. The alternation predicts masked words better, but to reach it, several
+# layers must change at once.
 #
 # The temperature divides logits and noise always, but the start only below 1. So a hot switch
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
 # network that works, not with an average of all options. Below 1, logits, noise and start are
 # divided alike. Then the option with the largest sum stays the same while the temperature falls:
-# the choice becomes sharper, but does not change. And a gate that has learned nothing takes the
-# option that is ahead in 148 of 149 samples, to the end. (A start that is never divided is worth
-# one logit at .2. Then noise decides, and every measure got worse: see tests/ABLATION.md.)
+# the choice becomes sharper, but does not change. And from 1 down to the end, the noise leaves a
+# gate that has learned nothing at the option that is ahead in 148 of 149 training samples. (If the
+# start were not divided at .2, its 5 would weigh no more than 5 x .2 = 1 logit. Then noise would
+# decide: see tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -379,7 +382,8 @@ def open_to(modes, layout):
 def switch_bias(modes, layout):
     """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, M) -> (B, L, L)"""
     opened = open_to(modes, layout)  # (B, 2, 4)
-    logarithm = opened.clamp(min=1e-18).log()  # clamp: its gradient, 1 / open, stays finite
+    # Zeros are replaced below. But the logarithm's slope at 0 is infinite, and 0 times that is NaN.
+    logarithm = opened.clamp(min=1e-18).log()
     bias = logarithm.masked_fill(opened == 0, CLOSED)  # (B, 2, 4)
     with full_precision(modes):
         spread = layout.modality @ bias @ layout.group.T  # (L, 2) (B, 2, 4) (4, L)
@@ -564,9 +568,9 @@ class RegionEmbeddings(nn.Module):
     """linear(feature) + linear(box), LayerNorm, dropout, with the global region in front (A7).
 
     ASSUMPTION A12: both parts are normalised before they are added, as in UNITER, and boxes
-    enter as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs a
-    fifteenth as long as the feature layer's and mostly alike: on the toy world the model
-    learned nothing about boxes. Inputs as SwitchBert's; returns (B, 1+R, D).
+    enter as 2 b - 1. Otherwise the box layer, with 5 inputs, would start with outputs whose norm
+    is a fifteenth of the feature layer's and that hardly differ between regions: on the toy
+    world the model learned nothing about boxes. Inputs as SwitchBert's; returns (B, 1+R, D).
     """
 
     def __init__(self, config):

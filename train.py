@@ -30,14 +30,15 @@ Map of the file (* = read these first)
     6. Data of a run    the toy world, or a folder of captions and features
     7. Machine room     flags, processes, the record of a run, checkpoints, pictures
 
-    python train.py                     the whole toy run: 2 minutes on two CPU cores
-    python train.py --gpus 4            the same on 4 GPUs; if there is data/, the full run
+    python train.py                     the whole toy run: 2 to 4 minutes on two CPU cores
+    python train.py --gpus 4            the same on 4 GPUs
     python train.py --resume            continue a run that was stopped or killed
     python train.py --blind --epochs 1 --out runs/blind      what do words alone give?
     python train.py show RUN RUN ...    compare runs: final scores, curves.png, switches.png
     torchrun --nnodes 2 --nproc-per-node 4 train.py          on two machines
 
-Without data, a run draws scenes, trains a Faster R-CNN on them, extracts their regions and
+If there is a folder data/, each of these trains on it, with the paper's settings (FULL in section
+1). Without, a run draws scenes, trains a Faster R-CNN on them, extracts their regions and
 pretrains. It prints one line per evaluation, here wrapped:
 
     step   450/900  lr 5.6e-04  tau 0.84  mlm 0.75 mrc 2.35 itm 0.28 | words 0.722  match 0.921
@@ -54,9 +55,10 @@ their pairs, depend on (seed, epoch, index) only, so any number of processes tra
 ones. The noise of dropout and switches depends on (seed, step, part), so another number of
 parts draws other noise. On a CPU, a killed run resumes bit for bit.
 
-Four names come from data.py. BadInput is the exception for a fault in the user's files or
-flags. `with reading(x, what)` turns any error in its block into BadInput("x: not <what>"). `say`
-prints, from the first process only. RANK and WORLD_SIZE number the processes and count them.
+Some names of data.py are used everywhere. BadInput is the exception for a fault in the user's
+files or flags. `with reading(x, what)` turns any error in its block into BadInput("x: not
+<what>"). `say` prints, from the first process only. RANK is this process's number, WORLD_SIZE
+how many there are.
 
 Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings). Deviation: D2.
 """
@@ -97,12 +99,13 @@ from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES,
 
 # --- 1. Settings --------------------------------------------------------------------------
 #
-# A resumed run keeps these settings. All other flags say where files are, what the model starts
-# from, and how it is computed.
-# FULL holds the paper's [supp. 2] and, where the paper is silent, VOLTA's (A7). The toy run is
-# DEVIATION D2. anneal is the share of the run after which the temperature reaches its floor,
-# 0.2. None: the paper's rate, 1e-6 per pair (A5), if the run has the 3.2 million pairs that it
-# takes; otherwise as 0.9 (see anneal_rate). scratch and boxes are of finetune.py.
+# TOY and FULL hold the settings, which a resumed run keeps. All other flags say where files are,
+# what the model starts from, and how it is computed. FULL has the paper's [supp. 2] and, where
+# the paper is silent, VOLTA's (A7). The toy run is DEVIATION D2.
+#
+# anneal=0.9: the temperature reaches its floor, 0.2, after 90 % of the run. anneal=None: it falls
+# at the paper's rate, 1e-6 per pair (A5), or, if the run has fewer than the 3.2 million pairs that
+# this takes, as with 0.9 (see anneal_rate). scratch and boxes are of finetune.py.
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
     switches="learned", set=[], seed=0, limit=None, blind=False, scratch=False,
@@ -240,10 +243,10 @@ class Pretraining(Task):
             config = model_config(args.model, store, self.tokenizer, args.switches, args.set)
             torch.manual_seed(args.seed)
             self.model = SwitchBertForPretraining(config)
-        if earlier and args.init:
+        if earlier and args.init:  # a new run that takes over weights
             take_weights(self.model, earlier, args.init, store)
-        elif earlier:
-            check_fits(earlier, store, "num_region_classes")  # its weights: see `restore`
+        elif earlier:  # a resumed run, whose weights and optimizer `restore` will load
+            check_fits(earlier, store, "num_region_classes")
         elif args.bert:
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
                 missing, unused = load_bert(self.model, args.bert)  # A6
@@ -297,13 +300,17 @@ def model_config(size, store, tokenizer, switches, changes=()):
 
 # --- 3. The loop --------------------------------------------------------------------------
 #
-# `fit` does all training in this project; forward_backward is the heart of a step. What they call
+# `fit` does all training of Switch-BERT; forward_backward is the heart of a step. What they call
 # is in this section and the next two, or does what its name says. Behind the names in section 7:
 #
-#     place                 to the device; from now on, every forward pass runs under autocast
-#     wrap                  compiles the layers; averages gradients over the processes (DDP)
-#     restore               takes up the state of a checkpoint, if there is one
-#     sum_over_processes    an all-reduce; every process must call it
+#     place                  to the device; from now on, every forward pass runs under autocast
+#     wrap                   compiles the layers; averages gradients over the processes (DDP)
+#     restore                takes up the state of a checkpoint, if there is one
+#     sum_over_processes     an all-reduce; every process must call it
+#     Watch                  a stopwatch: pairs per second, seconds since the start
+#     begin_record, record   begin metrics.jsonl; append a line to it
+#     stop_signals           hold back Ctrl-C and SIGTERM until a step is complete; stop_asked(step)
+#                            then is True, in all processes after the same step
 
 LOOK_EVERY = 10  # steps: has the run diverged, was it asked to stop?
 
@@ -312,8 +319,8 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args, checkpoint: see fill_settings. Raises BadInput if training diverges.
     """
-    # 1. The model, AdamW, the number of steps done so far, and the sums of their losses since the
-    #    last evaluation.
+    # 1. The model, AdamW, the number of steps done so far, and this process's summands of their
+    #    mean losses since the last evaluation, added up over these steps.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay)
     first, sums = restore(task, optimizer, checkpoint)
@@ -350,7 +357,8 @@ def fit(args, task, checkpoint=None):
             sums += losses + 0 * norm  # if the gradient is not finite: NaN, for mean_losses to find
 
             # 6. To see a number, the host must wait for the GPU: it looks only now and then. It
-            #    records losses and soft switches thirty times a run, for curves and switches.gif.
+            #    records losses and soft switches up to thirty times a run: for curves.png and
+            #    switches.gif.
             done = step + 1
             evaluates = done % args.eval_every == 0 or done == steps
             records = done % math.ceil(steps / 30) == 0
