@@ -887,8 +887,9 @@ def test_layers_compile_to_one_graph_for_all_lengths_and_temperatures(
             batch[name] = torch.cat([batch[name]] * 8, dim=1)[:, :length]
         return [m(**batch, temperature=temperature).pooled for m in (compiled, model)]
 
-    for k, length in enumerate((12, 9, 38, 2, 17, 30)):
-        pooled, _ = run(8 + k, length, 5 - k / 7)
+    lengths_and_temperatures = ((12, 5.0), (9, 2.5), (38, 1.1), (2, 0.9), (17, 0.4), (30, 0.2))
+    for pairs, (length, tau) in enumerate(lengths_and_temperatures, 8):
+        pooled, _ = run(pairs, length, tau)
         pooled.sum().backward()
     assert graphs["unique_graphs"] == 1
     model.eval()
