@@ -139,8 +139,6 @@ class WordPiece:
     def __init__(self, vocab):
         self.pieces = vocab if isinstance(vocab, list) else read_vocab(Path(vocab))
         self.ids = {piece: index for index, piece in enumerate(self.pieces)}
-        self.cls_id = self.ids["[CLS]"]
-        self.sep_id = self.ids["[SEP]"]
         self.mask_id = self.ids["[MASK]"]
 
     def __len__(self):
@@ -148,11 +146,11 @@ class WordPiece:
 
     def encode(self, text, max_tokens):
         """Ids of '[CLS] text [SEP]', cut to at most max_tokens, both specials counted."""
-        pieces = []
+        pieces = ["[CLS]"]
         for word in split_words(text):
             pieces += self.split_word(word)
-        ids = [self.ids[piece] for piece in pieces[: max_tokens - 2]]
-        return [self.cls_id, *ids, self.sep_id]
+        kept = pieces[: max_tokens - 1] + ["[SEP]"]
+        return [self.ids[piece] for piece in kept]
 
     @functools.lru_cache(50_000)  # noqa: B019  words repeat; a run has one tokenizer
     def split_word(self, word):
@@ -533,7 +531,7 @@ def encode_ids(ids):
 # Pretraining and all tasks read the store by region_inputs and make batches by model_inputs.
 
 
-class PretrainingDataset(torch.utils.data.Dataset):
+class PretrainingDataset:
     """Image-caption pairs: half of them masked, half whole, to be matched. ASSUMPTION A7.
 
     store: a FeatureStore. captions: Captions, or a list of (image id, text). Captions that
@@ -661,8 +659,7 @@ def normalise_boxes(boxes, size):
     >>> normalise_boxes(np.float32([[20, 10, 120, 60]]), (200, 100)).round(2).tolist()[0][4]
     0.25
     """
-    scale = np.tile(np.float32(size), 2)  # W, H, W, H
-    scaled = np.clip(boxes / scale, 0, 1).astype(np.float32)
+    scaled = np.clip(boxes / (size + size), 0, 1).astype(np.float32)  # W, H, W, H
     sides = scaled[:, 2:] - scaled[:, :2]
     return np.column_stack([scaled, sides.prod(axis=1)])
 
@@ -680,11 +677,11 @@ def collate(examples):
     num_pieces = batch["input_ids"].shape[1]  # T
     num_regions = batch["region_boxes"].shape[1]  # R
     batch["region_hidden"] = pad(column(examples, "region_hidden"))
-    batch["itm_labels"] = join(column(examples, "itm_labels"))
-    batch["mlm_labels"] = join(column(examples, "mlm_labels"))
-    batch["mlm_positions"] = flat_positions(column(examples, "mlm_positions"), num_pieces)
-    batch["itm_positions"] = flat_positions(column(examples, "itm_positions"), 1)
-    batch["mrc_positions"] = flat_positions(column(examples, "mrc_positions"), num_regions)
+    for name in ("mlm_labels", "itm_labels"):
+        batch[name] = join(column(examples, name))
+    widths = dict(mlm_positions=num_pieces, mrc_positions=num_regions, itm_positions=1)
+    for name, width in widths.items():
+        batch[name] = flat_positions(column(examples, name), width)
     targets = column(examples, "mrc_targets")
     batch["mrc_targets"] = None if targets[0] is None else join(targets)
     return batch
@@ -1144,7 +1141,7 @@ class Scene:
         rng = self._rng(2)
         sentences = []
         for _ in range(n):
-            things = [self.things[i] for i in rng.permutation(len(self.things))[:3]]
+            things = rng.permutation(self.things)[:3]
             names = ["a " + thing.named() for thing in things]
             if rng.random() < 0.5:
                 start = f"{names[0]} {things[0].where} and {names[1]} {things[1].where}"
@@ -1480,38 +1477,32 @@ def only_run_in(folder):
 
 # --- Flags ---
 
-@dataclass(frozen=True)
-class Number:
+def number_type(convert, least, most):
     """The type of a numeric flag: an int or a float in a range. No range contains NaN.
 
     argparse shows a type by its __name__, here the range: `argument --lr: invalid 1e-12...10
     value: '0'`.
     """
-
-    convert: type
-    least: float
-    most: float
-
-    def __call__(self, text):
-        number = self.convert(text)
-        if not self.least <= number <= self.most:
+    def parse(text):
+        """The number in a text. Raises ValueError if it is not in the range."""
+        number = convert(text)
+        if not least <= number <= most:
             raise ValueError
         return number
 
-    @property
-    def __name__(self):
-        return f"{self.least:g}...{self.most:g}"
+    parse.__name__ = f"{least:g}...{most:g}"
+    return parse
 
 
 # Rates and shares start just above 0: with 0, a run would learn nothing or divide by zero.
-COUNT = Number(int, 1, 1e9)
-NATURAL = Number(int, 0, 1e9)
-RATE = Number(float, 1e-12, 10)
-SHARE = Number(float, 1e-6, 1)
+COUNT = number_type(int, 1, 1e9)
+NATURAL = number_type(int, 0, 1e9)
+RATE = number_type(float, 1e-12, 10)
+SHARE = number_type(float, 1e-6, 1)
 
 
 def flag(parser, name, convert, default, text):
-    """Add a flag. --help shows what it takes: a Number's range, or a type such as Path."""
+    """Add a flag. --help shows what it takes: the range of a number, or a type such as Path."""
     parser.add_argument(name, type=convert, default=default, help=text,
         metavar=convert.__name__)
 

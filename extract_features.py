@@ -102,7 +102,13 @@ def build_detector(name, weights=None, classes=None):
     build, class_names = DETECTORS[name]
     model = build().eval()
     if weights:
-        load_weights(model, name, weights)
+        # All keys and shapes must be the model's: a missing layer would stay random, and every
+        # feature would be wrong.
+        with reading(weights, f"the weights of the {name} detector; {WEIGHTS_ADVICE[name]}"):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            if name == "vg":
+                state = convert_vg_weights(state)
+            model.load_state_dict(state)
     head = model.roi_heads.box_predictor.cls_score
     if classes:
         count = head.out_features - 1
@@ -116,17 +122,6 @@ def build_detector(name, weights=None, classes=None):
         feature_size=head.in_features, weights=Path(weights or "").name,
         class_head=[parameter.detach().numpy() for parameter in head.parameters()])
     return model
-
-
-def load_weights(model, name, path):
-    """Load a file into a detector. BadInput unless its keys and shapes are the model's: a
-    missing layer would stay random, and every feature would be wrong.
-    """
-    with reading(path, f"the weights of the {name} detector; {WEIGHTS_ADVICE[name]}"):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if name == "vg":
-            weights = convert_vg_weights(weights)
-        model.load_state_dict(weights)
 
 
 # --- 2. Visual Genome -----------------------------------------------------------------------
@@ -204,8 +199,8 @@ def vg_detector():
     net.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)  # as in Caffe
     for layer in (net.layer2, net.layer3):
         block = layer[0]
-        block.conv1.stride = (2, 2)  # Caffe's blocks stride in their first convolution
-        block.conv2.stride = (1, 1)
+        block.conv1.stride = 2  # Caffe's blocks stride in their first convolution
+        block.conv2.stride = 1
     backbone = nn.Sequential(OrderedDict(net.named_children()))[:7]  # conv1 to layer3
     backbone.out_channels = 1024
     anchors = VGAnchors()
@@ -310,15 +305,13 @@ def train_toy_detector(numbers, iterations=900, batch=8):
 def toy_targets(scene):
     """The things of a scene as torchvision's targets: boxes (n, 4) in pixels, labels (n,)."""
     boxes = [thing.box for thing in scene.things]
-    names = [thing.named("colour shape") for thing in scene.things]
-    labels = [TOY_CLASSES.index(name) for name in names]
+    labels = [TOY_CLASSES.index(thing.named("colour shape")) for thing in scene.things]
     return {"boxes": torch.tensor(boxes).float(), "labels": torch.tensor(labels)}
 
 
 def draw_scenes(numbers):
     """The pictures of N scenes: uint8 (N, 3, 128, 128)."""
-    pictures = (Scene(number).draw() for number in numbers)
-    return torch.stack([pil_to_tensor(picture) for picture in pictures])
+    return torch.stack([pil_to_tensor(Scene(number).draw()) for number in numbers])
 
 
 def toy_detector(weights, numbers):
@@ -328,7 +321,6 @@ def toy_detector(weights, numbers):
     if not weights.exists():
         started = time.time()
         model = train_toy_detector(numbers)
-        weights.parent.mkdir(parents=True, exist_ok=True)
         write_whole(weights, lambda file: torch.save(model.state_dict(), file), mode="wb")
         say(f"detector: trained in {time.time() - started:.0f} s")
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
@@ -377,15 +369,13 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         features = model.roi_heads.box_head(pooled).float()  # (B P, F)
     probs = model.roi_heads.box_predictor.cls_score(features).softmax(dim=-1)  # (B P, C)
     counts = [len(proposal) for proposal in proposals]
-    features = features.split(counts)  # B x (P, F)
-    probs = probs.split(counts)  # B x (P, C)
+    found = zip(picture_boxes, features.split(counts), probs.split(counts))
     confidence = model.roi_heads.score_thresh
     results = []
-    for i, proposal in enumerate(proposals):
+    for proposal, values in zip(proposals, found):  # values: (P, 4), (P, F), (P, C)
         kept = slice(None)
         if boxes is None:
-            kept = select_regions(proposal, probs[i], num_regions, confidence)
-        values = (picture_boxes[i], features[i], probs[i])
+            kept = select_regions(proposal, values[2], num_regions, confidence)
         results.append([value[kept].cpu().numpy() for value in values])
     return results
 
@@ -563,11 +553,9 @@ def extract(args):
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS_ADVICE[args.detector]}")
-    paths = [args.images]
-    if args.images.is_dir():
-        paths = files_below(args.images, PICTURES)
-    elif not args.images.exists():
-        paths = []
+    paths = files_below(args.images, PICTURES)
+    if args.images.is_file():
+        paths = [args.images]
     if not paths:
         raise BadInput(f"{args.images}: expected a picture or a folder of pictures, found none")
     boxes = None
@@ -626,15 +614,15 @@ def output_folder(folder):
     if WORLD_SIZE > 1:  # the first process, which has started this one, holds the lock
         yield
         return
-    counts = folder / "counts.npy"
     known = set(folder.glob("*"))
     with only_run_in(folder):
         try:
             yield
         finally:
-            begun = counts not in known and counts.exists()
-            if begun and not (np.load(counts) > 0).any():
-                for path in set(folder.glob("[!.]*")) - known:
+            new = set(folder.glob("[!.]*")) - known
+            counts = folder / "counts.npy"
+            if counts in new and not (np.load(counts) > 0).any():
+                for path in new:
                     path.unlink()
 
 

@@ -218,7 +218,15 @@ class Task(train.Task):
         self.missing = {}
         self.held_out = {}
         for split, items in splits.items():
-            self.hold(split, items)
+            self.missing[split] = len(items)
+            try:
+                rows = store.find(column(items, "image_id"), f"{split}: {self.unit}")
+            except BadInput as error:  # not one image has features
+                say(f"{error}; {split} is left out")
+                continue
+            usable = [item for item, row in zip(items, rows) if row >= 0]
+            self.missing[split] -= len(usable)
+            self.held_out[split] = usable if split == "train" or self.needs_features else items
         self.items = self.held_out.pop("train", [])[: args.limit]
         if not self.items and (args.epochs or not self.held_out):
             raise BadInput(
@@ -233,18 +241,6 @@ class Task(train.Task):
         self.labels = labels or self.vocabulary(splits.get("train", []))
         # With this index, the targets of a question take a third of the time.
         self.index = {label: i for i, label in enumerate(self.labels or [])}
-
-    def hold(self, split, items):
-        """Keep a split's items, and count those whose images have no features."""
-        self.missing[split] = len(items)
-        try:
-            rows = self.store.find(column(items, "image_id"), f"{split}: {self.unit}")
-        except BadInput as error:  # not one image has features
-            say(f"{error}; {split} is left out")
-            return
-        usable = [item for item, row in zip(items, rows) if row >= 0]
-        self.missing[split] -= len(usable)
-        self.held_out[split] = usable if split == "train" or self.needs_features else items
 
     @staticmethod
     def vocabulary(items):
@@ -672,14 +668,6 @@ class Refer(Task):
             yield dict(image_id=scene.number, text=text, box=scene.things[thing].box,
                 ref_id=scene.number, sent_id=k, kind=kind)
 
-    def build_model(self, config, weights):
-        """As in every task, but the pooler is frozen: no loss reaches it, and several processes
-        would wait for its gradient.
-        """
-        model = super().build_model(config, weights)
-        model.bert.pooler.requires_grad_(False)
-        return model
-
     def overlaps(self, item):
         """The item's regions, boxes (n, 4), and their IoU (n,) with the box that is meant. An
         image without features has one region, of zeros, which overlaps nothing.
@@ -962,30 +950,31 @@ def main(argv):
 def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(description="Finetune Switch-BERT, evaluate it, ask it.")
-    p.add_argument("command", choices=list(TASKS) + ["ask"],
+    add = p.add_argument
+    add("command", choices=list(TASKS) + ["ask"],
         help="COMMAND --help shows its flags")
     command = p.parse_args(argv[:1]).command
     if command == "ask":
-        p.add_argument("run", help="folder of a pretrained or finetuned run, or a checkpoint")
-        p.add_argument("text", help="a question, a caption or a phrase, as the run was trained "
+        add("run", help="folder of a pretrained or finetuned run, or a checkpoint")
+        add("text", help="a question, a caption or a phrase, as the run was trained "
             "on; or a .txt file with one in each line")
-        p.add_argument("pictures", nargs="+", help="picture files; with --store also ids")
-        p.add_argument("--store", help="feature store that has the regions of these pictures "
+        add("pictures", nargs="+", help="picture files; with --store also ids")
+        add("--store", help="feature store that has the regions of these pictures "
             "(default: the detector finds them)")
-        p.add_argument("--weights", default="runs/world/detector.pt",
+        add("--weights", default="runs/world/detector.pt",
             help="the detector's (default: %(default)s)")
         flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the "
             "last one before it in which they attend to vision (default: the last layer)")
-        p.add_argument("-o", "--out", default="answer.png", help="picture to write")
+        add("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task = TASKS[command]
     add_run_flags(p, Path("data", command), task.files, Path("runs", command))
     flag(p, "--checkpoint", Path, Path("runs/pretrain"), "pretrained run to start from, or one "
         "of this task: to go on from, or with --epochs 0 to evaluate (default: %(default)s)")
-    p.add_argument("--scratch", action="store_true", default=None,
+    add("--scratch", action="store_true", default=None,
         help="start from random weights instead")
     if task is Refer:
-        p.add_argument("--boxes", choices=["detected", "gt"],
+        add("--boxes", choices=["detected", "gt"],
             help="the store to use: features-detected/ or features-gt/ (true boxes)")
     return fill_settings(p, argv, task.toy, task.full, command)
 

@@ -246,8 +246,8 @@ def switch(logits, temperature, training, start=0.0):
 # divided alike. Then the option with the largest sum stays the same while the temperature falls:
 # the choice becomes sharper, but does not change. And from 1 down to the end, the noise leaves a
 # gate that has learned nothing at the option that is ahead in 148 of 149 training samples. (If the
-# start were not divided at .2, its 5 would weigh no more than 5 x .2 = 1 logit. Then noise would
-# decide: see tests/ABLATION.md.)
+# start were not divided at .2, its 5 would weigh no more than 5 x .2 = 1 logit, and noise would
+# decide. What was tried, and what it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -269,7 +269,8 @@ class Gate(nn.Module):
         self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
         # e^(5 + log(M - 1)) against M - 1 options with e^0 each.
         head_start = HEAD_START + math.log(num_options - 1)
-        start = head_start * F.one_hot(torch.tensor(ahead), num_options)  # (M,)
+        start = torch.zeros(num_options)  # (M,)
+        start[ahead] = head_start
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):
@@ -417,7 +418,7 @@ def attention_weights(query, key, modes, layout):
     For tests and pictures. The fused operation computes the same, but does not keep them.
     """
     head_size = query.shape[-1]
-    scores = query @ key.transpose(-1, -2) / math.sqrt(head_size)  # (B, H, L, L)
+    scores = query @ key.mT / math.sqrt(head_size)  # (B, H, L, L)
     bias = switch_bias(modes, layout).unsqueeze(1)  # (B, 1, L, L)
     return (scores + bias).softmax(dim=-1)
 
@@ -427,13 +428,14 @@ class SwitchAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(size, size)
+        self.key = nn.Linear(size, size)
+        self.value = nn.Linear(size, size)
         self.dropout = config.attention_probs_dropout_prob
         self.keep_weights = False  # True, for pictures: forward leaves them in .weights
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(size, size)
 
     def heads(self, projected):
         """(B, L, D) -> (B, H, L, d)"""
@@ -455,6 +457,11 @@ class SwitchAttention(nn.Module):
 # A layer first decides which depths to read (Switch-Input), then how to attend
 # (Switch-Attention). The gate for depths reads the newest depth; the gate for modes reads what
 # Switch-Input returns, the mixture of depths.
+
+
+def layer_norm(config):
+    """A LayerNorm over states (..., D)."""
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def mixture(shares, *depths):
@@ -509,10 +516,10 @@ class SwitchBertLayer(nn.Module):
         constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = layer_norm(config)
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, depths, layout, temperature):
@@ -523,8 +530,7 @@ class SwitchBertLayer(nn.Module):
             states, depth_weights = self.switch_input(depths, layout, temperature)
         else:
             states = depths[-1]
-            shape = (len(states), 2, len(depths))
-            depth_weights = states.new_zeros(shape, dtype=torch.float32)
+            depth_weights = torch.zeros(len(states), 2, len(depths), device=states.device)
             depth_weights[..., -1] = 1
         states, modes = self.block(states, layout, temperature)
         return states, modes, depth_weights
@@ -555,7 +561,7 @@ class TextEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids):
@@ -577,16 +583,16 @@ class RegionEmbeddings(nn.Module):
         super().__init__()
         self.feature = nn.Linear(config.region_feature_size, config.hidden_size)
         self.box = nn.Linear(5, config.hidden_size)
-        self.feature_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.box_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feature_norm = layer_norm(config)
+        self.box_norm = layer_norm(config)
+        self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         # The box of the global region, the whole picture. A buffer moves with the model; a
         # tensor made from a list in `forward` would make a GPU wait in every step.
         self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
-        features = region_features.to(region_boxes.dtype)  # stores hold float16
+        features = region_features.float()  # stores hold float16
         visible = region_mask  # (B, R)
         if region_hidden is not None:
             features = features.masked_fill(region_hidden[..., None], 0)
@@ -594,7 +600,7 @@ class RegionEmbeddings(nn.Module):
         # The global region is VOLTA's mean; but it leaves hidden regions out, or it would leak
         # their features (A7).
         mean = averaging(visible)[:, None] @ features  # (B, 1, F)
-        whole = self.whole.to(region_boxes.dtype).expand(len(mean), 1, 5)
+        whole = self.whole.expand(len(mean), 1, 5)
         features = torch.cat([mean, features], dim=1)  # (B, 1+R, F)
         boxes = torch.cat([whole, region_boxes], dim=1)  # (B, 1+R, 5)
         content = self.feature_norm(self.feature(features))  # (B, 1+R, D)
@@ -688,11 +694,11 @@ class SwitchBert(nn.Module):
 
 def init_weights(module, std):
     """BERT's initialisation: normal(0, std) matrices, zero biases; LayerNorms keep torch's."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear):
-            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 # --- 7. Heads and losses ----------------------------------------------------------------
@@ -707,12 +713,10 @@ def init_weights(module, std):
 # MRC, or it is whole and counts in ITM, with its own picture or another one: see data.py.
 
 
-class Transform(nn.Sequential):
+def transform(config):
     """BERT's layer between a state and the prediction from it: (K, D) -> (K, D)"""
-
-    def __init__(self, config):
-        super().__init__(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU(),
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
+    linear = nn.Linear(config.hidden_size, config.hidden_size)
+    return nn.Sequential(linear, nn.GELU(), layer_norm(config))
 
 
 def label_loss(logits, labels):
@@ -775,19 +779,18 @@ class SwitchBertForPretraining(nn.Module):
         super().__init__()
         self.config = config
         self.bert = SwitchBert(config)
-        self.mlm_transform = Transform(config)
+        self.mlm_transform = transform(config)
         # "Reverse embedding lookup" [Fig. 1]: scores are dot products with the word
         # embeddings (tied weights); only the bias is new.
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
         # Without region classes there is no MRC head: DistributedDataParallel fails on
         # parameters that get no gradient.
-        classes = config.num_region_classes
-        self.mrc_transform = Transform(config) if classes else nn.Identity()
-        self.mrc_classifier = nn.Linear(config.hidden_size, classes) if classes else nn.Identity()
+        if config.num_region_classes:
+            self.mrc_transform = transform(config)
+            self.mrc_classifier = nn.Linear(config.hidden_size, config.num_region_classes)
         self.itm_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.itm_classifier = nn.Linear(config.pooler_size, 2)
-        heads = (self.mlm_transform, self.mrc_transform, self.mrc_classifier, self.itm_classifier)
-        for head in heads:
+        for head in list(self.children())[1:]:  # all but the encoder, which has initialised itself
             init_weights(head, config.initializer_range)
 
     def mlm_logits(self, states):
@@ -862,7 +865,7 @@ class SwitchBertForRetrieval(TaskModel):
     """Image-text retrieval: pooled -> (B,) scores of pairs, for cross entropy over candidates."""
 
     def __init__(self, config):
-        super().__init__(config, nn.Linear(config.pooler_size, 1))
+        super().__init__(config, nn.Linear(config.pooler_size, 1), nn.Flatten(0))  # (B, 1) -> (B,)
 
     @classmethod
     def from_pretraining(cls, config, weights):
@@ -877,12 +880,8 @@ class SwitchBertForRetrieval(TaskModel):
             rows = weights[f"itm_classifier.{name}"]
             difference = rows[MATCH] - rows[MISMATCH]
             weights = weights | {f"classifier.1.{name}": difference[None]}
-        model.load_state_dict({key: weights[key] for key in model.state_dict()})
+        model.load_state_dict(weights, strict=False)  # the heads of pretraining are left out
         return model
-
-    def forward(self, **inputs):
-        scores, out = super().forward(**inputs)
-        return scores.squeeze(-1), out  # (B, 1) -> (B,)
 
 
 class SwitchBertForReferring(TaskModel):
@@ -894,6 +893,8 @@ class SwitchBertForReferring(TaskModel):
 
     def __init__(self, config):
         super().__init__(config, nn.Linear(config.hidden_size, 1))
+        # No loss reaches the pooler, and several processes would wait for its gradient.
+        self.bert.pooler.requires_grad_(False)
 
     def forward(self, region_mask, **inputs):
         out = self.bert(region_mask=region_mask, **inputs)

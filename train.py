@@ -657,7 +657,7 @@ def load_data(folder, bert=None, words=None):
     """
     if folder is None:
         store, scenes, held_out_scenes = toy_world()
-        training = [(number, text) for number in scenes for text in Scene(number).captions(4)]
+        training = [(number, text) for number in scenes for text in Scene(number).captions()]
         held_out = [(number, text)
             for number in held_out_scenes for text in Scene(number).captions(2)]
         texts = toy_texts(scenes[:1000])
@@ -1310,8 +1310,8 @@ def switches_picture(switches, title):
             x += BAR * share
         x += 14
         for share in depths[layer][modality]:
-            grey = round(255 - 255 * share)
-            draw.rectangle([x, y, x + cell - 4, y + 20], (grey, grey, grey), "grey")
+            shade = f"hsl(0, 0%, {1 - share:.3%})"  # black: always
+            draw.rectangle([x, y, x + cell - 4, y + 20], shade, "grey")
             x += cell
     return image
 
