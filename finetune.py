@@ -276,16 +276,13 @@ class Task(train.Task):
         return dict(model_inputs(examples), targets=pad(targets).float())
 
     @classmethod
-    def new_model(cls, config, labels):
-        """The task's model with random weights; labels: its answers, None without any."""
-        if labels is None:
-            return cls.model_class(config)
-        return cls.model_class(config, len(labels))
-
-    def build_model(self, config, weights):
-        """The task's model: the encoder from pretrained weights ({}: random), the head new."""
-        model = self.new_model(config, self.labels)
-        model.load_state_dict(weights, strict=False)  # pretraining's heads have other names
+    def build_model(cls, config, labels, weights):
+        """The task's model. labels: its answers, None without any. weights: those of a model of
+        this task, or pretrained ones, whose heads have other names; what they lack is random.
+        """
+        sizes = {"num_answers": len(labels)} if labels else {}
+        model = cls.model_class(config, **sizes)
+        model.load_state_dict(weights, strict=False)
         return model
 
     def loss(self, logits, targets):
@@ -561,11 +558,12 @@ class Retrieval(Task):
             item | {"image_id": self.images[image]}, item | {"image_id": self.images[nearest]}]
         return [self.example(pair) for pair in pairs]
 
-    def build_model(self, config, weights):
+    @classmethod
+    def build_model(cls, config, labels, weights):
         """As in every task, but the head is pretraining's matching head, if there is one."""
         if "itm_classifier.weight" in weights:
             return SwitchBertForRetrieval.from_pretraining(config, weights)
-        return super().build_model(config, weights)
+        return super().build_model(config, labels, weights)
 
     def collate(self, examples):
         """The encoder's inputs for 4 B pairs; targets (B,): the right one of each four, 0."""
@@ -734,7 +732,8 @@ def finetune(args, checkpoint):
     task = task_class(store, tokenizer, splits, args, source["labels"])
     torch.manual_seed(args.seed)
     weights = {} if args.scratch or checkpoint else source["model"]
-    task.model = task.build_model(SwitchBertConfig(**source["config"]), weights)
+    config = SwitchBertConfig(**source["config"])
+    task.model = task.build_model(config, task.labels, weights)
     # 3. Training, in the same loop as pretraining.
     if fit(args, task, checkpoint) is None:
         return None
@@ -846,11 +845,7 @@ def open_run(run):
     saved = load_checkpoint(Path(run), "pretraining", *TASKS)
     task = TASKS.get(saved["task"], Retrieval)
     config = SwitchBertConfig(**saved["config"])
-    if saved["task"] == "pretraining":
-        model = SwitchBertForRetrieval.from_pretraining(config, saved["model"])
-    else:
-        model = task.new_model(config, saved["labels"])
-        model.load_state_dict(saved["model"])
+    model = task.build_model(config, saved["labels"], saved["model"])
     for layer in model.bert.layers:
         layer.attention.keep_weights = True
     return saved, task, WordPiece(saved["vocab"]), model.eval()

@@ -361,7 +361,7 @@ def test_of_5000_images_recall_is_also_the_mean_over_five_folds(of_5000):
 
 def test_a_blind_task_sees_no_picture(make, config, weights):
     retrieval = make(Retrieval, "--blind")
-    model = retrieval.build_model(config, weights)
+    model = retrieval.build_model(config, None, weights)
     recalls, _, _ = retrieval.evaluate_items(model, retrieval.held_out["val"])
     assert recalls["image R@1"] == 0  # all images are alike, and a tie counts against it
     assert not make(VQA, "--blind")[0, 0]["region_features"].any()
@@ -483,7 +483,8 @@ def test_the_toy_worlds_items_are_true_of_their_scenes(kind):
 
 @EACH_TASK
 def test_training_starts_from_the_pretrained_encoder(make, kind, config, weights):
-    start = make(kind).build_model(config, weights).state_dict()
+    task = make(kind)
+    start = task.build_model(config, task.labels, weights).state_dict()
     for name, tensor in weights.items():
         if name.startswith("bert."):
             assert start[name].equal(tensor)
@@ -494,7 +495,7 @@ def trained(make, config, weights):
     """trained(kind) -> a task, its model, and a batch of its first ten examples."""
     def of(kind):
         task = make(kind)
-        model = task.build_model(config, weights).eval()
+        model = task.build_model(config, task.labels, weights).eval()
         batch = task.collate([task[0, index] for index in range(10)])
         return task, model, batch
     return of
@@ -586,7 +587,7 @@ def test_loading_processes_that_are_not_forked_get_the_task_without_its_model(
         make, kind, config, weights):
     """Python 3.14 and macOS start them anew, with a pickled copy of the data set."""
     task = make(kind)
-    task.model = task.build_model(config, weights)
+    task.model = task.build_model(config, task.labels, weights)
     copy = pickle.loads(pickle.dumps(task))
     assert copy.model is None
     assert copy.examples.model is None

@@ -177,7 +177,7 @@ def make_task(store, tokenizer, tiny):
     def make(kind):
         args, _ = finetune.parse_args([kind.name])
         task = kind(store, tokenizer, splits_of(kind, store), args)
-        task.model = task.build_model(tiny, {})
+        task.model = task.build_model(tiny, task.labels, {})
         return task
     return make
 

@@ -278,7 +278,7 @@ def measure_task(folder, part, store):
     """{measure: score} of a finetuned model."""
     kind = finetune.TASKS[part.removesuffix("-25")]
     model, checkpoint = load_model(folder / part, kind.name,
-        lambda config, checkpoint: kind.new_model(config, checkpoint["labels"]))
+        lambda config, checkpoint: kind.build_model(config, checkpoint["labels"], {}))
     args, _ = finetune.parse_args([kind.name])
     tokenizer = WordPiece(checkpoint["vocab"])
     found = []
