@@ -42,8 +42,7 @@ region feature, C region classes, V vocabulary, K the number of words, regions o
 loss predicts in a batch. Masks are 1 = real, 0 = padding, everywhere.
 
 Keys are open or closed to a query. A switch is soft (a mixture of its options) or hard (one
-of them: its weights are one-hot). In signatures, `modes` are the weights of the modes, and `depths`
-the states of depths 0..l. Only in SwitchBertOutput are `.depths` the weights of the depths.
+of them: its weights are one-hot). In signatures, `modes` are the weights of the modes.
 
 Map of the file (* = read these first)
 
@@ -111,8 +110,8 @@ LETTERS = "IXJ"  # in the order of MODES
 
 
 def frozen_modes(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer, where modes are not learned: of a frozen
-    model, and of "input", which attends jointly.
+    """[(mode of text, mode of vision)] of every layer, if modes are frozen. "input" learns depths
+    only, and attends jointly. (Layers that learn modes do not use it.)
 
     >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
@@ -244,10 +243,11 @@ def switch(logits, temperature, training, start=0.0):
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
 # network that works, not with an average of all options. Below 1, logits, noise and start are
 # divided alike. Then the option with the largest sum stays the same while the temperature falls:
-# the choice becomes sharper, but does not change. And from 1 down to the end, the noise leaves a
-# gate that has learned nothing at the option that is ahead in 148 of 149 training samples. (If the
-# start were not divided at .2, its 5 would weigh no more than 5 x .2 = 1 logit, and noise would
-# decide. What was tried, and what it gave: tests/ABLATION.md.)
+# the choice becomes sharper, but does not change. From 1 down to the end, a gate that has learned
+# nothing takes the option that is ahead in 148 of 149 training samples; in the other one, noise
+# overrules it. (If the start were never divided, a sum at .2 would be (z + G) / .2 + 5 =
+# (z + G + 1) / .2: the start would count as one logit, and noise, whose standard deviation is 1.3,
+# would decide. What was tried, and what it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -302,7 +302,7 @@ class Gate(nn.Module):
 #     weight of key k for query q  =  open(q, k) e^score(q, k) / sum over all k' of the same
 #
 # A hard switch makes `open` 1 or 0: exactly the attention of its mode. An even switch makes
-# it 2/3 everywhere, which cancels: joint attention. (To mix three softmaxes by g instead was
+# it 2/3 everywhere, which cancels: joint attention. (Mixing three softmaxes by g instead was
 # measured, and is no better.)
 #
 # Because open e^score = e^(score + log open), a factor on a weight is a bias on its score. So
@@ -313,9 +313,10 @@ class Gate(nn.Module):
 # spreads them over the L x L pairs of tokens.
 
 # The bias of a closed key. A score that is added to it vanishes, in float32 and in bf16, so
-# the key has weight 0, however high its score, as long as another key is open: [CLS] and the
-# global region always are real. It is not -inf, which turns into NaN where it
-# meets a 0 in a product, and not the lowest float32, which bf16 rounds to -inf.
+# the key has weight 0, however high its score, as long as another key is open. One always is:
+# every mode sees [CLS] or the global region, and these are never padding. It is not -inf, which
+# turns into NaN where it meets a 0 in a product, and not the lowest float32, which bf16 rounds to
+# -inf.
 CLOSED = -1e30
 
 
@@ -383,7 +384,8 @@ def open_to(modes, layout):
 def switch_bias(modes, layout):
     """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, M) -> (B, L, L)"""
     opened = open_to(modes, layout)  # (B, 2, 4)
-    # Zeros are replaced below. But the logarithm's slope at 0 is infinite, and 0 times that is NaN.
+    # Zeros become CLOSED below, whatever their logarithm. The clamp is for the backward pass: there
+    # they get gradient 0, and 0 times the logarithm's infinite slope would be NaN.
     logarithm = opened.clamp(min=1e-18).log()
     bias = logarithm.masked_fill(opened == 0, CLOSED)  # (B, 2, 4)
     with full_precision(modes):
@@ -488,7 +490,7 @@ class SwitchInput(nn.Module):
         weights = self.gate(newest, layout.averages, temperature)  # (B, 2, l+1)
         with full_precision(newest):
             shares = layout.modality @ weights  # (B, L, l+1): each token, as its modality
-        # The backward pass needs the stack of depths again. To keep the stacks of all twelve
+        # The backward pass needs the stack of depths again. Keeping the stacks of all twelve
         # layers, with the copies that the product makes, took 15 MB per sample, beside 64 MB for
         # everything else. So `checkpoint` keeps none and stacks anew. Nothing in `mixture` is
         # random, so no random state is kept.
@@ -635,7 +637,7 @@ class SwitchBertOutput:
     region_states: Tensor  # (B, R, D), without the global region
     pooled: Tensor  # (B, P)
     modes: Tensor  # (B, layers, 2, M): weights of INTRA, INTER, JOINT, for TEXT and VISION
-    depths: list  # for each layer (B, 2, l+1): the weights of depths 0..l in its input
+    depths: list  # for each layer (B, 2, l+1): weights, not states, of depths 0..l in its input
 
 
 class SwitchBert(nn.Module):

@@ -37,12 +37,12 @@ Map of the file (* = read these first)
     python train.py show RUN RUN ...    compare runs: final scores, curves.png, switches.png
     torchrun --nnodes 2 --nproc-per-node 4 train.py          on two machines
 
-If there is a folder data/, each of these trains on it, with the paper's settings (FULL in section
+If there is a folder data/, each training uses it, with the paper's settings (FULL in section
 1). Without, a run draws scenes, trains a Faster R-CNN on them, extracts their regions and
 pretrains. It prints one line per evaluation, here wrapped:
 
-    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.75 mrc 2.35 itm 0.28 | words 0.722  match 0.921
-           | 569 pairs/s, 52 s
+    step   450/900  lr 5.6e-04  tau 0.84  mlm 0.76 mrc 2.34 itm 0.32 | words 0.710  match 0.894
+           | 415 pairs/s, 64 s
 
 tau is the temperature; mlm, mrc and itm are the mean training losses since the last line.
 `words` is the share of masked word pieces that are predicted right, `match` the accuracy of
@@ -60,7 +60,7 @@ files or flags. `with reading(x, what)` turns any error in its block into BadInp
 <what>"). `say` prints, from the first process only. RANK is this process's number, WORLD_SIZE
 how many there are.
 
-Assumptions: A5 (temperature by pairs), A7 (VOLTA's settings). Deviation: D2.
+Assumptions: A5 (temperature by pairs), A6, A7 (VOLTA's settings), A10 (slow gates). Deviation: D2.
 """
 
 import argparse
@@ -144,8 +144,8 @@ def parse_args(argv):
 def pretrain(args, checkpoint=None):
     """Pretrain from start to end. args, checkpoint: see parse_args.
 
-    Returns {name: number}, the held-out losses (mlm, mrc, itm) and shares from 0 to 1 (words,
-    match, image R@1 ...); or None if the run was stopped.
+    Returns {name: number}, the held-out losses (mlm, mrc, itm), shares from 0 to 1 (words, match,
+    image R@1 ...) and the number of images that were ranked; or None if the run was stopped.
     """
     started = time.time()
     say(f"training on {args.data or 'the toy world (no data/ here)'}")
@@ -199,6 +199,11 @@ class Task:
     clip = 1.0  # the largest norm that a gradient may have
     weight_decay = 1e-4
     initial_temperature = 1.0
+    # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
+    # here as fast as the rest. Evaluation follows the path of best options. In training, noise
+    # may change some of a sample's choices, and then the sample trains another path. So gates
+    # should be decided early.
+    gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
 
@@ -215,6 +220,7 @@ class Pretraining(Task):
     clip = 5.0  # A7, supp. 2
     weight_decay = 0.01
     initial_temperature = 5.0
+    gate_rate = 0.1  # A10
     evaluates_at_start = False
     collate = staticmethod(collate)
 
@@ -301,9 +307,9 @@ def model_config(size, store, tokenizer, switches, changes=()):
 # --- 3. The loop --------------------------------------------------------------------------
 #
 # `fit` does all training of Switch-BERT; forward_backward is the heart of a step. What they call
-# is in this section and the next two, or does what its name says. Behind the names in section 7:
+# is in this section and the next two, or in section 7. The less obvious names of section 7:
 #
-#     place                  to the device; from now on, every forward pass runs under autocast
+#     place                  to the device; from now on, forward passes compute in --precision
 #     wrap                   compiles the layers; averages gradients over the processes (DDP)
 #     restore                takes up the state of a checkpoint, if there is one
 #     sum_over_processes     an all-reduce; every process must call it
@@ -319,11 +325,11 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args, checkpoint: see fill_settings. Raises BadInput if training diverges.
     """
-    # 1. The model, AdamW, the number of steps done so far, and this process's summands of their
-    #    mean losses since the last evaluation, added up over these steps.
+    # 1. The model, AdamW, the number of steps done so far, and running totals: every step adds this
+    #    process's share of its mean losses to them; every evaluation sets them to 0.
     model = place(task.model, args)
-    optimizer = make_optimizer(model, task.weight_decay)
-    first, sums = restore(task, optimizer, checkpoint)
+    optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
+    first, totals = restore(task, optimizer, checkpoint)
     watch = Watch(first)
 
     # 2. The length of the run, and this process's parts of each batch.
@@ -332,7 +338,9 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     wrapped = wrap(model, args)
-    if task.evaluates_at_start or first >= steps:  # no step left: --epochs 0, a finished run
+    # Finetuning evaluates before its first step, too, and so does a run without steps to make:
+    # --epochs 0, or a finished run that is resumed.
+    if first >= steps or (first == 0 and task.evaluates_at_start):
         scores, switches = task.evaluate(model)
         if first == 0:
             record(args, step=0, scores=scores, switches=switches)
@@ -343,7 +351,7 @@ def fit(args, task, checkpoint=None):
             # 3. Learning rate and temperature depend on the step alone.
             lr = learning_rate(step, steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["scale"] * lr
             tau = temperature(step * args.batch, task.initial_temperature, rate=rate_per_pair)
 
             # 4. The gradient of the mean losses over the whole batch.
@@ -354,7 +362,7 @@ def fit(args, task, checkpoint=None):
             # 5. Clip it, and update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             optimizer.step()
-            sums += losses + 0 * norm  # if the gradient is not finite: NaN, for mean_losses to find
+            totals += losses + 0 * norm  # NaN if the gradient is not finite: see mean_losses
 
             # 6. To see a number, the host must wait for the GPU: it looks only now and then. It
             #    records losses and soft switches up to thirty times a run: for curves.png and
@@ -365,15 +373,15 @@ def fit(args, task, checkpoint=None):
             stops = stop_asked(done)
             if not (evaluates or records or stops or done % LOOK_EVERY == 0):
                 continue
-            means = mean_losses(args, task, sums, watch, done)  # BadInput if it has diverged
+            means = mean_losses(args, task, totals, watch, done)  # BadInput if it has diverged
             line = dict(step=done, lr=lr, temperature=tau, losses=means)
             if records:
                 record(args, **line, soft_switches=soft_switches.shares())
             if evaluates:
                 scores = evaluate_and_report(args, task, steps, watch, line)
-                sums.zero_()
+                totals.zero_()
             if evaluates or stops:
-                save_checkpoint(args, task, optimizer, done, sum_over_processes(sums))
+                save_checkpoint(args, task, optimizer, done, sum_over_processes(totals))
             if stops and done < steps:
                 say(f"stopped after step {done}; --resume continues from here")
                 return None
@@ -383,8 +391,8 @@ def fit(args, task, checkpoint=None):
 def forward_backward(args, task, model, parts, step, tau):
     """Accumulate the gradients of a step. parts: this process's parts of the step's batch.
 
-    Returns two things. First, this process's summands of the mean losses (losses,): over all
-    processes they add up to the means. Second, the mean weights that the switches gave their
+    Returns two things. First, this process's share of the mean losses (losses,): over all
+    processes the shares add up to the means. Second, the mean weights that the switches gave their
     options (a SwitchShares), soft and noisy, as in training.
 
     A mean is over all that is predicted in the *whole* batch. Its parts hold different
@@ -413,8 +421,8 @@ def forward_backward(args, task, model, parts, step, tau):
 
 # --- 4. Optimisation ----------------------------------------------------------------------
 #
-# All random draws depend on seed, epoch, step and part only. So a step does not change after a
-# restart, nor with the number of processes while processes x --accum stays the same.
+# All random draws depend on seed, epoch, step, index and part only. So a step does not change
+# after a restart, nor with the number of processes while processes x --accum stays the same.
 
 
 def learning_rate(step, steps, peak):
@@ -429,13 +437,21 @@ def learning_rate(step, steps, peak):
     return peak * min(rising, falling)
 
 
-def make_optimizer(model, weight_decay=0.01):
-    """AdamW [supp. 2], without decay on biases and LayerNorms (A7)."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [dict(params=matrices, weight_decay=weight_decay),
-        dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, eps=1e-6, fused=True)  # betas: .9, .999
+def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
+    """AdamW [supp. 2], without decay on biases and LayerNorms (A7).
+
+    In pretraining, gates have a tenth of the learning rate (A10): fast ones may settle on what
+    is best for a model that is still untrained.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        scale = gate_rate if "gate." in name else 1.0
+        groups[decay, scale].append(parameter)
+    settings = []
+    for (decay, scale), parameters in groups.items():
+        settings.append(dict(params=parameters, weight_decay=decay, scale=scale))
+    return torch.optim.AdamW(settings, eps=1e-6, fused=True)  # betas: .9, .999
 
 
 def anneal_rate(args, task, steps):
@@ -445,8 +461,7 @@ def anneal_rate(args, task, steps):
     there after that share of the run. Without, the rate is the paper's, 1e-6 (A5), or that of
     --anneal 0.9 if the run is too short for the paper's.
     """
-    # From the initial temperature to the floor, initial * exp(-rate * n) = floor, there are
-    # n = decay / rate examples.
+    # initial * exp(-rate * n) = floor gives n = decay / rate, where decay = log(initial / floor).
     decay = math.log(task.initial_temperature / FINAL_TEMPERATURE)
     examples = max(1, steps * args.batch)
     share = args.anneal
@@ -498,7 +513,8 @@ def load_parts(args, task, first, steps):
 
     A step's batch is the same for any number of processes: it is cut into WORLD_SIZE x accum
     equal parts. Loading processes (--workers) prepare parts in advance. The keys (epoch, index)
-    determine a part, so a resumed run makes anew what was prepared and not used.
+    determine a part. So parts that were prepared but not used when a run stopped are no loss: the
+    resumed run makes the same ones again.
     """
     per_epoch = len(task.examples) // args.batch
 
@@ -1016,8 +1032,8 @@ def stop_signals():
 #     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 4.12, ...},
 #         "soft_switches": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
 #     {"examples": 28800, "step": 450, "lr": 5.6e-4, "temperature": 0.84,
-#         "losses": {"mlm": 0.75, ...}, "scores": {"words": 0.722, ...},
-#         "switches": {"modes": ..., "depths": ...}, "per_second": 569, "seconds": 52}
+#         "losses": {"mlm": 0.76, ...}, "scores": {"words": 0.710, ...},
+#         "switches": {"modes": ..., "depths": ...}, "per_second": 415, "seconds": 64}
 
 class Watch:
     """When a run began, when it last evaluated, and after which step it last looked at losses."""

@@ -51,9 +51,9 @@ def load_task(kind, args):
 make_adamw = train.make_optimizer
 
 
-def make_optimizer(model, weight_decay):
+def make_optimizer(model, weight_decay, gate_rate):
     """AdamW with a large eps: otherwise its steps would not depend on the gradient's size."""
-    optimizer = make_adamw(model, weight_decay)
+    optimizer = make_adamw(model, weight_decay, gate_rate)
     for group in optimizer.param_groups:
         group["eps"] = 1.0
     return optimizer

@@ -39,11 +39,11 @@ close = torch.testing.assert_close
 def test_one_step_by_hand(plain, tmp_path):
     """The 50 numbers 0, .02, ... .98 have the mean .49. Those with an odd index are .02, .06,
     ... .98, with the mean .5. So the losses of the weight 1 are .49 and .5, and the slope of
-    both together is .99. The rate of a single step is that of the peak, .1: the weight becomes
-    1 - .1 x .99 = .901.
+    both together is .99. The rate of a single step is that of the peak, .1, and half of it for
+    this parameter: the weight becomes 1 - .05 x .99 = .9505.
     """
     task = plain("run", "--batch 50 --epochs 1 --lr 0.1")
-    assert task.model.weight.item() == approx(0.901)
+    assert task.model.weight.item() == approx(0.9505)
     for line in metrics(tmp_path / "run", "losses"):
         assert line["losses"] == approx({"all": 0.49, "odd": 0.5})
         assert line["lr"] == 0.1
@@ -64,6 +64,7 @@ class Plain(train.Task, torch.utils.data.Dataset):
     clip = 1.05
     weight_decay = 0.0
     initial_temperature = 3.0
+    gate_rate = 0.1
     evaluates_at_start = False
     headline = str
     lengths = np.arange(50) % 7
@@ -122,7 +123,8 @@ class Plain(train.Task, torch.utils.data.Dataset):
 
 
 def plain_sgd(model, *_):
-    return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    group = {"params": list(model.parameters()), "scale": 0.5}
+    return torch.optim.SGD([group], lr=1.0, momentum=0.9)
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_a_step_is_gradient_descent_on_the_whole_batch_in_any_number_of_parts(
         slopes.append(slope)
         rate = 1e-3 * min((step + 1) / 2, (16 - step) / 14)  # a tenth of 16 steps is 2
         velocity = 0.9 * velocity + min(slope, Plain.clip)
-        weight -= rate * velocity
+        weight -= 0.5 * rate * velocity
     assert min(slopes) < Plain.clip < max(slopes)
     assert abs(weight - 1) > 1e-3
     assert task.model.weight.item() == approx(weight, abs=1e-6)
@@ -349,14 +351,17 @@ def test_a_batch_is_cut_to_the_data(plain, capsys):
 # --- Optimisation ---
 
 
-def test_biases_and_norms_do_not_decay(config):
+def test_gates_learn_at_a_tenth_and_biases_and_norms_do_not_decay(config):
     model = SwitchBertForPretraining(config)
     groups = train.make_optimizer(model).param_groups
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         is_norm = "norm" in name or name.endswith("transform.2.weight")
         spared = is_norm or name.endswith("bias")
-        assert group_of[parameter]["weight_decay"] == (0 if spared else 0.01), name
+        is_gate = "mode_gate" in name or "switch_input" in name
+        group = group_of[parameter]
+        assert group["weight_decay"] == (0 if spared else 0.01), name
+        assert group["scale"] == (0.1 if is_gate else 1), name
 
 
 def test_a_run_too_short_for_the_papers_rate_has_hard_switches_after_nine_tenths(capsys):

@@ -1,7 +1,7 @@
 """Do learned switches earn their keep? The paper's question, on the toy world.
 
     python tests/tools/ablation.py                     eight settings, five seeds, 900 steps
-    python tests/tools/ablation.py --epochs 16         3,600 steps: six to eight minutes a run
+    python tests/tools/ablation.py --epochs 16         3,600 steps: eight to twelve minutes a run
     python tests/tools/ablation.py --tasks             finetunes them as well
     python tests/tools/ablation.py --settings learned@12 II,XX,JJ,JJ --seeds 3
     python tests/tools/ablation.py table               only prints the tables and draws
