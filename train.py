@@ -325,8 +325,7 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args, checkpoint: see fill_settings. Raises BadInput if training diverges.
     """
-    # 1. The model, AdamW, the number of steps done so far, and running totals: every step adds this
-    #    process's share of its mean losses to them; every evaluation sets them to 0.
+    # 1. Model, AdamW, number of steps done, and totals of the mean losses since an evaluation.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, totals = restore(task, optimizer, checkpoint)
@@ -338,8 +337,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     wrapped = wrap(model, args)
-    # Finetuning evaluates before its first step, too, and so does a run without steps to make:
-    # --epochs 0, or a finished run that is resumed.
+    # Before the first step of finetuning, and if there is no step: --epochs 0, a finished run.
     if first >= steps or (first == 0 and task.evaluates_at_start):
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -364,9 +362,8 @@ def fit(args, task, checkpoint=None):
             optimizer.step()
             totals += losses + 0 * norm  # NaN if the gradient is not finite: see mean_losses
 
-            # 6. To see a number, the host must wait for the GPU: it looks only now and then. It
-            #    records losses and soft switches up to thirty times a run: for curves.png and
-            #    switches.gif.
+            # 6. To see a number, the host must wait for the GPU: it looks only now and then, and
+            #    records up to thirty times a run (for curves.png and switches.gif).
             done = step + 1
             evaluates = done % args.eval_every == 0 or done == steps
             records = done % math.ceil(steps / 30) == 0
