@@ -235,9 +235,9 @@ def switch(logits, temperature, training, start=0.0):
 # the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
 # across alternate. So training begins as a network that is known to work, and departs from it
 # where that pays. If all options start with equal odds, nearly every layer learns joint attention.
-# It is a local optimum: it can imitate the other modes, and a single layer that changes to another
-# one makes the loss worse. The alternation predicts masked words better, but to reach it, several
-# layers must change at once.
+# Probably it is a local optimum: it can imitate the other modes, and a single layer that changes to
+# another one loses what it saw. The alternation predicts masked words better, but to reach it,
+# several layers must change at once.
 #
 # The temperature divides logits and noise always, but the start only below 1. So a hot switch
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
