@@ -18,9 +18,9 @@ A batch begins as captions and the ids of their images. Everything in between ha
         |                                         |
         +-----------------> labels <--------------+
             mlm_positions (K,)   which of the B T pieces are predicted; mlm_labels (K,)
-            mrc_positions (K',)  which of the B R regions are; mrc_targets (K', C)
-            itm_positions (K",)  which of the B pairs are shown whole and matched instead;
-                                 itm_labels (K"): MATCH or MISMATCH
+            mrc_positions (K',)  which of the B R regions are predicted; mrc_targets (K', C)
+            itm_positions (K",)  which of the B pairs are shown whole: the model says whether
+                                 they match; itm_labels (K"): MATCH or MISMATCH
 
 Letters: B batch, T word pieces, R regions, F region feature, C region classes, K, K' and K"
 the predicted pieces, regions and matches of a batch, (W, H) width and height of an image. In
@@ -76,6 +76,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import, so the
+# other scripts import data.py first.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 import numpy as np
 import torch
 import torch.distributed.run
@@ -121,7 +125,8 @@ def _spaced(char):
     category = unicodedata.category(char)
     if char in "\t\n\r" or category == "Zs":
         return " "
-    if char == "\ufffd" or category in ("Cc", "Cf", "Mn"):  # control, invisible, accent
+    # U+FFFD stands for undecodable bytes; the categories are control, invisible, accent.
+    if char == "\ufffd" or category in ("Cc", "Cf", "Mn"):
         return ""
     # Unicode counts $ + < = > ^ ` | ~ as symbols; BERT counts them as punctuation.
     punctuation = char in string.punctuation or category[0] == "P"
@@ -218,12 +223,15 @@ def build_vocab(texts, size=30522):
 #     features.npy        (N, R, F)  float16   mean-pooled RoI feature
 #     failed.txt                     text      id and reason of every failed image
 #
-# and, if C > 0, each region's distribution over classes, background first, as either
+# and, if C > 0, each region's distribution over classes, as either
 #
 #     class_weight.npy    (C, F)     float32   the detector's last layer, once for all images:
 #     class_bias.npy      (C,)       float32   distribution = softmax(weight @ feature + bias)
 # or
 #     class_probs.npy     (N, R, C)  float16   the distributions themselves, as imported
+#
+# ASSUMPTION A9: class 0 is the background, as in UNITER, VOLTA and torchvision. (Ports of
+# bottom-up attention to detectron2 put it last.)
 #
 # The last layer suffices because a detector's class logits are linear in the stored feature.
 # For Visual Genome's 1,601 classes it takes 13 MB. The distributions would take 115 KB per
@@ -235,8 +243,6 @@ def build_vocab(texts, size=30522):
 # processes share the system's page cache.
 
 STORE_VERSION = 1
-# ASSUMPTION A9: region classes include the background, as class 0. UNITER, VOLTA and
-# torchvision do so; detectron2's ports put it last.
 
 
 class FeatureStore:
@@ -266,12 +272,11 @@ class FeatureStore:
         _, self.num_regions, self.feature_size = self.arrays["features"].shape
         self.ids = self.arrays["ids"]
         self.counts = self.arrays["counts"]
-        # Older versions kept some spellings that canonical_id no longer keeps, so their ids
-        # are read again. Each was the name of a file, and gets a suffix: then a '#1' at its
-        # end is not taken for the number of a caption.
+        # Older versions of canonical_id kept some suffixes, backslashes and decomposed accents. If
+        # an id has such a character, all ids are made canonical again.
         self._keys = self.ids
         if re.search(rb"[.\\\x80-\xff]", self.ids.tobytes()):
-            self._keys = encode_ids(f"{image_id.decode()}.jpg" for image_id in self.ids)
+            self._keys = encode_ids(map(bytes.decode, self.ids))
         # Ids are looked up by binary search, which takes 8 bytes per image. A dict of 3
         # million strings would take half a gigabyte in every loading process.
         self._order = np.argsort(self._keys)
@@ -283,7 +288,8 @@ class FeatureStore:
         return len(self.ids)
 
     def __getitem__(self, row):
-        # Nothing is copied before a batch is built, and `write` has checked everything.
+        # These are views: nothing is copied before a batch is built. Nothing is checked, because
+        # `write` has checked it.
         size = self.arrays["sizes"][row].tolist()
         return dict(features=self._of("features", row), boxes=self._of("boxes", row),
             size=tuple(size))
@@ -308,7 +314,8 @@ class FeatureStore:
         return None if row < 0 else row
 
     def find(self, image_ids, what):
-        """Like `rows`, but says how many were found; BadInput if none. what: their name."""
+        """Like `rows`, but says how many were found; BadInput if none. what: their name
+        in that message."""
         ids = encode_ids(image_ids)
         rows = self.rows(ids)
         say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
@@ -356,8 +363,7 @@ class FeatureStore:
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(keys),
             num_regions=num_regions, feature_size=feature_size,
             num_region_classes=num_region_classes, class_names=[],
-            class_head=bool(class_head), detector="", id_bytes=keys.itemsize)
-        meta.update(more)
+            class_head=bool(class_head), detector="", id_bytes=keys.itemsize) | more
         images = {}
         for key, image in zip(keys.tolist(), ids):
             if key in images:
@@ -387,7 +393,8 @@ class StoreWriter:
         stored, self.arrays = open_store(folder, mode="r+")
         stored |= self.arrays
         asked = meta | fixed
-        # The weights' file may have been renamed, and older versions recorded less.
+        # Older versions recorded less, so only what both have is compared. The weights' file may
+        # have been renamed.
         compared = asked.keys() & stored.keys() - {"complete", "weights"}
         differ = [key for key in compared if not np.array_equal(asked[key], stored[key])]
         if differ:
@@ -521,7 +528,7 @@ def encode_ids(ids):
 #
 #     pair      words and regions   picture               predicted
 #     masked    15 % are hidden     its own               hidden words (MLM), regions (MRC)
-#     whole     all are seen        half: another one's   does it match? (ITM)
+#     whole     all are seen        half: another image   does it match? (ITM)
 #
 # So matching is learned on pairs as they are: zero-shot retrieval and finetuning show such
 # pairs, too. UNITER does it in this way. If every pair is masked, as in ViLBERT, whole ones
@@ -588,8 +595,9 @@ class PretrainingDataset:
             rate = 0.0
             match = [MATCH]
             if rng.random() < self.mismatch:
-                # Another image may fit the caption by chance; with many images that is rare.
-                # Another caption would have another length: see train.epoch_batches.
+                # The image is replaced, not the caption: another caption would have another
+                # length, and a batch holds captions of similar length (train.epoch_batches).
+                # By chance the other image may fit, too; with many images that is rare.
                 match = [MISMATCH]
                 while row == self.rows[index]:
                     row = self.rows[rng.integers(len(self))]
@@ -597,11 +605,11 @@ class PretrainingDataset:
         input_ids, words = mask_tokens(ids, self.tokenizer, rng, rate)
         regions = region_inputs(self.store, None if self.blind else row)
         hidden = choose(len(regions["region_boxes"]), rng, rate)
-        classes = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
+        predicted = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
         stored = "class_probs" in self.store.arrays  # else see class_targets
-        targets = self.store.class_probs(row, classes) if stored else None  # (k, C)
+        targets = self.store.class_probs(row, predicted) if stored else None  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
-            mlm_labels=np.array(ids)[words], mrc_positions=classes, mrc_targets=targets,
+            mlm_labels=np.array(ids)[words], mrc_positions=predicted, mrc_targets=targets,
             itm_positions=np.arange(len(match)), itm_labels=np.array(match, np.int64))
 
 
@@ -688,7 +696,7 @@ def collate(examples):
 
 
 def flat_positions(positions, width):
-    """Positions in each row of a table (B, width), counted on through all B width cells.
+    """Positions in the rows of a table (B, width) -> positions among all its B width cells.
 
     >>> flat_positions([np.array([1, 4]), np.array([2])], width=10).tolist()
     [1, 4, 12]
@@ -816,8 +824,8 @@ def read_captions(path):
 def caption_records(path):
     """Yield the (image id, caption, split) of a caption file or folder, in its order.
 
-    split is one of SPLITS, "train" for all captions of a file without splits. Raises BadInput
-    near the first problem.
+    split is one of SPLITS, "train" for all captions of a file without splits. Raises BadInput,
+    which says near which caption the first problem is.
     """
     path = Path(path)
     what = ("a table of two columns, COCO's 'annotations', Karpathy's 'images', or a list of "
@@ -826,9 +834,11 @@ def caption_records(path):
         read = _folder_captions
         if not path.is_dir():
             with open_text(path) as file:
+                # JSON is an object or a list, empty or of objects or lists. A caption may begin
+                # with another bracket.
                 is_json = re.match(r"\s*(\{|\[\s*[]{])", file.read(1000))
             read = _json_captions if is_json else _tsv_captions
-        at.entry = 1
+        at.entry = 1  # not by enumerate: an error occurs in `read`, before it yields the entry
         for image_id, text, split in read(path):
             yield canonical_id(image_id), text.strip(), split
             at.entry += 1
@@ -867,8 +877,8 @@ def _json_captions(path):
 
 
 def _folder_captions(folder):
-    # The number in a file's name is the image's id. If the folder has pictures, or the JSON
-    # files of img2dataset, a caption lies beside one of them; a README.txt or a detector's
+    # A file's name, without its suffix, is the image's id. If the folder has pictures, or the
+    # JSON files of img2dataset, a caption lies beside one of them; a README.txt or a detector's
     # labels/12.txt does not. And a caption is more than numbers.
     texts = files_below(folder, r"\.txt")
     pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
@@ -971,6 +981,7 @@ def import_features(paths, folder):
     left_out = len(counts) - len(first_line)
     say(f"{len(counts):,} lines hold {len(first_line):,} images; {left_out:,} lines are left "
         "out: of an image that came before, or without regions")
+    # All lines have the same widths, so those of the last one serve for all.
     writer = FeatureStore.create(folder, first_line, max(counts), record["features"].shape[1],
         record["class_probs"].shape[1], detector="vg", source=[Path(p).name for p in paths])
     rows = {line: row for row, line in enumerate(first_line.values())}
@@ -1031,8 +1042,7 @@ RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "be
 QUESTION_TYPES = ("colour", "shape", "count", "existence", "relation")
 TOY_CLASSES = ["background"] + [f"{c} {s}" for c in COLOURS for s in SHAPES]  # C = 1 + 48
 SCENE_PIXELS = 128
-TRAIN_SCENES = 0  # the number of the first training scene
-HELD_OUT_SCENES = 1_000_000  # of the first held-out scene: the ranges never overlap
+HELD_OUT_SCENES = 1_000_000  # the number of the first held-out scene; training scenes are below
 
 
 @dataclass
@@ -1133,10 +1143,10 @@ class Scene:
     def captions(self, n=4):
         """n sentences that are true of this picture and of few others.
 
-        Each names three things where there are three: 2 % of these are also true of another
-        of 100 scenes. With two things it would be 8 %. Half of the sentences say where two
-        things are, the others how these two relate: from comparisons alone, no model learned
-        anything about places.
+        Each names three things if there are three. Among 100 scenes, 2 % of such sentences
+        are also true of another scene; with two things it would be 8 %. Half of the sentences
+        say where two things are, the others how these two relate: from comparisons alone, no
+        model learned anything about places.
         """
         rng = self._rng(2)
         sentences = []
@@ -1168,8 +1178,8 @@ class Scene:
         return triples
 
     def _ask_colour(self, rng, asked="colour", given="shape"):
-        # Asks only of a thing that its size and the given word identify: of two things, both
-        # answers might be right.
+        # Asks only about a thing that its size and the given word identify. If two things
+        # fitted, there might be two right answers.
         if unique := self._unique(f"size {given}"):
             name = _pick(rng, unique)
             return f"what {asked} is the {name} ?", getattr(unique[name], asked)
@@ -1201,8 +1211,8 @@ class Scene:
 
     def _ask_relation(self, rng):
         # Two forms, as in GQA: find a thing by its relation, or say whether a relation holds.
-        # The first is a step towards the second, for which half of the necessary skills are
-        # no better than chance.
+        # The first is a step towards the second: a model that has learned half of what the
+        # second takes still answers no better than chance.
         if rng.random() < 0.5:
             if referred := self._refer_by_relation(rng):
                 phrase, index, _ = referred
@@ -1266,8 +1276,8 @@ def _pick(rng, options):
 
 
 def _draw_shape(draw, thing, scale):
-    # Each shape fills its box: the columns from x - h to x + h - 1 are 2 h. The arms of a cross
-    # are a third as wide. A star's inner points lie at .42 of the outer radius.
+    # Each shape fills its box, which has 2 h columns: x - h to x + h - 1. An arm of a cross is a
+    # third of the box wide. A star's inner points lie at .42 of the outer radius.
     x, y = np.multiply(scale, thing.centre)
     left, top, right, bottom = np.multiply(scale, thing.box)
     box = [left, top, right - 1, bottom - 1]
@@ -1303,10 +1313,10 @@ def _draw_shape(draw, thing, scale):
 
 # The endings of pictures. Pillow cannot open all of them; a picture that fails is named.
 PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
-# What stands around a picture's name: folders, suffixes, and the number of one of its
-# captions, as in Flickr30k's '1000092795.jpg#0'.
+# What stands around a picture's name: folders, suffixes, and behind a suffix the number of one
+# of its captions, as in Flickr30k's '1000092795.jpg#0'. (In 'room#1' it belongs to the name.)
 AROUND_NAME = re.compile(
-    rf"(?is)^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$| *#\d+$")
+    rf"(?is)^.*[/\\]|({PICTURES}|\.(txt|json|np[yz]))+( *#\d+)?$")
 COCO_NAME = re.compile(r"(?i)(coco_\w+?_)?0*(\d+)\Z")
 
 
@@ -1405,14 +1415,16 @@ def files_below(folder, ending):
     return sorted(files)
 
 
-def write_whole(path, write, mode="w"):
-    """Call `write(file)`; afterwards `path` holds all that it wrote, or is unchanged.
+def write_whole(path, write, mode="wb"):
+    """Call `write(file)`; afterwards `path` holds all that it wrote, or is unchanged. Its folder
+    is made if there is none.
 
     The bytes go to a temporary file beside `path`. When they have reached the disk (fsync),
     that file takes the name. A rename within a folder is atomic: a crash or a full disk costs
     the new version, never the old one.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode) as file:
@@ -1428,7 +1440,7 @@ def write_whole(path, write, mode="w"):
 
 def write_json(path, content):
     """Write a JSON file by write_whole; types that JSON lacks, like Path, become strings."""
-    write_whole(path, lambda file: json.dump(content, file, indent=1, default=str))
+    write_whole(path, lambda file: json.dump(content, file, indent=1, default=str), mode="w")
 
 
 def read_json(path):
@@ -1438,9 +1450,8 @@ def read_json(path):
 
 
 def save_png(path, image):
-    """Write a PIL image as a PNG by write_whole; make its folder if there is none."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: image.save(file, "PNG"), mode="wb")
+    """Write a PIL image as a PNG by write_whole."""
+    write_whole(path, lambda file: image.save(file, "PNG"))
 
 
 # Opens a text file in UTF-8, with or without a byte order mark. Only LF ends a line.
@@ -1465,7 +1476,7 @@ def only_run_in(folder):
             if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
                 raise BadInput(f"{folder}: another run is at work there; wait for it, or "
                     "choose another --out") from None
-            # So it is on Windows, and on network disks without locks.
+            # Windows, and network disks without locks, end here.
             say(f"{folder}: cannot be locked; start no second run there")
         try:
             yield
@@ -1501,7 +1512,7 @@ RATE = number_type(float, 1e-12, 10)
 SHARE = number_type(float, 1e-6, 1)
 
 
-def flag(parser, name, convert, default, text):
+def flag(parser, name, convert, text, default=None):
     """Add a flag. --help shows what it takes: the range of a number, or a type such as Path."""
     parser.add_argument(name, type=convert, default=default, help=text,
         metavar=convert.__name__)
@@ -1514,6 +1525,18 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device():
+    """Where this process computes: on its own GPU, on Apple's, or on the CPU.
+
+    Several processes cannot share an Apple's GPU: they compute on its CPU.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.accelerator.is_available() and WORLD_SIZE == 1:
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
 def say(text):
     """Print from the first process only, and flush. A closed terminal hears nothing."""
     if RANK == 0:
@@ -1523,15 +1546,14 @@ def say(text):
 
 # The progress bar of the first process: how far it is, how fast, and how long it will take.
 # Where nobody watches a terminal, it is a line a minute in the log.
+pace = dict(delay=60, mininterval=60, maxinterval=60)
 if sys.stderr.isatty():
-    progress = functools.partial(tqdm, disable=RANK > 0, leave=False)
-else:
-    progress = functools.partial(tqdm, disable=RANK > 0, delay=60, mininterval=60,
-        maxinterval=60)
+    pace = dict(leave=False)
+progress = functools.partial(tqdm, disable=RANK > 0, **pace)
 
 
 def load_ahead(examples, batches, collate, workers):
-    """A DataLoader of `batches`, lists of keys of `examples`, by so many worker processes.
+    """A DataLoader of `batches`, lists of keys of `examples`, with `workers` loading processes.
 
     On Linux these are forked, and share the captions; elsewhere each has a copy.
     """
@@ -1556,15 +1578,16 @@ def start_processes(count):
 
     Each finds its RANK and WORLD_SIZE in the environment. The function returns when all have
     succeeded. A process that fails prints the reason; then torchrun ends the others, and this
-    process exits with the status of the one that failed: 130 if that was asked to stop. It is
-    130, too, if this process was asked to stop and torchrun passed the request on.
+    process exits with the status of the one that failed. The status is 130 if that process, or
+    this one, was asked to stop.
     """
     if 0 < torch.cuda.device_count() < count:
         raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
     threads = max(1, torch.get_num_threads() // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # Flags of newer versions of torchrun: a closed terminal is no request to stop, and the
-    # processes then have ten minutes to end their step and to save, not half a minute.
+    # torchrun takes defaults of its flags from variables PET_*; older versions ignore these two.
+    # With them, a closed terminal is no request to stop; and after a request, processes have ten
+    # minutes to end their step and to save, not half a minute.
     os.environ.update(
         PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGQUIT", PET_SHUTDOWN_TIMEOUT="600")
     logging.disable()  # torchrun would explain every error again, in thirty lines
@@ -1598,7 +1621,7 @@ def on_stop(handler=signal.default_int_handler):
 
 
 def run(main):
-    """Call a script's `main()` and end the process as a user expects.
+    """Call a script's main(argv) and end the process as a user expects.
 
     For BadInput, OSError (disks, permissions) and a lack of memory it prints one sentence, and
     the status is 1. After Ctrl-C and SIGTERM the status is 130, as in a shell. A closed terminal
@@ -1609,7 +1632,7 @@ def run(main):
     on_stop()
     status = 1
     try:
-        return main()
+        return main(sys.argv[1:])
     except KeyboardInterrupt:
         if RANK > 0:
             sys.exit(130)  # torchrun has ended it; the first process says why
@@ -1624,7 +1647,8 @@ def run(main):
             raise
         message = ("error: out of memory? Try fewer --workers, or --accum 2, which needs "
             f"half the memory; --resume continues ({str(error)[:150]})")
-    # If several processes fail alike, only rank 0 prints: its exit ends the others before.
+    # If several processes fail alike, only rank 0 prints: the others wait five seconds, and its
+    # exit ends them.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if RANK > 0:
         time.sleep(5)
@@ -1638,7 +1662,7 @@ def run(main):
 def check(folder, *files):
     """Describe a feature store and caption files; BadInput if one is damaged or of no use.
 
-    It prints store.json, which names the detector: never mix the features of two in one run.
+    It prints store.json, which names the detector: never mix features of two detectors in a run.
     """
     store = FeatureStore(folder)
     usable = (store.counts > 0).sum()
@@ -1654,8 +1678,8 @@ def check(folder, *files):
         print(f"    the first: {captions[0]}")
 
 
-def main(argv=None):
-    """python data.py check | import"""
+def main(argv):
+    """Check or import; argv: the command line without the script's name."""
     parser = argparse.ArgumentParser(description="Check data before a run reads it.")
     parser.add_argument("command", choices=["check", "import"])
     parser.add_argument("paths", nargs="+", help="check: a feature store, then caption files "

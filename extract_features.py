@@ -46,15 +46,16 @@ a small detector, trained here. It keeps 1 to 8 regions, because a scene has at 
 import argparse
 import contextlib
 import math
-import os
 import re
-import sys
 import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+# Before torch: data.py sets a variable that torch reads on import.
+from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
+    FeatureStore, Scene, WORLD_SIZE, canonical_id, device, encode_ids, files_below, flag,
+    load_ahead, only_run_in, picture_names, progress, read_json, reading, run, save_png, say,
+    say_found, start_processes, write_whole)
 
 import numpy as np
 import torch
@@ -66,24 +67,13 @@ from torchvision.ops import (Conv2dNormActivation, FrozenBatchNorm2d, MultiScale
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
-    FeatureStore, Scene, WORLD_SIZE, canonical_id, encode_ids, files_below, flag, load_ahead,
-    only_run_in, picture_names, progress, read_json, reading, run, save_png, say, say_found,
-    start_processes, write_whole)
-
 # --- 1. Detectors ---------------------------------------------------------------------------
 # Two networks, built from torchvision's parts. Section 3 ends with the table DETECTORS.
 
-# Where the weights of a detector come from; a message that they are missing or wrong ends so.
+# Where to get a detector's weights. Every message that they are missing or wrong ends so.
 WEIGHTS_ADVICE = {"vg": "download pytorch_model.bin from "
     "https://huggingface.co/unc-nlp/frcnn-vg-finetuned and name it with --weights",
     "toy": "train.py writes them to runs/world/detector.pt, the file to name with --weights"}
-
-
-class Detector(detection.FasterRCNN):
-    """torchvision's Faster R-CNN; `build_detector` adds what a store records of it."""
-
-    about: dict
 
 
 def build_detector(name, weights=None, classes=None):
@@ -205,11 +195,12 @@ def vg_detector():
     backbone.out_channels = 1024
     anchors = VGAnchors()
     anchors.register_buffer("cells", torch.zeros(12, 4))
+    # torchvision's RPN head has one width throughout; Caffe's goes from 1024 to 512.
     rpn_head = detection.rpn.RPNHead(512, num_anchors=12)
     rpn_head.conv = Conv2dNormActivation(1024, 512, norm_layer=None)
     classifier = nn.Linear(2048, 1601)
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals.
-    model = Detector(backbone, rpn_anchor_generator=anchors, rpn_head=rpn_head,
+    model = detection.FasterRCNN(backbone, rpn_anchor_generator=anchors, rpn_head=rpn_head,
         rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300, box_score_thresh=0.0,
         box_head=Res5Head({"layer4": net.layer4}),
         box_predictor=nn.ModuleDict({"cls_score": classifier}))
@@ -272,7 +263,7 @@ def toy_network():
     box_head = Conv2dNormActivation(64, 128, stride=2)
     box_head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
     classifier = detection.faster_rcnn.FastRCNNPredictor(128, len(TOY_CLASSES))
-    return Detector(backbone, min_size=SCENE_PIXELS, max_size=SCENE_PIXELS,
+    return detection.FasterRCNN(backbone, min_size=SCENE_PIXELS, max_size=SCENE_PIXELS,
         rpn_anchor_generator=anchors,
         box_roi_pool=roi_align, box_head=box_head, box_predictor=classifier,
         rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=40, rpn_nms_thresh=0.5,
@@ -281,7 +272,7 @@ def toy_network():
 
 
 def train_toy_detector(numbers, iterations=900, batch=8):
-    """A toy detector trained from scratch on these scenes, in training mode."""
+    """Train a toy detector from scratch on these scenes; it is returned in training mode."""
     torch.manual_seed(0)
     # channels_last: the memory order that CPU convolutions prefer, a fifth faster here.
     model = toy_network().to(memory_format=torch.channels_last)
@@ -321,7 +312,7 @@ def toy_detector(weights, numbers):
     if not weights.exists():
         started = time.time()
         model = train_toy_detector(numbers)
-        write_whole(weights, lambda file: torch.save(model.state_dict(), file), mode="wb")
+        write_whole(weights, lambda file: torch.save(model.state_dict(), file))
         say(f"detector: trained in {time.time() - started:.0f} s")
     return build_detector("toy", weights).to(memory_format=torch.channels_last)
 
@@ -348,9 +339,9 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     detector's final correction is not applied.
     """
     images = images.to(next(model.parameters()).device)
-    lower = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
+    reduced = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
-    with lower:
+    with reduced:
         feature_map = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
     # Boxes are computed in fp32: bf16 would round them to 4 pixels, even out of the picture.
     maps = {"0": feature_map.float()}
@@ -365,7 +356,7 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
         picture_boxes = [images.new_tensor(boxes[:num_regions])]
         proposals = [picture_boxes[0] * scale]
     pooled = model.roi_heads.box_roi_pool(maps, proposals, prepared.image_sizes)
-    with lower:
+    with reduced:
         features = model.roi_heads.box_head(pooled).float()  # (B P, F)
     probs = model.roi_heads.box_predictor.cls_score(features).softmax(dim=-1)  # (B P, C)
     counts = [len(proposal) for proposal in proposals]
@@ -413,8 +404,8 @@ def picture_regions(model, path, num_regions):
 
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------
-# A picture's name is its id, which links it to its captions. A picture that cannot be used
-# fails alone.
+# A picture's name is its id, which links it to its captions. If a picture cannot be used, it
+# is recorded as failed, and the others go on.
 
 # Cameras and editors leave notes of many megabytes in a PNG; Pillow would refuse the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -441,8 +432,8 @@ def open_picture(path):
 
 
 def scale_pixels(pixels):
-    """uint8 pixels from 32-bit integers or floats, whose range no file tells: it may be 0 to 1
-    or 0 to 255, each with what resampling adds. Otherwise the brightest pixel is white.
+    """uint8 pixels from 32-bit integers or floats. No file tells their range: it may be 0 to 1 or
+    0 to 255, and resampling may overshoot it by 30 %. Otherwise the brightest pixel is white.
     """
     brightest = pixels.max()
     if not 0 <= pixels.min() <= brightest < np.inf:
@@ -452,6 +443,7 @@ def scale_pixels(pixels):
         white = 1
     elif brightest <= 1.3 * 255:
         white = 255
+    # uint8 cuts off. With 255.999, all 256 values have equal shares, and white is 255.
     return np.uint8((pixels / white).clip(max=1) * 255.999)
 
 
@@ -599,13 +591,6 @@ def report(store):
 # --- 7. Machine room ------------------------------------------------------------------------
 
 
-def device():
-    """Where this process computes: on its GPU, on Apple's, or on the CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{RANK}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def output_folder(folder):
     """Lock the folder of a store during a block. A store that the block has begun, but into which
@@ -629,18 +614,18 @@ def output_folder(folder):
 def stored_picture(folder, which):
     """(store, row, PIL image) of an image in a feature store.
 
-    which: a picture file whose name is the id; or an id, for which a scene is drawn, while any
+    which: a picture file whose name is the id; or an id alone: then a scene is drawn, and any
     other picture is grey.
     """
-    with reading(folder, "a feature store"):
-        store = FeatureStore(folder)
+    store = FeatureStore(folder)
     row = store.row(which)
     if row is None:
         raise BadInput(f"{folder}: has no features of an image {canonical_id(which)!r}")
     image = Image.new("RGB", store[row]["size"], "grey")
     if Path(which).is_file():
         image = open_picture(which)
-    elif store.meta["detector"] == "toy" and "precision" not in store.meta:  # extract_scenes
+    elif store.meta["detector"] == "toy" and "precision" not in store.meta:
+        # Only extract_scenes stores no precision.
         image = Scene(int(store.ids[row])).draw(scale=4)  # smooth shapes, for people
     return store, row, image
 
@@ -684,9 +669,9 @@ def parse_args(argv):
     add("--weights", help="file with the detector's weights (required)")
     add("--classes", help="vg: file with class names, one per line, without background")
     add("--boxes", type=Path, help="JSON file with the boxes whose features are wanted")
-    flag(parser, "--regions", COUNT, None, "maximum per picture (default: 36; with --boxes all)")
-    flag(parser, "--gpus", COUNT, 1, "processes, one per GPU, or on the CPU (default: 1)")
-    flag(parser, "--workers", NATURAL, 2, "processes per GPU that open pictures (default: 2)")
+    flag(parser, "--regions", COUNT, "maximum per picture (default: 36; with --boxes all)")
+    flag(parser, "--gpus", COUNT, "processes, one per GPU, or on the CPU (default: 1)", 1)
+    flag(parser, "--workers", NATURAL, "processes per GPU that open pictures (default: 2)", 2)
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     return parser.parse_args(argv)
 
@@ -702,4 +687,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(main)

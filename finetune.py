@@ -47,34 +47,34 @@ import argparse
 import contextlib
 import pickle
 import re
-import sys
 import textwrap
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
-# Before torch: train.py sets a variable for Apple's GPU, which torch reads on import.
-import train
-from train import (SwitchShares, add_run_flags, check_fits, device, fill_settings, fit, launch,
-    load_checkpoint, match_scores, read_folder, recall_at, send, share_of, stack,
-    switches_picture, sum_over_processes, to_device, toy_world)
+# Before torch: data.py sets a variable that torch reads on import.
+from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
+    WordPiece, canonical_id, canonical_split, column, device, files_below, flag, load_ahead,
+    model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json,
+    reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
-    WordPiece, canonical_id, canonical_split, column, files_below, flag, load_ahead,
-    model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json,
-    reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
+import train
+from train import (SwitchShares, add_run_flags, check_fits, fill_settings, fit, launch,
+    load_checkpoint, match_scores, read_folder, recall_at, send, share_of, stack,
+    switches_picture, sum_over_processes, to_device, toy_world)
 from switchbert import (FINAL_TEMPERATURE, SwitchBertConfig, SwitchBertForReferring,
     SwitchBertForRetrieval, SwitchBertForVQA)
 
 # --- 1. Settings --------------------------------------------------------------------------
 #
-# FULL holds the paper's settings [supp. 2], with VOLTA's batch sizes. The toy runs, which are
-# DEVIATION D3, have toy pretraining's learning rate, and like it reach the lowest temperature.
-# Both differ from pretraining only in the length of a run. A task may override some of them.
+# FULL holds the paper's settings [supp. 2], with VOLTA's batch sizes. TOY is DEVIATION D3: it has
+# toy pretraining's learning rate, and its runs also end at the lowest temperature. Both differ
+# from pretraining's settings only in how long a run is and how often it is evaluated. A task may
+# override settings.
 
 FULL = train.FULL | {"epochs": 20}
 TOY = train.TOY | {"epochs": 3, "eval_every": 250}
@@ -101,7 +101,7 @@ def accuracy_table(answers):
     min(1, matches / 3), and its accuracy is the mean of the ten scores. If n of the ten gave
     it, the mean is ((10 - n) min(1, n/3) + n min(1, (n-1)/3)) / 10: for n = 1, 2, 3 that is
     .3, .6, .9, and from 4 on it is 1. The rule is for ten annotators. If there are fewer or
-    more, an answer's accuracy is the share of them who gave it, and all are normalised.
+    more, an answer's accuracy is the share of them who gave it, and answers are always normalised.
     >>> table, _ = accuracy_table(["red"] * 3 + ["a pink"] * 7)
     >>> dict(table)
     {'red': 0.9, 'pink': 1.0}
@@ -162,8 +162,8 @@ REPLACED |= {word: str(number) for number, word in enumerate(NUMBERS)}
 def answer_vocabulary(questions):
     """The answers that a model chooses from, the most frequent first. Each is the majority's
     answer to at least nine questions, normalised (so it has no commas): on VQA v2's train and
-    val that gives 3,129. Of fewer than 9,000 questions, one in a thousand is enough. Raises
-    BadInput if there are no questions.
+    val that gives 3,129. If there are fewer than 9,000 questions, a thousandth of them is enough.
+    Raises BadInput if there are no questions.
     """
     # Sorted first, because most_common keeps the order of equally frequent answers.
     counts = Counter(sorted(normalise_answer(q["majority"]) for q in questions))
@@ -310,8 +310,8 @@ class Task(train.Task):
     @torch.no_grad()
     def predict(self, model, items, tau=None, batch_size=200):
         """(N,) the best answer or region for every item, and what the switches chose. tau: of
-        soft switches; None for hard ones. Retrieval has one score per item and nothing to
-        choose: it uses only what the switches chose.
+        soft switches; None for hard ones. Retrieval has one score per item: it uses only
+        what the switches chose.
         """
         model.eval()
         chosen = torch.zeros(len(items), dtype=torch.long, device=device())
@@ -329,7 +329,7 @@ class Task(train.Task):
 
     def evaluate_items(self, model, items, tau=None):
         """(scores, switches, predictions: dicts for a file); tau: None for hard switches. A
-        score is the mean over the items that have it; scores of most items come first.
+        score is the mean over the items that have it. The scores that most items have come first.
         """
         choices, switches = self.predict(model, items, tau)
         sums = Counter()
@@ -461,7 +461,7 @@ def read_vqa(folder):
                     item = dict(image_id=picture_name(record["image_id"]), answers=[],
                         text=text_of(record, "question"), question_id=record["question_id"])
                     key = (content["data_subtype"], number)
-                    # Two subsets may share a question, but not an id of two questions.
+                    # Two subsets may share a question. Two questions may not share an id.
                     repeated = key in questions or items.setdefault(number, item) != item
                     questions[key] = item
                 if repeated:
@@ -503,7 +503,7 @@ class Retrieval(Task):
         splits = defaultdict(list)
         for (image_id, text), split in zip(captions, split_names):
             splits[split.decode()].append(dict(image_id=image_id, text=text))
-        splits.pop("", None)
+        splits.pop("", None)  # training captions of val's images: see train.hold_out
         return splits
 
     @staticmethod
@@ -523,7 +523,7 @@ class Retrieval(Task):
 
     def nearest_images(self):
         """For each image the index of its hard negative: the other image whose mean feature is
-        most similar, by cosine. Only the details of a caption tell a street from another one.
+        most similar, by cosine. To tell two streets apart, a model must use a caption's details.
         """
         if len(self.images) < 3:
             raise BadInput(f"{self.store.folder}: captions of fewer than three images")
@@ -550,7 +550,7 @@ class Retrieval(Task):
         other = index
         while self.own[other] == own:
             other = rng.integers(len(self))
-        # All other images come equally often: 1 to number - 1 places after the own one, round.
+        # All other images come equally often: 1 to number - 1 places after its own, in a circle.
         number = len(self.images)
         image = (own + 1 + rng.integers(number - 1)) % number
         nearest = self.nearest[own]
@@ -629,8 +629,8 @@ class Refer(Task):
 
     @staticmethod
     def from_folder(folder, _):
-        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both). The
-        file of RefCOCOg has another name, and test alone.
+        """The splits of RefCOCO+: train, val, testA (people), testB (all else), test (both).
+        RefCOCOg's file has another name, and only test, no testA or testB.
         """
         path = folder / "instances.json"
         boxes = {}
@@ -685,7 +685,9 @@ class Refer(Task):
         return iou
 
     def score_item(self, item, choice):
-        """(prediction, scores): is IoU >= .5 of the chosen region (also by kind), of any?"""
+        """(prediction, scores). accuracy, also by kind: has the chosen region IoU >= .5? oracle:
+        has any region?
+        """
         boxes, iou = self.overlaps(item)
         right = (iou >= 0.5).tolist()
         scores = {"accuracy": right[choice], "oracle": any(right)}
@@ -958,14 +960,14 @@ def parse_args(argv):
             "(default: the detector finds them)")
         add("--weights", default="runs/world/detector.pt",
             help="the detector's (default: %(default)s)")
-        flag(p, "--layer", COUNT, None, "draw what words attend to in this layer, or in the "
+        flag(p, "--layer", COUNT, "draw what words attend to in this layer, or in the "
             "last one before it in which they attend to vision (default: the last layer)")
         add("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task = TASKS[command]
     add_run_flags(p, Path("data", command), task.files, Path("runs", command))
-    flag(p, "--checkpoint", Path, Path("runs/pretrain"), "pretrained run to start from, or one "
-        "of this task: to go on from, or with --epochs 0 to evaluate (default: %(default)s)")
+    flag(p, "--checkpoint", Path, "pretrained run to start from, or one of this task: to go on "
+        "from, or with --epochs 0 to evaluate (default: %(default)s)", Path("runs/pretrain"))
     add("--scratch", action="store_true", default=None,
         help="start from random weights instead")
     if task is Refer:
@@ -1019,8 +1021,9 @@ def replies_picture(replies, model, tokenizer, layer):
 
 def word_panels(model, pieces, image, boxes, most):
     """The picture once for each word piece that a model has just read. The more the piece attends
-    to a region, the brighter the region: in the mean over heads, in the last of the first `most`
-    layers in which text attends to vision. The largest weight there is full brightness.
+    to a region, in the mean over heads, the brighter the region; the largest weight is full
+    brightness. The layer is the last one up to number `most` (None: all) in which text attends to
+    vision.
     """
     words = len(pieces)
     of_layers = [layer.attention.weights[0].mean(dim=0)[:words, words:]  # (T, 1 + R)
@@ -1031,7 +1034,7 @@ def word_panels(model, pieces, image, boxes, most):
     brightest = shares[:, 1:].max().clamp(min=1e-9)  # 0 where no layer attends to vision
     panels = []
     for piece, weights in zip(pieces, shares.tolist()):
-        regions = weights[1:]  # behind the whole picture
+        regions = weights[1:]  # the first key is the global region
         light = Image.new("L", image.size, 50)
         for weight, box in sorted(zip(regions, boxes.tolist())):  # the brightest on top
             brightness = 50 + 205 * weight / brightest
@@ -1043,4 +1046,4 @@ def word_panels(model, pieces, image, boxes, most):
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(main)

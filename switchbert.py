@@ -92,36 +92,34 @@ MODES = {
     "inter": (0, 0, 1, 1),
     "joint": (1, 1, 1, 1),
 }
-INTRA, INTER, JOINT = range(3)
 
 # --- 1. Configuration -------------------------------------------------------------------
-# Field names are those of Hugging Face's config.json for BERT. The modes of a frozen model
-# form a path: two letters per layer, text first, each I (own modality, INTRA), X (across,
-# INTER) or J (both, JOINT). A path shorter than the model repeats.
+# Field names are those of Hugging Face's config.json for BERT. Modes form a path: two letters
+# per layer, text first, each I (own modality, intra), X (across, inter) or J (both, joint). A
+# path shorter than the model repeats. The value of `switches` is a path, or the name of one:
 
-FROZEN = {
-    "intra": "II",  # two encoders that never meet
+PATHS = {
+    "learned": "II,XX",  # both switches are learned; modes start on this path (A10)
+    "attention": "II,XX",  # only modes are learned; they start on this path, too
+    "input": "JJ",  # only depths are learned
+    "intra": "II",  # nothing is learned, here and below: two encoders that never meet
     "single": "JJ",  # UNITER, VisualBERT: one stream
     "dual": "II,XX",  # ViLBERT: within and across alternate
     "late": None,  # LXMERT: within in the first half, then across and within alternate
 }
-LEARNED = ("learned", "attention", "input")  # both switches, only modes, only depths
 LETTERS = "IXJ"  # in the order of MODES
 
 
-def frozen_modes(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer, if modes are frozen. "input" learns depths
-    only, and attends jointly. (Layers that learn modes do not use it.)
+def path_of(switches, num_layers):
+    """[(mode of text, mode of vision)] of every layer: of its start, where modes are learned.
 
-    >>> frozen_modes("dual", 3), frozen_modes("IJ,XX", 2)
+    >>> path_of("dual", 3), path_of("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
     """
     if switches == "late":
         path = ["II"] * (num_layers // 2) + ["XX", "II"] * num_layers
-    elif switches in LEARNED:
-        path = ["JJ"] * num_layers
     else:
-        path = FROZEN.get(switches, switches).split(",") * num_layers
+        path = PATHS.get(switches, switches).split(",") * num_layers
     return [tuple(map(LETTERS.index, letters)) for letters in path[:num_layers]]
 
 
@@ -146,12 +144,11 @@ class SwitchBertConfig:
     switches: str = "learned"  # or "attention", "input"; or frozen: "single", "II,XX", ...
 
     def __post_init__(self):
-        names = LEARNED + tuple(FROZEN)
         pair = f"[{LETTERS}]{{2}}"
         path = f"{pair}(,{pair}){{0,{self.num_hidden_layers - 1}}}"
-        if self.switches not in names and not re.fullmatch(path, self.switches):
+        if self.switches not in PATHS and not re.fullmatch(path, self.switches):
             raise ValueError(f"switches={self.switches!r}: expected one of "
-                f"{', '.join(names)}, or two letters of {', '.join(LETTERS)} for each of at "
+                f"{', '.join(PATHS)}, or two letters of {', '.join(LETTERS)} for each of at "
                 f"most {self.num_hidden_layers} layers, as in II,XX")
         for name, value in vars(self).items():
             least = {"num_region_classes": 0, "max_position_embeddings": 38}.get(name, 1)
@@ -235,9 +232,9 @@ def switch(logits, temperature, training, start=0.0):
 # the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
 # across alternate. So training begins as a network that is known to work, and departs from it
 # where that pays. If all options start with equal odds, nearly every layer learns joint attention.
-# Probably it is a local optimum: it can imitate the other modes, and a single layer that changes to
-# another one loses what it saw. The alternation predicts masked words better, but to reach it,
-# several layers must change at once.
+# Joint attention is probably a local optimum: it can imitate the other modes, and a single layer
+# that changes to another one loses what it saw. The alternation predicts masked words better, but
+# to reach it, several layers must change at once.
 #
 # The temperature divides logits and noise always, but the start only below 1. So a hot switch
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
@@ -501,7 +498,7 @@ class SwitchInput(nn.Module):
 
 class SwitchBertLayer(nn.Module):
     """A post-LayerNorm BERT layer with Switch-Attention, and Switch-Input in front of it.
-    A switch that is not learned is constant: the newest depth, the modes of frozen_modes.
+    A switch that is not learned is constant: the newest depth, the modes of path_of.
     """
 
     def __init__(self, config, layer):
@@ -509,13 +506,11 @@ class SwitchBertLayer(nn.Module):
         learns_depths = config.switches in ("learned", "input") and layer > 0
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
-        starting_mode = (INTRA, INTER)[layer % 2]  # ViLBERT's path (A10)
+        path = path_of(config.switches, config.num_hidden_layers)[layer]  # (text, vision)
         self.mode_gate = None
-        if learns_modes:
-            self.mode_gate = Gate(config.hidden_size, len(MODES), ahead=starting_mode)
-        # (mode of text, mode of vision) in this layer, for a layer without a gate: see section 1.
-        frozen = frozen_modes(config.switches, config.num_hidden_layers)[layer]
-        constant = F.one_hot(torch.tensor(frozen), len(MODES)).float()  # (2, M)
+        if learns_modes:  # on the starting path, text and vision have the same mode
+            self.mode_gate = Gate(config.hidden_size, len(MODES), ahead=path[0])
+        constant = F.one_hot(torch.tensor(path), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
         self.attention_norm = layer_norm(config)
@@ -589,9 +584,6 @@ class RegionEmbeddings(nn.Module):
         self.box_norm = layer_norm(config)
         self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # The box of the global region, the whole picture. A buffer moves with the model; a
-        # tensor made from a list in `forward` would make a GPU wait in every step.
-        self.register_buffer("whole", torch.tensor([0.0, 0, 1, 1, 1]), persistent=False)
 
     def forward(self, region_features, region_boxes, region_mask, region_hidden=None):
         features = region_features.float()  # stores hold float16
@@ -602,9 +594,10 @@ class RegionEmbeddings(nn.Module):
         # The global region is VOLTA's mean; but it leaves hidden regions out, or it would leak
         # their features (A7).
         mean = averaging(visible)[:, None] @ features  # (B, 1, F)
-        whole = self.whole.expand(len(mean), 1, 5)
         features = torch.cat([mean, features], dim=1)  # (B, 1+R, F)
-        boxes = torch.cat([whole, region_boxes], dim=1)  # (B, 1+R, 5)
+        # One row of ones in front, then x1 = y1 = 0: 0, 0, 1, 1, 1 is the whole picture's box.
+        boxes = F.pad(region_boxes, (0, 0, 1, 0), value=1)  # (B, 1+R, 5)
+        boxes[:, 0, :2] = 0
         content = self.feature_norm(self.feature(features))  # (B, 1+R, D)
         position = self.box_norm(self.box(2 * boxes - 1))
         return self.dropout(self.norm(content + position))  # (B, 1+R, D)
@@ -636,7 +629,7 @@ class SwitchBertOutput:
     text_states: Tensor  # (B, T, D)
     region_states: Tensor  # (B, R, D), without the global region
     pooled: Tensor  # (B, P)
-    modes: Tensor  # (B, layers, 2, M): weights of INTRA, INTER, JOINT, for TEXT and VISION
+    modes: Tensor  # (B, layers, 2, M): weights of MODES, for TEXT and VISION
     depths: list  # for each layer (B, 2, l+1): weights, not states, of depths 0..l in its input
 
 
@@ -745,28 +738,19 @@ def region_loss(logits, targets):
 
 @dataclass
 class PretrainingOutput:
-    """The three losses of a batch as sums and counts, so that parts of it add up exactly.
-
-    sums (3,) float32, counts three integers: of MLM (pieces), MRC (regions) and ITM (pairs).
-    correct (2,): the number of pieces and of pairs predicted right.
+    """The losses and accuracies of a batch as sums and counts, so that parts of it add up exactly.
     """
 
-    sums: Tensor
-    counts: tuple
-    correct: Tensor
+    sums: Tensor  # (5,) float32: the losses MLM, MRC and ITM, then pieces and pairs that are right
+    counts: tuple  # five integers: pieces, regions, pairs, and again pieces and pairs
     encoder: SwitchBertOutput
 
     @property
-    def losses(self):
-        """(3,): the mean of each loss; zero, not NaN, where nothing was masked."""
+    def loss(self):
+        """MLM + MRC + ITM, each a mean; zero, not NaN, where nothing was masked."""
         # Divided by plain numbers: copying a list to the GPU would make the host wait.
         means = [total / max(1, n) for total, n in zip(self.sums, self.counts)]
-        return torch.stack(means)
-
-    @property
-    def loss(self):
-        """The sum of the three means."""
-        return self.losses.sum()
+        return sum(means[:3])
 
 
 class SwitchBertForPretraining(nn.Module):
@@ -795,17 +779,14 @@ class SwitchBertForPretraining(nn.Module):
         for head in list(self.children())[1:]:  # all but the encoder, which has initialised itself
             init_weights(head, config.initializer_range)
 
-    def mlm_logits(self, states):
-        """(K, D) text states -> (K, V) word scores."""
-        embeddings = self.bert.text_embeddings.word_embeddings.weight  # (V, D)
-        return F.linear(self.mlm_transform(states), embeddings, self.mlm_bias)
-
     def forward(self, mlm_positions, mlm_labels, mrc_positions, mrc_targets, itm_positions,
             itm_labels, temperature=None, **inputs):
         out = self.bert(**inputs, temperature=temperature)
         # The output layers run only at the places that are predicted. These come as indices:
         # with a boolean mask, the host would have to wait for the GPU to count them.
-        words = self.mlm_logits(out.text_states.flatten(0, 1)[mlm_positions])  # (K, V)
+        states = self.mlm_transform(out.text_states.flatten(0, 1)[mlm_positions])  # (K, D)
+        embeddings = self.bert.text_embeddings.word_embeddings.weight  # (V, D)
+        words = F.linear(states, embeddings, self.mlm_bias)  # (K, V)
         mlm_sum = label_loss(words, mlm_labels)
         mrc_sum = mlm_sum.new_zeros(())
         if mrc_targets is not None:
@@ -816,11 +797,9 @@ class SwitchBertForPretraining(nn.Module):
         itm_sum = label_loss(itm, itm_labels)
         words_right = (words.argmax(dim=-1) == mlm_labels).sum()
         pairs_right = (itm.argmax(dim=-1) == itm_labels).sum()
-        return PretrainingOutput(
-            sums=torch.stack([mlm_sum, mrc_sum, itm_sum]),
-            counts=(len(words), len(mrc_positions), len(itm)),
-            correct=torch.stack([words_right, pairs_right]).float(),
-            encoder=out)
+        sums = torch.stack([mlm_sum, mrc_sum, itm_sum, words_right, pairs_right])
+        counts = (len(words), len(mrc_positions), len(itm), len(words), len(itm))
+        return PretrainingOutput(sums, counts, out)
 
 
 class TaskModel(nn.Module):
@@ -879,9 +858,9 @@ class SwitchBertForRetrieval(TaskModel):
         """
         model = cls(config)
         for name in ("weight", "bias"):
-            rows = weights[f"itm_classifier.{name}"]
-            difference = rows[MATCH] - rows[MISMATCH]
-            weights = weights | {f"classifier.1.{name}": difference[None]}
+            # Along dimension 0, `diff` gives row MATCH, 1, minus row MISMATCH, 0.
+            difference = weights[f"itm_classifier.{name}"].diff(dim=0)  # (1, P) or (1,)
+            weights = weights | {f"classifier.1.{name}": difference}
         model.load_state_dict(weights, strict=False)  # the heads of pretraining are left out
         return model
 
@@ -889,7 +868,7 @@ class SwitchBertForRetrieval(TaskModel):
 class SwitchBertForReferring(TaskModel):
     """Referring expressions: region_states -> (B, R), the logit that each region is meant.
 
-    Padding gets the lowest float, so arg max never picks it. For binary cross entropy: a
+    Padding gets the lowest float, so arg max never picks it. The loss is binary cross entropy. A
     region's target is its overlap (IoU, intersection over union) with the box that is meant.
     """
 
@@ -951,28 +930,22 @@ def load_bert(model, folder):
     for name, value in expected.items():
         if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")
-    own = model.state_dict()
-    found = {}
-    unexpected = []
+    renamed = {}
     prefix = "bert." if isinstance(model, SwitchBert) else ""
     if (folder / "model.safetensors").exists():
         weights = read_safetensors(folder / "model.safetensors")
     else:
         weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     for name, tensor in weights.items():
-        here = name
         for pattern, replacement in BERT_NAMES.items():
-            here = re.sub(pattern, replacement, here)
-        here = here.removeprefix(prefix)
-        if here.endswith("position_embeddings.weight"):
+            name = re.sub(pattern, replacement, name)
+        if name.endswith("position_embeddings.weight"):
             tensor = tensor[: model.config.max_position_embeddings]
-        if here in own:
-            found[here] = tensor
-        elif not name.endswith(BERT_COPIES):
-            unexpected.append(name)
-    if not found:
+        if not name.endswith(BERT_COPIES):
+            renamed[name.removeprefix(prefix)] = tensor
+    missing, unexpected = model.load_state_dict(renamed, strict=False)
+    if len(unexpected) == len(renamed):
         raise ValueError("no weight has a name of BERT's")
-    missing, _ = model.load_state_dict(found, strict=False)
     return missing, unexpected
 
 

@@ -79,8 +79,12 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-# Operators that Apple's GPU lacks run on the CPU instead. torch reads this on import.
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+# Before torch: data.py sets a variable that torch reads on import.
+from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, WORLD_SIZE,
+    BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece,
+    build_vocab, caption_records, class_targets, collate, device, flag, load_ahead,
+    model_inputs, on_stop, only_run_in, progress, read_json, reading, region_inputs, run,
+    save_png, say, start_processes, write_json, write_whole)
 
 import numpy as np
 import torch
@@ -88,12 +92,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (COUNT, HELD_OUT_SCENES, NATURAL, RANK, RATE, SHARE, TRAIN_SCENES,
-    WORLD_SIZE, BadInput, Captions, FeatureStore, PretrainingDataset, Scene, WordPiece,
-    build_vocab, caption_records, class_targets, collate, flag, load_ahead, model_inputs,
-    on_stop, only_run_in, progress, read_json, reading, region_inputs, run, save_png, say,
-    start_processes, write_json, write_whole)
-from switchbert import (FINAL_TEMPERATURE, FROZEN, LEARNED, MODALITIES, MODES,
+from switchbert import (FINAL_TEMPERATURE, MODALITIES, MODES, PATHS,
     SwitchBertConfig, SwitchBertForPretraining, SwitchBertForRetrieval, load_bert,
     temperature)
 
@@ -118,16 +117,16 @@ def parse_args(argv):
     p = argparse.ArgumentParser(
         description="Pretrain Switch-BERT; `train.py show RUN ...` compares runs.")
     add_run_flags(p, Path("data"), "features/ and captions", Path("runs/pretrain"))
-    flag(p, "--switches", str, None, "learn both switches, or one of them: "
-        f"{', '.join(LEARNED)}; or freeze them: {', '.join(FROZEN)}, or any path such as "
+    flag(p, "--switches", str, f"one of {', '.join(PATHS)} (the first three learn "
+        "switches: both, or one of them; the others freeze them), or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
     p.add_argument("--model", choices=["base", "small"], help="12 layers x 768, or 4 x 128")
     p.add_argument("--set", nargs="+", metavar="FIELD=VALUE", help="change the model: any "
         "fields of SwitchBertConfig, such as num_hidden_layers=6 hidden_size=256")
     start = p.add_mutually_exclusive_group()
-    flag(start, "--bert", Path, None,
+    flag(start, "--bert", Path,
         "Hugging Face BERT folder to start from; None: DATA/bert, if any")
-    flag(start, "--init", Path, None, "pretrained run whose words and weights to start from")
+    flag(start, "--init", Path, "pretrained run whose words and weights to start from")
     args, checkpoint = fill_settings(p, argv, TOY, FULL, "pretraining")
     if args.data and not args.bert and not args.init:
         args.bert = next(args.data.glob("bert"), None)
@@ -142,7 +141,7 @@ def parse_args(argv):
 
 
 def pretrain(args, checkpoint=None):
-    """Pretrain from start to end. args, checkpoint: see parse_args.
+    """Pretrain from start to end. args: the settings. checkpoint: what to resume from, or None.
 
     Returns {name: number}, the held-out losses (mlm, mrc, itm), shares from 0 to 1 (words, match,
     image R@1 ...) and the number of images that were ranked; or None if the run was stopped.
@@ -199,10 +198,10 @@ class Task:
     clip = 1.0  # the largest norm that a gradient may have
     weight_decay = 1e-4
     initial_temperature = 1.0
-    # How fast gates learn, as a multiple of the learning rate: slowly in pretraining (A10),
-    # here as fast as the rest. Evaluation follows the path of best options. In training, noise
-    # may change some of a sample's choices, and then the sample trains another path. So gates
-    # should be decided early.
+    # How fast gates learn, as a multiple of the learning rate. In pretraining they are slow, so
+    # that they do not settle while the model is still untrained (A10). Here it is trained, and
+    # gates learn as fast as the rest: as long as a gate is undecided, noise sends samples along
+    # other paths than the one that evaluation takes, and those are trained instead.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -210,8 +209,8 @@ class Task:
 class Pretraining(Task):
     """Masked words, masked regions and matching, on captions. [supp. 1]
 
-    data: a Data. earlier: the checkpoint that is resumed, or the one that --init names, or
-    None. Raises BadInput if it does not fit.
+    data: a Data, see section 6. earlier: the checkpoint that is resumed, or the one that --init
+    names, or None. Raises BadInput if it does not fit.
     """
 
     name = "pretraining"
@@ -268,7 +267,7 @@ class Pretraining(Task):
         """(3,): the three losses, summed; and the encoder's output."""
         # The detector's classes of hidden regions are computed here, on the device of the batch.
         out = model(**class_targets(batch, self.store), temperature=tau)
-        return out.sums, out.encoder
+        return out.sums[:3], out.encoder
 
     def evaluate(self, model):
         """Held-out losses and accuracies with hard switches, and what the switches chose."""
@@ -289,8 +288,8 @@ def model_config(size, store, tokenizer, switches, changes=()):
     changes: "field=value" of SwitchBertConfig. Raises AttributeError, TypeError, ValueError.
     """
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With
-    # .02, matching was learned twice as late. There is no dropout, because a run sees each pair
-    # only four times.
+    # .02, matching was learned twice as late. There is no dropout, because a usual run sees
+    # each pair only four times.
     fields = {}
     if size == "small":
         fields = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -315,6 +314,7 @@ def model_config(size, store, tokenizer, switches, changes=()):
 #     sum_over_processes     an all-reduce; every process must call it
 #     Watch                  a stopwatch: pairs per second, seconds since the start
 #     begin_record, record   begin metrics.jsonl; append a line to it
+#     mean_losses            means since the last evaluation; BadInput if they have diverged
 #     stop_signals           hold back Ctrl-C and SIGTERM until a step is complete; stop_asked(step)
 #                            then is True, in all processes after the same step
 
@@ -323,7 +323,7 @@ LOOK_EVERY = 10  # steps: has the run diverged, was it asked to stop?
 
 def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
-    args, checkpoint: see fill_settings. Raises BadInput if training diverges.
+    args: the settings. checkpoint: the one to resume from. Raises BadInput if training diverges.
     """
     # 1. Model, AdamW, number of steps done, and totals of the mean losses since an evaluation.
     model = place(task.model, args)
@@ -370,7 +370,7 @@ def fit(args, task, checkpoint=None):
             stops = stop_asked(done)
             if not (evaluates or records or stops or done % LOOK_EVERY == 0):
                 continue
-            means = mean_losses(args, task, totals, watch, done)  # BadInput if it has diverged
+            means = mean_losses(args, task, totals, done)  # BadInput if training has diverged
             line = dict(step=done, lr=lr, temperature=tau, losses=means)
             if records:
                 record(args, **line, soft_switches=soft_switches.shares())
@@ -399,7 +399,7 @@ def forward_backward(args, task, model, parts, step, tau):
     """
     counts = sum(task.counts(part) for part in parts)
     counts = sum_over_processes(counts).clamp(min=1)  # (losses,), of all processes
-    sums = torch.zeros(len(counts), device=device())
+    sums = 0
     soft_switches = SwitchShares(task.model.config)
     for number, part in enumerate(parts, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
@@ -434,7 +434,7 @@ def learning_rate(step, steps, peak):
     return peak * min(rising, falling)
 
 
-def make_optimizer(model, weight_decay=0.01, gate_rate=0.1):
+def make_optimizer(model, weight_decay, gate_rate):
     """AdamW [supp. 2], without decay on biases and LayerNorms (A7).
 
     In pretraining, gates have a tenth of the learning rate (A10): fast ones may settle on what
@@ -535,7 +535,7 @@ def load_parts(args, task, first, steps):
 # of a batch, and with it the rounding, is the same for any number of processes.
 
 
-def share_of(lengths, batch_size=200):
+def share_of(lengths, batch_size):
     """The batches that this process evaluates: arrays of indices, by similar length."""
     order = np.argsort(lengths, kind="stable")
     starts = range(batch_size, len(order), batch_size)
@@ -574,18 +574,16 @@ def evaluate(model, dataset, batch_size=200):
     """Losses and accuracies on a PretrainingDataset, and what the switches chose: two dicts."""
     model.eval()
     sums = torch.zeros(5, device=device())  # three losses; words and pairs that are right
-    counts = torch.zeros(3)
+    counts = torch.zeros(5)
     switches = SwitchShares(model.config)
     for indices in share_of(dataset.lengths, batch_size):
         batch = to_device(collate([dataset[index] for index in indices]))
         out = model(**class_targets(batch, dataset.store))
-        sums += torch.cat([out.sums, out.correct])
+        sums += out.sums
         counts += torch.tensor(out.counts)
         switches.add(out.encoder)
     model.train()
-    # mlm and words are means over masked words, mrc over regions, itm and match over pairs.
-    words, regions, pairs = sum_over_processes(counts).clamp(min=1)
-    means = sum_over_processes(sums) / torch.stack([words, regions, pairs, words, pairs])
+    means = sum_over_processes(sums) / sum_over_processes(counts).clamp(min=1)
     scores = dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist()))
     return scores, switches.shares()
 
@@ -677,7 +675,7 @@ def load_data(folder, bert=None, words=None):
     else:
         store = FeatureStore(folder / "features")
         training, held_out = split_captions(folder, store)
-        texts = (text for _, text in training)
+        texts = training.texts
     if words:
         tokenizer = WordPiece(words)
     else:
@@ -741,15 +739,12 @@ def read_folder(folder, store):
         raise BadInput(f"{folder}: found no captions; expected *.tsv, *.json or a folder of "
             "pictures with *.txt, beside features/")
     check_names(captions.ids, sources, paths)
-    has_features = np.zeros(len(captions), bool)
     for number in read:
-        own = sources == number
-        rows = store.find(captions.ids[own], f"{paths[number]}: captions")
-        has_features[own] = rows >= 0
-    return captions, hold_out(captions.ids, splits, has_features)
+        store.find(captions.ids[sources == number], f"{paths[number]}: captions")
+    return captions, hold_out(captions.ids, splits, store)
 
 
-def hold_out(ids, splits, has_features):
+def hold_out(ids, splits, store):
     """The splits (N,) of captions, such that no image is in train and in val.
 
     Training captions of an image of val are of no split, b"". If there is no val, it becomes
@@ -762,6 +757,7 @@ def hold_out(ids, splits, has_features):
         in_both = training & np.isin(ids, ids[held_out])  # of whichever file
         return np.where(in_both, b"", splits)
     codes = np.fromiter(map(zlib.crc32, ids), np.uint32)
+    has_features = store.rows(ids) >= 0
     images = np.unique(codes[training & has_features])
     chosen = images[: max(5, len(images) // 100)]
     return np.where(training & np.isin(codes, chosen), b"val", splits)
@@ -793,22 +789,21 @@ def toy_world():
     If they are missing, it trains the detector and fills the store. A scene's id is its
     number, which is also its seed. No model is trained on held-out scenes.
     """
-    training = range(TRAIN_SCENES, TRAIN_SCENES + 3600)
+    training = range(3600)
     held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
     features = Path("runs/world/features-3600")
-    if RANK > 0:
-        dist.barrier()  # until the first process has made them
-    try:
-        store = FeatureStore(features)
-    except BadInput:  # none, or a half-written one
-        from extract_features import extract_scenes, toy_detector  # needs torchvision
-        with only_run_in(features.parent):
-            detector = toy_detector(features.with_name("detector.pt"), training)
-            scenes = list(training) + list(held_out)
-            store = extract_scenes(detector, scenes, features)
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
-    return store, training, held_out
+    if RANK == 0:
+        try:
+            FeatureStore(features)
+        except BadInput:  # none, or a half-written one
+            from extract_features import extract_scenes, toy_detector  # needs torchvision
+            with only_run_in(features.parent):
+                detector = toy_detector(features.with_name("detector.pt"), training)
+                scenes = list(training) + list(held_out)
+                extract_scenes(detector, scenes, features)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the others wait for the first
+    return FeatureStore(features), training, held_out
 
 
 def toy_texts(numbers):
@@ -832,28 +827,25 @@ def add_run_flags(p, data, content, out):
 
     data, out: the usual folders of data and results. content: what the data folder holds.
     """
-    def setting(name, convert, text):
-        flag(p, name, convert, None, text)
-
     add = p.add_argument
     gpu = torch.cuda.is_available()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    flag(p, "--data", Path, data if data.is_dir() else None,
-        f"folder with {content}; None: the toy world (default: %(default)s)")
-    flag(p, "--out", Path, out, "folder of the results (default: %(default)s)")
-    setting("--epochs", NATURAL, "passes over the training examples")
-    setting("--batch", COUNT, "examples per step, over all processes")
-    setting("--lr", RATE, "peak learning rate")
-    setting("--eval-every", COUNT, "steps between evaluations and checkpoints")
-    setting("--anneal", SHARE, "share of the run with tau above 0.2; None: 1e-6 per example")
-    setting("--limit", COUNT, "train on this many examples at most")
-    setting("--seed", NATURAL, "seed of everything random")
-    flag(p, "--gpus", COUNT, 1, "processes, one per GPU; without GPUs on the CPU (default: 1)")
-    flag(p, "--accum", COUNT, 1,
-        "parts per process and step: less memory, other noise (default: 1)")
-    flag(p, "--workers", NATURAL, min(4, os.cpu_count()) if gpu else 0,
-        "loading processes per process (default: %(default)s; on a CPU, which is busy, none)")
-    setting("--threads", COUNT, "CPU threads per process; None: all cores. Busy machine: 1")
+    flag(p, "--data", Path, f"folder with {content}; None: the toy world (default: %(default)s)",
+        data if data.is_dir() else None)
+    flag(p, "--out", Path, "folder of the results (default: %(default)s)", out)
+    flag(p, "--epochs", NATURAL, "passes over the training examples")
+    flag(p, "--batch", COUNT, "examples per step, over all processes")
+    flag(p, "--lr", RATE, "peak learning rate")
+    flag(p, "--eval-every", COUNT, "steps between evaluations and checkpoints")
+    flag(p, "--anneal", SHARE, "share of the run with tau above 0.2; None: 1e-6 per example")
+    flag(p, "--limit", COUNT, "train on this many examples at most")
+    flag(p, "--seed", NATURAL, "seed of everything random")
+    flag(p, "--gpus", COUNT, "processes, one per GPU; without GPUs on the CPU (default: 1)", 1)
+    flag(p, "--accum", COUNT,
+        "parts per process and step: less memory, other noise (default: 1)", 1)
+    flag(p, "--workers", NATURAL, "loading processes per process (default: %(default)s; on a CPU, "
+        "which is busy, none)", min(4, os.cpu_count()) if gpu else 0)
+    flag(p, "--threads", COUNT, "CPU threads per process; None: all cores. Busy machine: 1")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--blind", action="store_true", default=None,
         help="no pictures: what do words alone give?")
@@ -908,10 +900,11 @@ def launch(args, work):
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD_SIZE > 1:
         card = None
+        backend = "gloo"
         if gpu:
-            card = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            card = device()
             torch.cuda.set_device(card)
-        backend = "nccl" if card else "gloo"
+            backend = "nccl"
         # In a ranking, hours may pass before the processes hear of each other again.
         dist.init_process_group(backend, timeout=timedelta(days=1), device_id=card)
     lock = only_run_in(args.out) if RANK == 0 else contextlib.nullcontext()
@@ -926,16 +919,6 @@ def launch(args, work):
         atexit._run_exitfuncs()
         os._exit(status)
     sys.exit(status)
-
-
-def device():
-    """Where this process computes: on its own GPU (see launch), on Apple's, or on the CPU.
-
-    Several processes cannot share an Apple's GPU: they compute on its CPU.
-    """
-    if torch.accelerator.is_available() and (WORLD_SIZE == 1 or torch.cuda.is_available()):
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
 
 
 def place(model, args):
@@ -1033,11 +1016,10 @@ def stop_signals():
 #         "switches": {"modes": ..., "depths": ...}, "per_second": 415, "seconds": 64}
 
 class Watch:
-    """When a run began, when it last evaluated, and after which step it last looked at losses."""
+    """When a run began, and when and after which step it last evaluated."""
 
     def __init__(self, first):
         self.began = time.time()
-        self.looked = first
         self.restart(first)
 
     def restart(self, step):
@@ -1046,7 +1028,7 @@ class Watch:
         self.since = time.time()
 
 
-def mean_losses(args, task, sums, watch, step):
+def mean_losses(args, task, sums, step):
     """{name: mean loss} since the last evaluation; sums: of this process. All must call it.
 
     Raises BadInput if training has diverged.
@@ -1054,19 +1036,18 @@ def mean_losses(args, task, sums, watch, step):
     steps = (step - 1) % args.eval_every + 1
     means = sum_over_processes(sums) / steps
     means = dict(zip(task.loss_names, means.tolist()))
-    check_sound(f"steps {watch.looked + 1} to {step}", means)
-    watch.looked = step
+    check_sound(step, means)
     return means
 
 
-def check_sound(where, numbers):
+def check_sound(step, numbers):
     """Raise BadInput unless each of {name: number} is below a thousand in absolute value.
 
     No loss here starts above 100. So a larger one means that the weights have diverged.
     """
     if not all(abs(number) < 1e3 for number in numbers.values()):  # NaN is never below
         listed = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        raise BadInput(f"{where}: diverged ({listed}); the last good checkpoint is kept; "
+        raise BadInput(f"by step {step}: diverged ({listed}); the last good checkpoint is kept; "
             "lower --lr, or check the data")
 
 
@@ -1084,8 +1065,7 @@ def begin_record(args, task, first, steps):
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
     elif (out / "checkpoint.pt").exists():
         move_aside(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept))
+    write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept), mode="w")
     model = task.model
     number = len(task.examples)
     write_json(out / "config.json", dict(settings=vars(args), model=asdict(model.config),
@@ -1132,7 +1112,7 @@ def evaluate_and_report(args, task, steps, watch, line):
     seconds = time.time() - watch.since
     speed = (step - watch.step) * args.batch / seconds
     scores, switches = task.evaluate(task.model)
-    check_sound(f"step {step}", scores)
+    check_sound(step, scores)
     seconds = time.time() - watch.began
     record(args, examples=step * args.batch, **line, scores=scores, switches=switches,
         per_second=speed, seconds=seconds)
@@ -1180,7 +1160,7 @@ def save_checkpoint(args, task, optimizer, step, losses):
         store=task.store.meta, model=model.state_dict(), examples=captions.checksum,
         interval=losses, optimizer=optimizer.state_dict())
     path = args.out / "checkpoint.pt"
-    write_whole(path, lambda file: torch.save(content, file), mode="wb")
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path, *tasks):
@@ -1345,15 +1325,17 @@ def draw_switches(folder):
     chosen = [line for line in lines if "switches" in line]
     if not chosen:
         raise BadInput(f"{folder}: nothing to draw yet; this run has made no evaluation")
-    pictures = [switches_picture(line["soft_switches"],
-        f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}")
-        for line in lines if "soft_switches" in line]
-    # In one fixed palette, pixels that do not change between frames take no space.
-    frames = [picture.convert("P", dither=0) for picture in pictures]
+    frames = []
+    for line in lines:
+        if "soft_switches" in line:
+            picture = switches_picture(line["soft_switches"],
+                f"{folder}, step {line['step']}, temperature {line['temperature']:.2f}")
+            # In one fixed palette, pixels that do not change between frames take no space.
+            frames.append(picture.convert("P", dither=0))
     if frames:
         milliseconds = [150] * (len(frames) - 1) + [3000]
         write_whole(folder / "switches.gif", lambda file: frames[0].save(file, "GIF", loop=0,
-            save_all=True, append_images=frames[1:], duration=milliseconds), mode="wb")
+            save_all=True, append_images=frames[1:], duration=milliseconds))
     shown = [line for line in chosen if line["step"] == 0 or line is chosen[-1]]
     return stack([switches_picture(line["switches"], f"{folder}, step {line['step']}")
         for line in shown])
@@ -1429,4 +1411,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(main)

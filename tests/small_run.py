@@ -67,4 +67,4 @@ if __name__ == "__main__":
     # In small batches, so that two processes share an evaluation.
     train.evaluate = functools.partial(train.evaluate, batch_size=7)
     script = {"train": train, "finetune": finetune}[sys.argv[3]]
-    run(lambda: script.main(sys.argv[4:]))
+    run(lambda _: script.main(sys.argv[4:]))

@@ -30,8 +30,7 @@ PRETRAINED = RECALLS | {"masked words": 0.7, "region KL": 2.0, "matching": 0.9}
 
 def line(setting, seed=0, epochs=4, scores=RECALLS, path="JJ,JJ,JJ,JJ"):
     """A line of the results file."""
-    found = {"path": path, "pairs per second": 100.0, "scores": scores, "curve": CURVE,
-        "detector": 7}
+    found = {"path": path, "scores": scores, "curve": CURVE, "detector": 7}
     key = {"setting": setting, "seed": seed, "epochs": epochs}
     return key | found
 
@@ -79,19 +78,19 @@ def test_a_difference_is_paired_by_seed():
     assert ablation.paired(one, other) == pytest.approx((0.2, 0.1))
 
 
-def test_ranks_know_which_direction_is_better():
-    """VQA .7 .5 .5: ranks 1, 2, 2; KL, lower is better, 1.9 1.5 1.9: ranks 2, 1, 2."""
+def test_places_know_which_direction_is_better():
+    """VQA .7 .5 .5: places 1, 2, 2; KL, lower is better, 1.9 1.5 1.9: places 2, 1, 2."""
     scores = ablation.scores_of(GROUP)
-    ranks = ablation.mean_ranks(scores, ["learned", "single", "dual"])
-    assert ranks == pytest.approx({"learned": 1.5, "single": 1.5, "dual": 2.0})
+    places = ablation.mean_places(scores, ["learned", "single", "dual"])
+    assert places == pytest.approx({"learned": 1.5, "single": 1.5, "dual": 2.0})
 
 
-def test_ranks_are_over_the_measures_that_all_settings_have():
-    """Were VQA counted, which `dual` has no score of, `learned` would have rank 1.5."""
+def test_places_are_over_the_measures_that_all_settings_have():
+    """Were VQA counted, which `dual` has no score of, `learned` would have place 1.5."""
     scores = ablation.scores_of(GROUP)
     del scores["VQA"]["dual"]
-    ranks = ablation.mean_ranks(scores, ["learned", "single", "dual"])
-    assert ranks == {"learned": 2, "single": 1, "dual": 2}
+    places = ablation.mean_places(scores, ["learned", "single", "dual"])
+    assert places == {"learned": 2, "single": 1, "dual": 2}
 
 
 @pytest.mark.parametrize("mean, error, sign, text", [
@@ -114,8 +113,7 @@ def test_the_table_has_the_best_fixed_structure_and_the_difference_to_it():
     assert table[0] == "| measure | learned | single | dual | learned - best fixed |"
     assert table[2] == "| region KL | 1.900±.100 | **1.500±.000** | 1.900±.000 | +.400±.100 |"
     assert table[3] == "| VQA | **.700±.100** | .500±.000 | .500±.200 | +.200±.100 |"
-    assert table[4] == "| mean rank | 1.5 | 1.5 | 2.0 |  |"
-    assert table[5] == "| pairs/s | 100 | 100 | 100 |  |"
+    assert table[4] == "| mean place | 1.5 | 1.5 | 2.0 |  |"
 
 
 def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is():
@@ -123,11 +121,11 @@ def test_a_path_is_a_fixed_structure_but_neither_the_chosen_one_nor_a_control_is
     for setting, accuracy in (("II,XX", 0.9), ("learned", 0.8), ("chosen", 0.95),
             ("single+dropout", 0.97)):
         lines.append(line(setting, scores={"VQA": accuracy}))
-    head, _, vqa, rank, _ = rows_of(lines)
+    head, _, vqa, place = rows_of(lines)
     assert head == (
         "| measure | learned | chosen | single+dropout | II,XX | learned - best fixed |")
     assert vqa == "| VQA | .800 | .950 | **.970** | .900 | -.100 |"
-    assert rank == "| mean rank | 2.0 |  |  | 1.0 |  |"
+    assert place == "| mean place | 2.0 |  |  | 1.0 |  |"
 
 
 @pytest.mark.parametrize("setting", ["learned", "single", "chosen"])

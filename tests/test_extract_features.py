@@ -324,7 +324,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
     before = set(tmp_path.rglob("*"))
     images, *more = command.split()
     with pytest.raises(SystemExit) as end:
-        run(lambda: main(flags(images, "new/store", weights, *more)))
+        run(lambda _: main(flags(images, "new/store", weights, *more)))
     said = " ".join(capsys.readouterr().err.split())
     assert end.value.code in (1, 2)
     assert re.search(problem, said), said

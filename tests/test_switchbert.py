@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, MODES, TEXT, VISION, Gate,
+from switchbert import (MATCH, MISMATCH, MODES, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer,
     SwitchInput, attention_weights, layout_of, load_bert, switch, switch_attention,
@@ -20,6 +20,7 @@ from switchbert import (INTER, INTRA, JOINT, MATCH, MISMATCH, MODES, TEXT, VISIO
 parametrize = pytest.mark.parametrize
 close = torch.testing.assert_close
 TINY = SwitchBertConfig.tiny()
+INTRA, INTER, JOINT = range(3)  # in the order of MODES
 
 # Sizes of the tensors made here. The fixture `inputs` has others: B = 3, T = 5, R = 4.
 B = 2
@@ -742,7 +743,7 @@ def test_in_bf16_losses_change_by_rounding_only_and_gradients_are_finite(
     with autocast():
         out = model(**batch, temperature=tau)
     assert out.sums.dtype == torch.float32
-    close(out.losses, plain.losses, rtol=0.02, atol=0.02)
+    close(out.sums[:3], plain.sums[:3], rtol=0.02, atol=0.02)
     out.loss.backward()
     assert_finite_gradients(model)
 
@@ -763,23 +764,23 @@ def test_the_three_losses_by_hand(config, inputs):
         prediction = logits.softmax(-1)
         return (target * (target / prediction).log()).sum()
 
-    mlm = (word(0, 1, 9) + word(2, 2, 11) + word(2, 3, 12)) / 3
+    mlm = word(0, 1, 9) + word(2, 2, 11) + word(2, 3, 12)
     first, second = batch["mrc_targets"]
-    mrc = (region(0, 2, first) + region(2, 1, second)) / 2
+    mrc = region(0, 2, first) + region(2, 1, second)
     log_p = model.itm_classifier(out.pooled).log_softmax(-1)
-    itm = -(log_p[1, MISMATCH] + log_p[2, MATCH]) / 2
-    close(found.losses, torch.stack([mlm, mrc, itm]))
-    close(found.loss, mlm + mrc + itm)
-    assert found.counts == (3, 2, 2)
+    itm = -(log_p[1, MISMATCH] + log_p[2, MATCH])
+    close(found.sums[:3], torch.stack([mlm, mrc, itm]))
+    close(found.loss, mlm / 3 + mrc / 2 + itm / 2)
+    assert found.counts == (3, 2, 2, 3, 2)
 
 
-def test_correct_counts_the_words_and_the_pairs_predicted_right(config, inputs):
+def test_the_last_sums_count_the_words_and_the_pairs_predicted_right(config, inputs):
     """A model that always says "piece 11" and "match" gets one word and one pair right."""
     model = SwitchBertForPretraining(config).eval()
     with torch.no_grad():
         model.mlm_bias[11] = 1e4
         model.itm_classifier.bias[MATCH] = 1e4
-    assert model(**pretraining_batch(inputs)).correct.tolist() == [1, 1]
+    assert model(**pretraining_batch(inputs)).sums[3:].tolist() == [1, 1]
 
 
 @parametrize("targets", [torch.zeros(0, 7), None])
@@ -792,9 +793,9 @@ def test_a_batch_without_any_predicted_place_has_zero_losses_not_nan(config, inp
     batch["mrc_targets"] = targets
     model = SwitchBertForPretraining(config)
     out = model(**batch)
-    mlm, mrc, itm = out.losses
+    mlm, mrc, itm = out.sums[:3]
     assert mlm == mrc == 0
-    assert itm > 0
+    assert out.loss == itm / 2 > 0
     out.loss.backward()
     assert_finite_gradients(model)
 
@@ -973,14 +974,16 @@ def test_the_weights_of_a_bert_in_every_published_form_make_that_bert(
     transformed = F.gelu(linear(weights, "cls.predictions.transform.dense", expected))
     transformed = norm(weights, "cls.predictions.transform.LayerNorm", transformed)
     scores = transformed @ words.T + weights["cls.predictions.bias"]
-    close_but_for_rounding(model.mlm_logits(found), scores)
+    tied = model.bert.text_embeddings.word_embeddings.weight
+    found = F.linear(model.mlm_transform(found), tied, model.mlm_bias)
+    close_but_for_rounding(found, scores)
 
 
 def test_loading_names_what_was_missing_and_what_was_not_used(tmp_path):
     write_bert(tmp_path, bert_weights())
     missing, unused = load_bert(SwitchBertForPretraining(TINY), tmp_path)
-    assert sorted(unused) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight",
-        "cls.seq_relationship.bias", "cls.seq_relationship.weight"]
+    assert sorted(unused) == ["cls.seq_relationship.bias", "cls.seq_relationship.weight",
+        "pooler.dense.bias", "pooler.dense.weight"]
     new = ("region_embeddings", "gate", "bert.pooler", "mrc_", "itm_")
     for part in new:
         assert any(part in name for name in missing)
@@ -991,7 +994,7 @@ def test_loading_names_what_was_missing_and_what_was_not_used(tmp_path):
 def test_loading_into_a_bare_encoder_leaves_the_mlm_head_unused(tmp_path):
     write_bert(tmp_path, bert_weights())
     missing, unused = load_bert(SwitchBert(TINY), tmp_path)
-    assert "cls.predictions.bias" in unused
+    assert "mlm_bias" in unused
     for name in missing:
         assert "gate" in name or name.startswith(("region_embeddings", "pooler"))
 

@@ -271,18 +271,18 @@ def test_a_score_that_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_pat
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
 
-@parametrize("every, stop_at, steps, last_saved", [
-    (5, None, "7 to 10", 5),
-    (5, 12 * 7, "7 to 8", 5),
-    (16, None, "7 to 10", None),
+@parametrize("every, stop_at, step, last_saved", [
+    (5, None, 10, 5),
+    (5, 12 * 7, 8, 5),
+    (16, None, 10, None),
 ])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
-        plain, tmp_path, every, stop_at, steps, last_saved):
+        plain, tmp_path, every, stop_at, step, last_saved):
     """In step 7. A run looks every ten steps, and before it records (every six of these 160),
     evaluates (every 5 or 16) or stops.
     """
     key = plain("clean").keys[12 * 6]
-    with pytest.raises(BadInput, match=f"steps {steps}: .*diverged.*all nan.*lower --lr"):
+    with pytest.raises(BadInput, match=f"step {step}: .*diverged.*all nan.*lower --lr"):
         plain("run", f"--eval-every {every} --epochs 40", not_a_number=key, stop_at=stop_at)
     if last_saved:
         checkpoint = saved(tmp_path / "run")
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_saved(plain, tmp_path):
-    with pytest.raises(BadInput, match="steps 10 to 10: .*diverged"):
+    with pytest.raises(BadInput, match="step 10: .*diverged"):
         plain("run", steep_at=10)
     checkpoint = saved(tmp_path / "run")
     assert checkpoint["step"] == 5
@@ -353,7 +353,7 @@ def test_a_batch_is_cut_to_the_data(plain, capsys):
 
 def test_gates_learn_at_a_tenth_and_biases_and_norms_do_not_decay(config):
     model = SwitchBertForPretraining(config)
-    groups = train.make_optimizer(model).param_groups
+    groups = train.make_optimizer(model, weight_decay=0.01, gate_rate=0.1).param_groups
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         is_norm = "norm" in name or name.endswith("transform.2.weight")
@@ -412,8 +412,8 @@ def test_losses_belong_to_counts_and_reach_every_parameter(data, flags, classes,
     batch = task.collate([task.examples[index] for index in range(8)])
     sums, _ = task.sums(task.model.eval(), batch, 9.0)
     whole = task.model(**batch, temperature=9.0)
-    assert sums.equal(whole.sums)
-    assert task.counts(batch).tolist() == list(whole.counts)
+    assert sums.equal(whole.sums[:3])
+    assert task.counts(batch).tolist() == list(whole.counts[:3])
     sums.sum().backward()
     for name, parameter in task.model.named_parameters():
         if parameter.requires_grad:
@@ -427,20 +427,17 @@ def test_an_evaluation_is_the_mean_over_examples_one_by_one(model, store, tokeni
     pairs = PretrainingDataset(store, CAPTIONS, tokenizer)
     scores, switches = train.evaluate(model, pairs, batch_size=7)
     assert model.training  # again, as the loop needs it
-    sums = torch.zeros(3)
-    counts = torch.zeros(3)
-    correct = torch.zeros(2)
+    sums = torch.zeros(5)
+    counts = torch.zeros(5)
     modes = 0
     for index in range(30):
         with torch.no_grad():
             out = model.eval()(**collate([pairs[index]]))
         sums += out.sums
         counts += torch.tensor(out.counts)
-        correct += out.correct
         modes = modes + out.encoder.modes[0]
-    assert correct.all()
-    mlm, mrc, itm = (sums / counts).tolist()
-    words, match = (correct / counts[[0, 2]]).tolist()
+    assert sums.all()
+    mlm, mrc, itm, words, match = (sums / counts).tolist()
     assert list(scores) == ["mlm", "mrc", "itm", "words", "match"]
     expected = dict(mlm=mlm, mrc=mrc, itm=itm, words=words, match=match)
     assert scores == approx(expected, rel=1e-4)
@@ -694,6 +691,12 @@ def write_words(folder, words):
     (folder / "vocab.txt").write_text("".join(lines))
 
 
+def test_no_scene_of_the_toy_world_is_both_trained_on_and_held_out(monkeypatch):
+    monkeypatch.setattr(train, "FeatureStore", Mock())
+    _, training, held_out = train.toy_world()
+    assert not set(training) & set(held_out)
+
+
 def test_words_come_from_where_the_weights_come_from(folder, tmp_path):
     """Not from the captions, nor from another BERT."""
     def last_word(bert, words=None):
@@ -820,11 +823,11 @@ def test_evaluation_and_ranking_compute_in_the_precision_of_training(
 ])
 def test_several_processes_do_not_share_an_apple(monkeypatch, cuda, processes, where):
     """What they exchange, gloo cannot read from its GPU."""
-    accelerator = torch.device("cuda" if cuda else "mps")
+    apple = torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
-    monkeypatch.setattr(train, "WORLD_SIZE", processes)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: apple)
+    monkeypatch.setattr("data.WORLD_SIZE", processes)
     assert train.device().type == where
 
 

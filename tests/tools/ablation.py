@@ -140,7 +140,7 @@ def keep_line(line, path=RESULTS):
     lines = {key_of(each): each for each in read_results(path)}
     lines[key_of(line)] = line
     text = "".join(json.dumps(each) + "\n" for each in lines.values())
-    write_whole(path, lambda file: file.write(text))
+    write_whole(path, lambda file: file.write(text), mode="w")
 
 
 def missing_parts(line, tasks):
@@ -325,10 +325,7 @@ def measure(folder, parts):
             continue
         scores, found["path"] = measure_pretraining(folder, store)
         found["scores"] |= scores
-        metrics = train.read_metrics(folder / part)
-        speeds = [line["per_second"] for line in metrics if "per_second" in line]
-        found["pairs per second"] = round(float(np.median(speeds)), 1)
-        found["curve"] = curve_of(metrics)
+        found["curve"] = curve_of(train.read_metrics(folder / part))
     return found
 
 
@@ -381,16 +378,16 @@ def goodness(measure, scores):
     return {setting: sign * np.mean(list(seeds.values())) for setting, seeds in scores.items()}
 
 
-def mean_ranks(scores, settings):
-    """{setting: mean rank among these}, 1 is best, over the measures that all of them have."""
-    ranks = defaultdict(list)
+def mean_places(scores, settings):
+    """{setting: mean place among these}, 1 is best, over the measures that all of them have."""
+    places = defaultdict(list)
     for measure, each in scores.items():
         good = goodness(measure, each)
         if good.keys() >= set(settings):
             for setting in settings:
                 better = [other for other in settings if good[other] > good[setting]]
-                ranks[setting].append(1 + len(better))
-    return {setting: np.mean(each) for setting, each in ranks.items()}
+                places[setting].append(1 + len(better))
+    return {setting: np.mean(each) for setting, each in places.items()}
 
 
 def short(number, sign=""):
@@ -436,16 +433,11 @@ def table(lines):
     rows = [head, ["---"] * len(head)]
     for measure, each in scores.items():
         rows.append(row_of(measure, each, settings))
-    ranks = mean_ranks(scores, [s for s in settings if s == "learned" or is_fixed(s)])
-    rank_row = ["mean rank"]
-    speed_row = ["pairs/s"]
+    places = mean_places(scores, [s for s in settings if s == "learned" or is_fixed(s)])
+    last = ["mean place"]
     for setting in settings:
-        rank_row.append(f"{ranks[setting]:.1f}" if setting in ranks else "")
-        # The fastest of a setting's runs: others had the machine to share.
-        speed = max(line["pairs per second"] for line in lines if line["setting"] == setting)
-        speed_row.append(f"{speed:.0f}")
-    rows.append(rank_row + [""])
-    rows.append(speed_row + [""])
+        last.append(f"{places[setting]:.1f}" if setting in places else "")
+    rows.append(last + [""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -617,4 +609,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run(main)

@@ -98,7 +98,7 @@ import extract_features  # noqa: E402
 import train  # noqa: E402
 from data import (MATCH, PICTURES, SPECIALS, FeatureStore, PretrainingDataset,  # noqa: E402
     WordPiece, class_targets, collate, files_below, pad)
-from switchbert import (FROZEN, SwitchBertConfig, SwitchBertForPretraining,  # noqa: E402
+from switchbert import (PATHS, SwitchBertConfig, SwitchBertForPretraining,  # noqa: E402
     SwitchBertOutput)
 
 FOUND = {}  # what was measured: {title: {name: number}}
@@ -357,7 +357,7 @@ def benchmark_steps(size, rounds):
     pairs = form["pairs"]
     batch = make_batch(make_config(), **form)
     models = {}
-    for name in ["learned", "attention", "input"] + list(FROZEN):
+    for name in PATHS:
         models[name] = build(make_config(switches=name))
     steps = {name: stepper(model, batch) for name, model in models.items()}
     plain = plain_bert(make_config(switches="intra"))
@@ -814,7 +814,7 @@ def benchmark_gpu_precision(size, pairs, steps):
     ends = {}
     for name, dtype in (("fp32", None), ("bf16", HALF)):
         model = build(make_config())
-        optimizer = train.make_optimizer(model)
+        optimizer = train.make_optimizer(model, weight_decay=0.01, gate_rate=0.1)
         for group in optimizer.param_groups:
             group["lr"] = 1e-4
         for step in range(steps):
