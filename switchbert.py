@@ -228,23 +228,28 @@ def switch(logits, temperature, training, start=0.0):
     return torch.softmax(odds, dim=-1)
 
 
-# ASSUMPTION A10: one option of each switch starts ahead of all others together, by e^5 = 148 to 1:
-# the newest depth, and the mode of ViLBERT's path, in which layers within a modality and layers
-# across alternate. So training begins as a network that is known to work, and departs from it
-# where that pays. If all options start with equal odds, nearly every layer learns joint attention.
-# Joint attention is probably a local optimum: it can imitate the other modes, and a single layer
-# that changes to another one loses what it saw. The alternation predicts masked words better, but
-# to reach it, several layers must change at once.
+# ASSUMPTION A10: one option of each switch starts ahead of all others together: the newest depth,
+# and the mode of ViLBERT's path, in which layers within a modality and layers across alternate. So
+# training begins as a network that is known to work, and departs from it where that pays. If all
+# options start with equal odds, nearly every layer learns joint attention. Joint attention is
+# probably a local optimum: it can imitate the other modes, and a single layer that changes to
+# another one loses what it saw. The alternation predicts masked words better, but to reach it,
+# several layers must change at once.
 #
 # The temperature divides logits and noise always, but the start only below 1. So a hot switch
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
 # network that works, not with an average of all options. Below 1, logits, noise and start are
 # divided alike. Then the option with the largest sum stays the same while the temperature falls:
-# the choice becomes sharper, but does not change. From 1 down to the end, a gate that has learned
-# nothing takes the option that is ahead in 148 of 149 training samples; in the other one, noise
-# overrules it. (If the start were never divided, a sum at .2 would be (z + G) / .2 + 5 =
-# (z + G + 1) / .2: the start would count as one logit, and noise, whose standard deviation is 1.3,
-# would decide. What was tried, and what it gave: tests/ABLATION.md.)
+# the choice becomes sharper, but does not change. (If the start were never divided, a sum at .2
+# would be (z + G) / .2 + 5 = (z + G + 1) / .2: the start would count as one logit, and noise, whose
+# standard deviation is 1.3, would decide.)
+#
+# The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of n layers n / 4
+# times as high. So from temperature 1 down to the end, a gate that has learned nothing is overruled
+# by noise in one of 149 training samples, if there are four layers. These have 14 switches: two
+# modalities x (4 modes + 3 depths). In a model of any depth, about a tenth of the samples then
+# leaves the starting path somewhere. (With the same odds for twelve layers, it was a third, and
+# retrieval suffered. What was tried, and what it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -261,13 +266,13 @@ class Gate(nn.Module):
     (B, 2, M) of M options, in rows TEXT and VISION. ahead: the option that starts ahead.
     """
 
-    def __init__(self, hidden_size, num_options, ahead):
+    def __init__(self, config, num_options, ahead):
         super().__init__()
-        self.linear = nn.Linear(2 * hidden_size, 2 * num_options)
-        # e^(5 + log(M - 1)) against M - 1 options with e^0 each.
-        head_start = HEAD_START + math.log(num_options - 1)
+        self.linear = nn.Linear(2 * config.hidden_size, 2 * num_options)
+        # Against M - 1 options with e^0 each, e^5 n / 4 to 1 takes e^(5 + log((M - 1) n / 4)).
+        rivals = (num_options - 1) * config.num_hidden_layers / 4
         start = torch.zeros(num_options)  # (M,)
-        start[ahead] = head_start
+        start[ahead] = HEAD_START + math.log(rivals)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):
@@ -479,7 +484,7 @@ class SwitchInput(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.gate = Gate(config.hidden_size, layer + 1, ahead=layer)
+        self.gate = Gate(config, layer + 1, ahead=layer)
 
     def forward(self, depths, layout, temperature):
         """l+1 states (B, L, D) -> their mixture (B, L, D), and its weights (B, 2, l+1)."""
@@ -509,7 +514,7 @@ class SwitchBertLayer(nn.Module):
         path = path_of(config.switches, config.num_hidden_layers)[layer]  # (text, vision)
         self.mode_gate = None
         if learns_modes:  # on the starting path, text and vision have the same mode
-            self.mode_gate = Gate(config.hidden_size, len(MODES), ahead=path[0])
+            self.mode_gate = Gate(config, len(MODES), ahead=path[0])
         constant = F.one_hot(torch.tensor(path), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)

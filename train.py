@@ -1141,7 +1141,7 @@ def read_metrics(folder):
 
 # --- Checkpoints ---
 
-CHECKPOINT_FORMAT = "switchbert-6"  # in 5, switches started otherwise
+CHECKPOINT_FORMAT = "switchbert-7"  # in 6, a start did not depend on the number of layers
 
 
 def save_checkpoint(args, task, optimizer, step, losses):

@@ -931,7 +931,7 @@ def with_entry(name, value):
     (cut_off, "checkpoint.pt: not a whole checkpoint"),
     (flip_a_bit, "is damaged"),
     (with_entry("vocab", Path()), "checkpoint.pt: not a whole checkpoint"),  # runs no code
-    (with_entry("format", "switchbert-5"), "its format is switchbert-5, not switchbert-6"),
+    (with_entry("format", "switchbert-6"), "its format is switchbert-6, not switchbert-7"),
 ])
 def test_damaged_checkpoints_are_refused(plain, tmp_path, change, message):
     plain("run", "--lr 1e-12")  # so that the weight is still 1, and its bytes known

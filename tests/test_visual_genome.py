@@ -306,6 +306,13 @@ def test_proposals_are_the_best_anchors_moved_clipped_and_thinned_out(
     np.testing.assert_allclose(proposals[0], expected, atol=0.02)
 
 
+@pytest.fixture
+def fifty_proposals(detector, monkeypatch):
+    """Instead of 300, which take long."""
+    monkeypatch.setitem(detector.rpn._post_nms_top_n, "testing", 50)
+
+
+@pytest.mark.usefixtures("fifty_proposals")
 def test_36_regions_are_kept_or_all_where_there_are_fewer(detector, monkeypatch):
     """Without regard to how sure the detector is."""
     boxes, features, probs = regions(detector, PICTURE, 36)[0]
@@ -319,6 +326,7 @@ def test_36_regions_are_kept_or_all_where_there_are_fewer(detector, monkeypatch)
     assert len(boxes) == 3
 
 
+@pytest.mark.usefixtures("fifty_proposals")
 def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector):
     """In lower precision, too: a feature then changes by less than 1 % of the largest one."""
     boxes, features, _ = regions(detector, PICTURE, 36)[0]

@@ -27,8 +27,8 @@ What made the code fast follows. Each lever is explained where it stands in the 
 shows that it equals the plain form. Measured on two cores of an AMD EPYC, torch 2.14, fp32;
 "first code" is commit 6231a4c.
 
-    switches as a bias, an       operations of a step: fp32 1,795 instead of 2,659 (frozen single
-    average and a product        1,163, 1,226), bf16 2,346 instead of 3,356 (1,622, 1,739); GB
+    switches as a bias, an       operations of a step: fp32 1,831 instead of 2,659 (frozen single
+    average and a product        1,176, 1,226), bf16 2,382 instead of 3,356 (1,635, 1,739); GB
                                  outside matrix products, bf16, 256 pairs: 98 instead of 164
                                  (76, 86). Counted; `instead of` is commit 928b854
     fused attention              on a CPU, where it is not fused, forward and backward at base
