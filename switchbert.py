@@ -111,7 +111,9 @@ LETTERS = "IXJ"  # in the order of MODES
 
 
 def path_of(switches, num_layers):
-    """[(mode of text, mode of vision)] of every layer: of its start, where modes are learned.
+    """The path: [(mode of text, mode of vision)], one pair per layer.
+
+    Where modes are learned, this is the path on which they start.
 
     >>> path_of("dual", 3), path_of("IJ,XX", 2)
     ([(0, 0), (1, 1), (0, 0)], [(0, 2), (1, 1)])
@@ -244,11 +246,11 @@ def switch(logits, temperature, training, start=0.0):
 # would be (z + G) / .2 + 5 = (z + G + 1) / .2: the start would count as one logit, and noise, whose
 # standard deviation is 1.3, would decide.)
 #
-# The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of n layers n / 4
+# The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of N layers N / 4
 # times as high. So from temperature 1 down to the end, a gate that has learned nothing is overruled
 # by noise in one of 149 training samples, if there are four layers. These have 14 switches: two
 # modalities x (4 modes + 3 depths). In a model of any depth, about a tenth of the samples then
-# leaves the starting path somewhere. (With the same odds for twelve layers, it was a third, and
+# leave the starting path somewhere. (With 148 to 1 in twelve layers more than a quarter did, and
 # retrieval suffered. What was tried, and what it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
 
@@ -269,10 +271,11 @@ class Gate(nn.Module):
     def __init__(self, config, num_options, ahead):
         super().__init__()
         self.linear = nn.Linear(2 * config.hidden_size, 2 * num_options)
-        # Against M - 1 options with e^0 each, e^5 n / 4 to 1 takes e^(5 + log((M - 1) n / 4)).
-        rivals = (num_options - 1) * config.num_hidden_layers / 4
+        # The M - 1 other options weigh e^0 = 1 each. For odds of e^5 N / 4 to 1 against all of
+        # them, this one must weigh (M - 1) e^5 N / 4 = e^(5 + log((M - 1) N / 4)).
+        factor = (num_options - 1) * config.num_hidden_layers / 4
         start = torch.zeros(num_options)  # (M,)
-        start[ahead] = HEAD_START + math.log(rivals)
+        start[ahead] = HEAD_START + math.log(factor)
         self.register_buffer("start", start, persistent=False)
 
     def forward(self, states, averages, temperature):
@@ -645,7 +648,7 @@ class SwitchBert(nn.Module):
     region_boxes (B, R, 5), region_mask (B, R), temperature=None, region_hidden=None)
     -> SwitchBertOutput. Masks: 1 = real, 0 = padding. Boxes: x1/W, y1/H, x2/W, y2/H, area
     share. region_hidden (B, R) bool: True = masked, its feature is not seen. temperature: see
-    switch; in training None is 1.0, where finetuning starts.
+    switch; in training, None becomes 1.0, the temperature at which finetuning starts.
     """
 
     def __init__(self, config):

@@ -99,12 +99,12 @@ from switchbert import (FINAL_TEMPERATURE, MODALITIES, MODES, PATHS,
 # --- 1. Settings --------------------------------------------------------------------------
 #
 # TOY and FULL hold the settings, which a resumed run keeps. All other flags say where files are,
-# what the model starts from, and how it is computed. FULL has the paper's [supp. 2] and, where
-# the paper is silent, VOLTA's (A7). The toy run is DEVIATION D2.
+# what the model starts from, and how it is computed. FULL has the paper's settings [supp. 2] and,
+# where the paper is silent, VOLTA's (A7). The toy run is DEVIATION D2.
 #
 # anneal=0.9: the temperature reaches its floor, 0.2, after 90 % of the run. anneal=None: it falls
-# at the paper's rate, 1e-6 per pair (A5), or, if the run has fewer than the 3.2 million pairs that
-# this takes, as with 0.9 (see anneal_rate). scratch and boxes are of finetune.py.
+# at the paper's rate, 1e-6 per pair (A5). At that rate it needs 3.2 million pairs; a shorter run
+# takes 0.9 instead (see anneal_rate). scratch and boxes are used by finetune.py only.
 
 TOY = dict(model="small", epochs=4, batch=64, lr=1e-3, eval_every=225, anneal=0.9,
     switches="learned", set=[], seed=0, limit=None, blind=False, scratch=False,
@@ -136,7 +136,7 @@ def parse_args(argv):
 # --- 2. Pretraining -----------------------------------------------------------------------
 #
 # The model predicts masked words, the classes of masked regions, and whether a caption
-# belongs to its image. Often only the picture shows which word is masked: so the switches
+# belongs to its image. Often only the picture reveals what the masked word is: so the switches
 # learn to look there.
 
 
@@ -189,7 +189,7 @@ class Task:
         evaluate(model)          {name: score}; and what the switches chose
         headline(scores)         what the printed line says of these scores
         store, tokenizer         where regions and words come from; checkpoints record both
-        missing                  {reason: how many} examples were left out
+        missing                  {reason: number of examples left out for it}
     """
 
     loss_names = ("loss",)
@@ -198,10 +198,10 @@ class Task:
     clip = 1.0  # the largest norm that a gradient may have
     weight_decay = 1e-4
     initial_temperature = 1.0
-    # How fast gates learn, as a multiple of the learning rate. In pretraining they are slow, so
-    # that they do not settle while the model is still untrained (A10). Here it is trained, and
-    # gates learn as fast as the rest: as long as a gate is undecided, noise sends samples along
-    # other paths than the one that evaluation takes, and those are trained instead.
+    # How fast gates learn, as a multiple of the learning rate. Pretraining makes them slow, so that
+    # they do not settle while the model is still untrained (A10). In finetuning the model is
+    # already trained, and gates learn as fast as the rest. They should decide soon: while a gate is
+    # undecided, noise sends samples along paths that evaluation will not take.
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -1074,7 +1074,7 @@ def begin_record(args, task, first, steps):
     blind = " without pictures" if args.blind else ""
     resuming = f"; resuming after step {first}" if first else ""
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"{task.name}{blind}: {number} {task.unit}, {parameters:,} parameters, "
+    say(f"{task.name}{blind}: {number:,} {task.unit}, {parameters:,} parameters, "
         f"{steps} steps of {args.batch}, {args.precision}, on {device().type}; "
         f"processes: {WORLD_SIZE}, threads: {torch.get_num_threads()}{resuming}")
 

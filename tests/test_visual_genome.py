@@ -334,6 +334,7 @@ def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector
     same, again, _ = regions(detector, PICTURE, 36, boxes[chosen])[0]
     assert np.array_equal(same, boxes[chosen])
     np.testing.assert_allclose(again, features[chosen], rtol=1e-4, atol=1e-5)
-    _, half, _ = regions(detector, PICTURE, 36, boxes[chosen], "bf16")[0]
-    difference = np.abs(half - again).max()
+    # A single box: without hardware for bf16, a processor takes long.
+    _, half, _ = regions(detector, PICTURE, 36, boxes[[7]], "bf16")[0]
+    difference = np.abs(half - again[:1]).max()
     assert 0 < difference < 0.01 * np.abs(again).max()
