@@ -3,9 +3,9 @@ r"""switchbert.py: a BERT whose layers learn how text and vision attend to each 
 
 Switch-BERT [Guo, Yao, Chu; ECCV 2022; arXiv 2306.14182]. In UNITER every layer attends over
 words and image regions jointly; ViLBERT alternates layers that attend within a modality with
-layers that attend across; LXMERT attends within first and later alternates across and within.
-Each fixes this path by hand. In Switch-BERT every layer learns it, separately for text and
-vision, and which earlier layer to read.
+layers that attend across; LXMERT first has only layers within, and later alternates across and
+within. In each, this path through the modes of attention is fixed by hand. In Switch-BERT every
+layer learns its own step, separately for text and vision, and which earlier layer to read.
 
     input_ids (B, T)                        region_features (B, R, F), region_boxes (B, R, 5)
         | word + position + type                | prepend the mean region: the global region
@@ -234,9 +234,9 @@ def switch(logits, temperature, training, start=0.0):
 # and the mode of ViLBERT's path, in which layers within a modality and layers across alternate. So
 # training begins as a network that is known to work, and departs from it where that pays. If all
 # options start with equal odds, nearly every layer learns joint attention. Joint attention is
-# probably a local optimum: it can imitate the other modes, and a single layer that changes to
-# another one loses what it saw. The alternation predicts masked words better, but to reach it,
-# several layers must change at once.
+# probably a local optimum: it can imitate the other modes, and a single layer that leaves it loses
+# sight of one modality. The alternation predicts masked words better, but to reach it, several
+# layers must change at once.
 #
 # The temperature divides logits and noise always, but the start only below 1. So a hot switch
 # hardly feels logits and noise, and still takes the option that is ahead: training begins with a
@@ -247,9 +247,9 @@ def switch(logits, temperature, training, start=0.0):
 # standard deviation is 1.3, would decide.)
 #
 # The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of N layers N / 4
-# times as high. So from temperature 1 down to the end, a gate that has learned nothing is overruled
-# by noise in one of 149 training samples, if there are four layers. These have 14 switches: two
-# modalities x (4 modes + 3 depths). In a model of any depth, about a tenth of the samples then
+# times as high. So with four layers, from temperature 1 down to the end, noise overrules a switch
+# whose gate has learned nothing in one of 149 training samples. Four layers have 14 switches: two
+# modalities x (4 modes + 3 depths). With any number of layers, about a tenth of the samples then
 # leave the starting path somewhere. (With 148 to 1 in twelve layers more than a quarter did, and
 # retrieval suffered. What was tried, and what it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
@@ -325,13 +325,13 @@ class Gate(nn.Module):
 CLOSED = -1e30
 
 
-def sees_of(modes):
+def sees_of(table):
     """What text and vision queries see in each mode: (2, M, 4), a key's group last.
 
-    modes: rows as those of MODES, which begin with the query's own modality. So for vision,
-    whose own groups are the last two, the halves of a row change places.
+    table: a dict like MODES, whose rows begin with the query's own modality. So for vision, whose
+    own groups are the last two, the halves of a row change places.
     """
-    for_text = torch.tensor([*modes.values()], dtype=torch.float32)  # (M, 4)
+    for_text = torch.tensor([*table.values()], dtype=torch.float32)  # (M, 4)
     for_vision = for_text.roll(2, dims=1)
     return torch.stack([for_text, for_vision])  # (2, M, 4)
 
@@ -341,7 +341,7 @@ SEES = sees_of(MODES)
 
 class Layout(NamedTuple):
     """What every layer needs to know of the sequence [text | vision]: the kinds of its tokens,
-    its padding, and what each mode lets it see.
+    its padding, and what each mode lets a query see.
     """
 
     modality: Tensor  # (L, 2): of each token, TEXT or VISION, one-hot
@@ -659,7 +659,7 @@ class SwitchBert(nn.Module):
         layers = [SwitchBertLayer(config, layer) for layer in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.pooler = Pooler(config)
-        # A buffer moves with the model: a copy in every step would make a GPU wait.
+        # As a buffer, it moves with the model; copying it in every step would make a GPU wait.
         self.register_buffer("sees", sees_of(MODES), persistent=False)
         init_weights(self, config.initializer_range)
 
@@ -705,7 +705,8 @@ def init_weights(module, std):
 
 
 # --- 7. Heads and losses ----------------------------------------------------------------
-# Pretraining adds three means [supp. 1]. Their equal weights and what follows are ASSUMPTION A7:
+# The loss of pretraining is the sum of three means [supp. 1]. Their equal weights and what follows
+# are ASSUMPTION A7:
 #
 #     MLM   mean over masked words w            -log p(w)                     p from text_states
 #     MRC   mean over masked regions            sum_k c_k log(c_k / p_k)      p from region_states

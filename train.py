@@ -18,7 +18,7 @@ Where this stands
           |
           +--> finetune.py, whose tasks are trained by the same `fit`
 
-Letters: T word pieces, M modes of attention, l a layer's number from 0.
+Letters: T word pieces, M options of a switch, l a layer's number from 0.
 
 Map of the file (* = read these first)
 
@@ -129,7 +129,7 @@ def parse_args(argv):
     flag(start, "--init", Path, "pretrained run whose words and weights to start from")
     args, checkpoint = fill_settings(p, argv, TOY, FULL, "pretraining")
     if args.data and not args.bert and not args.init:
-        args.bert = next(args.data.glob("bert"), None)
+        args.bert = next(args.data.glob("bert"), None)  # None if there is no such folder
     return args, checkpoint
 
 
@@ -325,7 +325,7 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args: the settings. checkpoint: the one to resume from. Raises BadInput if training diverges.
     """
-    # 1. Model, AdamW, number of steps done, and totals of the mean losses since an evaluation.
+    # 1. Model, AdamW, number of steps done, and the mean losses summed since the last evaluation.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, totals = restore(task, optimizer, checkpoint)
@@ -337,7 +337,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     wrapped = wrap(model, args)
-    # Before the first step of finetuning, and if there is no step: --epochs 0, a finished run.
+    # Evaluate before the first step of finetuning, or if no step is left: a finished run.
     if first >= steps or (first == 0 and task.evaluates_at_start):
         scores, switches = task.evaluate(model)
         if first == 0:
