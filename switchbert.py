@@ -247,11 +247,12 @@ def switch(logits, temperature, training, start=0.0):
 # standard deviation is 1.3, would decide.)
 #
 # The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of N layers N / 4
-# times as high. So with four layers, from temperature 1 down to the end, noise overrules a switch
-# whose gate has learned nothing in one of 149 training samples. Four layers have 14 switches: two
-# modalities x (4 modes + 3 depths). With any number of layers, about a tenth of the samples then
-# leave the starting path somewhere. (With 148 to 1 in twelve layers more than a quarter did, and
-# retrieval suffered. What was tried, and what it gave: tests/ABLATION.md.)
+# times as high. So with four layers, from temperature 1 down to the end, noise overrules an
+# untrained switch in one of 149 training samples. Four layers have 14 switches: for text and for
+# vision, one for modes in each of the 4 layers, and one for depths in each but the first. With any
+# number of layers, about a tenth of the samples then leave the starting path somewhere. (With 148
+# to 1 in twelve layers more than a quarter did, and retrieval suffered. What was tried, and what
+# it gave: tests/ABLATION.md.)
 HEAD_START = 5.0
 
 
@@ -599,8 +600,9 @@ class RegionEmbeddings(nn.Module):
         if region_hidden is not None:
             features = features.masked_fill(region_hidden[..., None], 0)
             visible = region_mask * ~region_hidden
-        # The global region is VOLTA's mean; but it leaves hidden regions out, or it would leak
-        # their features (A7).
+        # The global region is a mean, as in VOLTA, but only of the visible regions (A7). Hidden
+        # features must not leak into it, so they are already 0. They are left out of the count,
+        # too: otherwise they would shrink the mean.
         mean = averaging(visible)[:, None] @ features  # (B, 1, F)
         features = torch.cat([mean, features], dim=1)  # (B, 1+R, F)
         # One row of ones in front, then x1 = y1 = 0: 0, 0, 1, 1, 1 is the whole picture's box.
