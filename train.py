@@ -42,7 +42,7 @@ If there is a folder data/, each training uses it, with the paper's settings (FU
 pretrains. It prints one line per evaluation, here wrapped:
 
     step   450/900  lr 5.6e-04  tau 0.84  mlm 0.76 mrc 2.34 itm 0.32 | words 0.710  match 0.894
-           | 415 pairs/s, 64 s
+           | 739 pairs/s, 41 s
 
 tau is the temperature; mlm, mrc and itm are the mean training losses since the last line.
 `words` is the share of masked word pieces that are predicted right, `match` the accuracy of
@@ -1013,7 +1013,7 @@ def stop_signals():
 #         "soft_switches": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
 #     {"examples": 28800, "step": 450, "lr": 5.6e-4, "temperature": 0.84,
 #         "losses": {"mlm": 0.76, ...}, "scores": {"words": 0.710, ...},
-#         "switches": {"modes": ..., "depths": ...}, "per_second": 415, "seconds": 64}
+#         "switches": {"modes": ..., "depths": ...}, "per_second": 739, "seconds": 41}
 
 class Watch:
     """When a run began, and when and after which step it last evaluated."""
