@@ -1635,6 +1635,7 @@ def run(main):
         return main(sys.argv[1:])
     except KeyboardInterrupt:
         if RANK > 0:
+            on_stop(signal.SIG_IGN)  # a second signal would interrupt the interpreter's end
             sys.exit(130)  # torchrun has ended it; the first process says why
         message = "stopped; repeat the command to continue, a training with --resume"
         status = 130
@@ -1642,6 +1643,7 @@ def run(main):
         message = f"error: {error}"
     except RuntimeError as error:
         if re.search("by peer|remote process", str(error)):
+            on_stop(signal.SIG_IGN)
             sys.exit(1)  # another process has failed, and says why
         if not re.search("DataLoader worker|out of memory", str(error)):
             raise
