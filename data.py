@@ -314,8 +314,7 @@ class FeatureStore:
         return None if row < 0 else row
 
     def find(self, image_ids, what):
-        """Like `rows`, but says how many were found; BadInput if none. what: their name
-        in that message."""
+        """Like `rows`, but says how many were found; BadInput if none. what: their name there."""
         ids = encode_ids(image_ids)
         rows = self.rows(ids)
         say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
