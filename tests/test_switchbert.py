@@ -34,6 +34,7 @@ SIZE = 6  # of a head, d
 # How text (first row) and vision share their attention out: intra, inter, joint.
 SHARES = {
     "soft": [[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]],
+    "sharp": [[0.9999, 1e-9, 1e-12], [1e-12, 0.9999, 1e-9]],  # soft, late in training
     "hard": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],  # both attend to text
     "joint": [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]],
     "even": [[1 / 3, 1 / 3, 1 / 3], [1 / 3, 1 / 3, 1 / 3]],
