@@ -26,7 +26,7 @@ Letters: B batch, T word pieces, R regions, F region feature, C region classes, 
 the predicted pieces, regions and matches of a batch, (W, H) width and height of an image. In
 a mask, 1 stands for what is real and 0 for padding.
 
-Map of the file (* = read these first)
+Map of the file (* = read this first)
 
     1. WordPiece               BERT's uncased tokenizer
     2. Feature store           the contract between detector and model: a folder of .npy files
@@ -46,7 +46,7 @@ Three names from the machine room appear early. BadInput is the exception for a 
 user's files. `with reading(path, what)` turns any error in its block into BadInput. And
 canonical_id(name) gives an image one id, however the files at hand spell it.
 
-Every random choice depends on (seed, epoch, index) and on nothing else. So an example is the
+Every random choice in an example depends on (seed, epoch, index) alone. So an example is the
 same with 0 or 8 loading processes, on 1 or 8 GPUs, and in a run that was killed and resumed.
 
 Where the paper is silent, the code says ASSUMPTION An; where it departs from the paper, it
@@ -98,8 +98,8 @@ from switchbert import MATCH, MISMATCH
 #
 #     "Unaffable!"  ->  unaffable !  ->  un ##aff ##able !  ->  [CLS] un ##aff ##able ! [SEP]
 #
-# Thirty thousand pieces can thus spell any word. Both steps follow BERT's tokenization.py
-# exactly.
+# Thirty thousand pieces can thus spell any word. Both steps follow BERT's tokenization.py,
+# but the longest word that is split is Hugging Face's.
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # BERT makes a word of each Chinese character: of CJK ideographs, but not of Kana or Hangul.
@@ -160,7 +160,7 @@ class WordPiece:
     @functools.lru_cache(50_000)  # noqa: B019  words repeat; a run has one tokenizer
     def split_word(self, word):
         """The pieces of one word, longest match first; [UNK] alone if a part has no piece."""
-        if len(word) > 100:  # BERT's limit, in characters
+        if len(word) > 100:  # Hugging Face's limit, in characters; BERT's own code has 200
             return ["[UNK]"]
         pieces = []
         prefix = ""
@@ -314,7 +314,7 @@ class FeatureStore:
         return None if row < 0 else row
 
     def find(self, image_ids, what):
-        """Like `rows`, but says how many were found; BadInput if none. what: their name there."""
+        """Like `rows`, but says how many were found; BadInput if none. what: what to call them."""
         ids = encode_ids(image_ids)
         rows = self.rows(ids)
         say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
@@ -530,7 +530,7 @@ def encode_ids(ids):
 #     whole     all are seen        half: another image   does it match? (ITM)
 #
 # So matching is learned on pairs as they are: zero-shot retrieval and finetuning show such
-# pairs, too. UNITER does it in this way. If every pair is masked, as in ViLBERT, whole ones
+# pairs, too. UNITER does the same. If every pair is masked, as in ViLBERT, whole ones
 # are new to the model, and matching them may get worse while the loss falls: see
 # tests/ABLATION.md.
 #
@@ -572,7 +572,7 @@ class PretrainingDataset:
         self.captions = captions[kept]
         self.lengths = np.strings.count(self.captions.texts, " ")
         self.skipped = {"without features": int(absent.sum()),
-            "without words": int(empty.sum())}
+            "without words": int((empty & ~absent).sum())}
         if len(np.unique(self.rows)) < 2:
             raise BadInput(f"{store.folder}: expected captions of two of its images or more; "
                 f"of {len(captions)} {name} these were left out: {self.skipped}")
@@ -624,7 +624,7 @@ def choose(n, rng, rate):
     return chosen
 
 
-def mask_tokens(ids, tokenizer, rng, rate=0.15):
+def mask_tokens(ids, tokenizer, rng, rate):
     """BERT's masking of one sentence: (input_ids, positions to predict), int64.
 
     A share `rate` of the pieces is predicted. Of these 80% are shown as [MASK], 10% as a random
@@ -713,8 +713,8 @@ def model_inputs(examples):
     inputs = {name: pad(column(examples, name))
         for name in ("input_ids", "region_features", "region_boxes")}
     for mask, name in (("text_mask", "input_ids"), ("region_mask", "region_boxes")):
-        lengths = map(len, column(examples, name))
-        inputs[mask] = pad([np.ones(length, np.int64) for length in lengths])
+        entries = column(examples, name)
+        inputs[mask] = pad([np.ones(len(entry), np.int64) for entry in entries])
     return inputs
 
 
@@ -833,8 +833,8 @@ def caption_records(path):
         read = _folder_captions
         if not path.is_dir():
             with open_text(path) as file:
-                # JSON is an object or a list, empty or of objects or lists. A caption may begin
-                # with another bracket.
+                # JSON is an object, or a list that is empty or of objects. Any other bracket
+                # begins a caption.
                 is_json = re.match(r"\s*(\{|\[\s*[]{])", file.read(1000))
             read = _json_captions if is_json else _tsv_captions
         at.entry = 1  # not by enumerate: an error occurs in `read`, before it yields the entry
@@ -900,9 +900,9 @@ def _folder_captions(folder):
 def picture_names(content):
     """A function from image_id to the picture's name, for a file of COCO's form.
 
-    COCO's image_id is the number in file_name. Other tools count from 1: then only the list
-    `images` tells the name. It is a ValueError if two of these images have the same id or
-    name, and later a KeyError if an image is not listed.
+    COCO's image_id is the number in file_name: then an id is its own name. Other tools count
+    from 1: then only the list `images` tells the name. It is a ValueError if two of these images
+    have the same id or name, and later a KeyError if an image is not listed.
     """
     images = content.get("images", [])
     names = {}
@@ -1275,8 +1275,9 @@ def _pick(rng, options):
 
 
 def _draw_shape(draw, thing, scale):
-    # Each shape fills its box, which has 2 h columns: x - h to x + h - 1. An arm of a cross is a
-    # third of the box wide. A star's inner points lie at .42 of the outer radius.
+    # A box has 2 h columns, x - h to x + h - 1, and most shapes fill it. A triangle is a pixel
+    # larger, and a star ends inside. An arm of a cross is a third of the box wide. A star's inner
+    # points lie at .42 of the outer radius.
     x, y = np.multiply(scale, thing.centre)
     left, top, right, bottom = np.multiply(scale, thing.box)
     box = [left, top, right - 1, bottom - 1]
@@ -1310,7 +1311,7 @@ def _draw_shape(draw, thing, scale):
 
 # --- Image ids ---
 
-# The endings of pictures. Pillow cannot open all of them; a picture that fails is named.
+# The endings of pictures. Pillow cannot open all of them; a picture that fails is recorded.
 PICTURES = r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif|hei[cf])"
 # What stands around a picture's name: folders, suffixes, and behind a suffix the number of one
 # of its captions, as in Flickr30k's '1000092795.jpg#0'. (In 'room#1' it belongs to the name.)
@@ -1385,9 +1386,10 @@ def reading(path, what, unit="entry"):
             reason = f"{error.filename or path} is missing"
         elif not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__} {reason}"
-        for file in (Path(path), *Path(path).glob("*.*")):
-            if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
-                reason += f"; git-lfs has not fetched {file} yet: git lfs pull"
+        with contextlib.suppress(OSError):  # this search must not hide the error itself
+            for file in (Path(path), *Path(path).glob("*.*")):
+                if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
+                    reason += f"; git-lfs has not fetched {file} yet: git lfs pull"
         raise BadInput(f"{path}: not {what} ({near}{reason})") from error
 
 
@@ -1460,7 +1462,8 @@ open_text = functools.partial(open, encoding="utf-8-sig", newline="\n")
 @contextlib.contextmanager
 def only_run_in(folder):
     """Lock a folder during a block. A second run is refused, and changes nothing. A folder in
-    which nothing was written, because the block failed, is removed.
+    which nothing was written, because the block failed, is removed, and so are its parents that
+    are then empty.
 
     The lock (POSIX, on the file .lock in it) belongs to this process alone, not to its
     loading processes, and the system releases it however the process ends, even by SIGKILL.
@@ -1481,8 +1484,9 @@ def only_run_in(folder):
             yield
         finally:
             if [*folder.iterdir()] == [lock]:
-                lock.unlink()
-                os.removedirs(folder)
+                with contextlib.suppress(OSError):  # such as a mount point, or "."
+                    lock.unlink()
+                    os.removedirs(folder)
 
 
 # --- Flags ---
@@ -1527,7 +1531,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 def device():
     """Where this process computes: on its own GPU, on Apple's, or on the CPU.
 
-    Several processes cannot share an Apple's GPU: they compute on its CPU.
+    Several processes cannot share Apple's GPU, so they compute on the CPU.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1609,7 +1613,7 @@ def start_processes(count):
 # it. But a torchrun that you have started passes it on, and half a minute later ends its
 # processes.
 STOPS = [signal.SIGTERM, signal.SIGINT]
-if WORLD_SIZE > 1:
+if WORLD_SIZE > 1 and hasattr(signal, "SIGHUP"):  # Windows has none
     STOPS.append(signal.SIGHUP)
 
 
@@ -1623,8 +1627,8 @@ def run(main):
     """Call a script's main(argv) and end the process as a user expects.
 
     For BadInput, OSError (disks, permissions) and a lack of memory it prints one sentence, and
-    the status is 1. After Ctrl-C and SIGTERM the status is 130, as in a shell. A closed terminal
-    ends nothing. Any other exception is a bug and keeps its traceback.
+    the status is 1. After Ctrl-C or SIGTERM it is 130, a shell's status for Ctrl-C. A closed
+    terminal ends nothing. Any other exception is a bug and keeps its traceback.
     """
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -1640,14 +1644,15 @@ def run(main):
         status = 130
     except (BadInput, OSError) as error:
         message = f"error: {error}"
-    except RuntimeError as error:
-        if re.search("by peer|remote process", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if re.search("by peer|remote process", reason):
             on_stop(signal.SIG_IGN)
             sys.exit(1)  # another process has failed, and says why
-        if not re.search("DataLoader worker|out of memory", str(error)):
+        if not re.search("DataLoader worker|out of memory|allocate|MemoryError", reason):
             raise
-        message = ("error: out of memory? Try fewer --workers, or --accum 2, which needs "
-            f"half the memory; --resume continues ({str(error)[:150]})")
+        message = ("error: out of memory? Try fewer --workers; a training also --accum 2, which "
+            f"needs half the memory, and --resume to continue ({reason[:150]})")
     # If several processes fail alike, only rank 0 prints: the others wait five seconds, and its
     # exit ends them.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -40,7 +40,8 @@ Map of the file (* = read these first)
 
 The paper uses 36 regions of a Faster R-CNN with a ResNet-101, trained on Visual Genome
 [supp. 2]. Which 36 it keeps is ASSUMPTION A13, in section 4. DEVIATION D1: the toy world has
-a small detector, trained here. It keeps 1 to 8 regions, because a scene has at most 6 things.
+a small detector, trained here. It keeps 1 to 8 regions: a scene has at most 6 things, and two
+more allow for wrong detections.
 """
 
 import argparse
@@ -70,7 +71,7 @@ from torchvision.utils import draw_bounding_boxes
 # --- 1. Detectors ---------------------------------------------------------------------------
 # Two networks, built from torchvision's parts. Section 3 ends with the table DETECTORS.
 
-# Where to get a detector's weights. Every message that they are missing or wrong ends so.
+# Where to get a detector's weights. Messages that they are missing or wrong say so.
 WEIGHTS_ADVICE = {"vg": "download pytorch_model.bin from "
     "https://huggingface.co/unc-nlp/frcnn-vg-finetuned and name it with --weights",
     "toy": "train.py writes them to runs/world/detector.pt, the file to name with --weights"}
@@ -103,8 +104,7 @@ def build_detector(name, weights=None, classes=None):
     if classes:
         count = head.out_features - 1
         with reading(classes, f"{count} class names, one per line"):
-            text = Path(classes).read_text("utf-8-sig")
-            lines = text.strip().split("\n")
+            lines = Path(classes).read_text("utf-8-sig").strip().split("\n")
             if len(lines) != count:
                 raise ValueError(f"found {len(lines)}")
         class_names = ["background"] + lines
@@ -330,10 +330,10 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     """The best regions of B pictures: B x [boxes (n, 4), features (n, F), probs (n, C)], with
     n <= R = num_regions, as numpy arrays, the best region first.
 
-    images: float (B, 3, H, W) in [0, 1]. All have one size: if some were padded, their border
-    of zeros would leak into nearby features. boxes: None, or boxes (n, 4) of a single picture
-    whose features are wanted; the first R are kept. precision: that of the convolutions;
-    "bf16" changes a feature by less than 1 % of the largest one.
+    images: float (B, 3, H, W) in [0, 1]. All have one size: if some were padded to the size of
+    others, the zeros would leak into nearby features. boxes: None, or the boxes (n, 4) to pool,
+    of a single picture; the first R are kept. precision: that of the convolutions; "bf16"
+    changes a feature by less than 1 % of the largest one.
 
     Boxes are x1, y1, x2, y2 in pixels of the picture. They are those that were pooled: the
     detector's final correction is not applied.
@@ -396,11 +396,10 @@ def select_regions(boxes, probs, most, confidence):
 
 
 def picture_regions(model, path, num_regions):
-    """A picture file's (PIL image, boxes (n, 4), features (n, F), probs (n, C))."""
+    """A picture file's [PIL image, boxes (n, 4), features (n, F), probs (n, C)]."""
     image = open_picture(path)
     images = pil_to_tensor(image)[None] / 255  # (1, 3, H, W)
-    boxes, features, probs = regions(model, images, num_regions)[0]
-    return image, boxes, features, probs
+    return [image] + regions(model, images, num_regions)[0]
 
 
 # --- 5. Pictures and boxes ------------------------------------------------------------------
@@ -443,7 +442,7 @@ def scale_pixels(pixels):
         white = 1
     elif brightest <= 1.3 * 255:
         white = 255
-    # uint8 cuts off. With 255.999, all 256 values have equal shares, and white is 255.
+    # uint8 rounds down. With 255.999, all 256 values have equal shares, and white is 255.
     return np.uint8((pixels / white).clip(max=1) * 255.999)
 
 
@@ -465,7 +464,8 @@ def read_boxes(path):
         surest = sorted(records, key=lambda item: -item[1].get("score", 0))  # stable
         for at.entry, record in surest:
             x, y, w, h = record.get("box") or record["bbox"]
-            # RoI pooling would index memory with a NaN: a comparison with it is False.
+            # With a NaN, RoI pooling would read foreign memory. (A comparison with a NaN is
+            # False.)
             if not math.hypot(x, y, w, h) < 1e6:
                 raise ValueError(f"a box of {[x, y, w, h]}")
             image_id = canonical_id(name(record["image_id"]))
@@ -556,9 +556,10 @@ def extract(args):
         boxes = read_boxes(args.boxes)
         ids = encode_ids(boxes)
         known = encode_ids(paths)
-        say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
+        if WORLD_SIZE == 1:  # the processes of --gpus start after this check
+            say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
         paths = [path for path in paths if canonical_id(path) in boxes]
-        most = max(map(len, boxes.values()))
+        most = max(len(boxes[canonical_id(path)]) for path in paths)
     model = build_detector(args.detector, args.weights, args.classes)
     with output_folder(args.out):
         writer = FeatureStore.create(args.out, paths, args.regions or most,

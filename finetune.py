@@ -54,7 +54,7 @@ from pathlib import Path
 # Before torch: data.py sets a variable that torch reads on import.
 from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
     WordPiece, canonical_id, canonical_split, column, device, files_below, flag, load_ahead,
-    model_inputs, normalise_boxes, open_text, pad, picture_names, progress, read_json,
+    model_inputs, normalise_boxes, pad, picture_names, progress, read_json,
     reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
 
 import numpy as np
@@ -151,7 +151,8 @@ CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn'
     where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 # The official table maps each form that lacks one apostrophe to the full form; once it does
-# the opposite. (It omits contractions that are words without it: hell, ill, were, its.)
+# the opposite. (Contractions that are other words without their apostrophe are not in it:
+# hell, ill, were, its.)
 REPLACED = {word[:i] + word[i + 1 :]: word
     for word in CONTRACTIONS for i, character in enumerate(word) if character == "'"}
 REPLACED |= {"none": "0", "somebody'd": "somebodyd"}
@@ -383,7 +384,9 @@ class VQA(Task):
         ids = np.array([number for _, number in questions], dtype=bytes)
         ids = np.unique(ids)  # test-dev2015 asks some of test2015's questions again
         known = np.array(list(truths), dtype=bytes)
-        say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
+        # The questions of a submission have no annotations.
+        if not all(subset.startswith("test") for subset, _ in questions):
+            say_found(f"{folder}: questions", ids, np.isin(ids, known), "the annotations", known)
         unusual = sum(len(truth["answers"]) not in (1, 10) for truth in truths.values())
         if unusual:
             say(f"{folder}: {unusual:,} questions have neither 1 answer nor 10: see accuracy_table")
@@ -515,10 +518,10 @@ class Retrieval(Task):
         return {"train": items(training), "val": items(held_out[100:150]),
             "test": items(held_out[:100])}
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, store, tokenizer, splits, args, labels=None):
+        super().__init__(store, tokenizer, splits, args, labels)
         self.images, self.own = images_of(self.items)
-        if self.items:  # else it is only evaluated
+        if args.epochs:  # else it is only evaluated
             self.nearest = self.nearest_images()
 
     def nearest_images(self):
@@ -531,10 +534,12 @@ class Retrieval(Task):
             for row in progress(self.store.rows(self.images), "features")]
         means = F.normalize(torch.tensor(np.stack(means), device=device()))
         nearest = []
-        for block in means.split(1000):
+        for number, block in enumerate(means.split(1000)):
             similarity = block @ means.T
-            # The image itself, and copies of it under other names, are no negatives.
+            # Copies of the image under other names are no negatives, nor is the image itself,
+            # whose similarity TF32 may round to less.
             similarity[similarity > 0.99999] = -1
+            similarity[:, 1000 * number :].fill_diagonal_(-1)
             nearest += similarity.argmax(dim=1).tolist()
         return nearest
 
@@ -725,7 +730,7 @@ def finetune(args, checkpoint):
     # 1. The start: the run's own checkpoint, a pretrained one, or another one of this task.
     source = checkpoint or load_checkpoint(args.checkpoint, "pretraining", task_class.name)
     if not checkpoint and args.checkpoint == args.out:
-        raise BadInput(f"--checkpoint {args.out}: a new run there would replace it; choose "
+        raise BadInput(f"--checkpoint {args.out}: a new run would take its place; choose "
             "another --out, or continue it with --resume")
     # 2. The task and its model. Words come from the checkpoint; so do answers, if it has any.
     store, splits = load_task(task_class, args)
@@ -786,7 +791,7 @@ def evaluate_splits(args, task):
         if "val" in predictions:
             try:
                 draw_examples(args, task, predictions["val"])
-            except Exception as error:  # hours of training may lie before it
+            except Exception as error:  # a picture must not cost hours of training
                 say(f"{args.out}/examples.png could not be drawn: {error!r}")
     say(f"the results are in {args.out}")
     return results
@@ -814,8 +819,8 @@ def draw_examples(args, task, predictions):
                 image = ImageOps.expand(image, (4, 0, 0, 0), "white")  # a gap between them
                 image = stack([picture_of(found, args.data), image], columns=2)
             panels[frame].append(panel(image, boxes, [item["text"]] + lines, frame))
-    rows = panels["royalblue"] + panels["darkorange"]
-    save_png(args.out / "examples.png", stack(rows, columns=4))
+    chosen = panels["royalblue"] + panels["darkorange"]
+    save_png(args.out / "examples.png", stack(chosen, columns=4))
 
 
 def picture_of(image_id, folder):
@@ -840,9 +845,10 @@ def picture_of(image_id, folder):
 
 
 def open_run(run):
-    """(checkpoint, task, tokenizer, model) of a run's folder, or of a checkpoint. Each forward
-    pass leaves a layer's weights (B, H, L, L) in model.bert.layers[l].attention.weights. A
-    pretrained model ranks: its score is the log odds of a match, as in zero-shot retrieval.
+    """(checkpoint, class of the task, tokenizer, model) of a run's folder, or of a checkpoint.
+    Each forward pass leaves a layer's weights (B, H, L, L) in
+    model.bert.layers[l].attention.weights. A pretrained model ranks: its score is the log odds of
+    a match, as in zero-shot retrieval.
     """
     saved = load_checkpoint(Path(run), "pretraining", *TASKS)
     task = TASKS.get(saved["task"], Retrieval)
@@ -869,21 +875,24 @@ Reply = namedtuple("Reply", "logit lines panel inputs image boxes")
 
 @torch.no_grad()
 def ask(args):
-    """Print and draw what a model says of each text and picture, the surest first. How sure it
-    is means the accuracy or IoU that it expects, or the probability of a match. The scores of
-    finetuned retrieval say nothing but their order.
+    """Print and draw what a model says of each text and picture, the surest first. "Sure" is the
+    accuracy or IoU that it expects, or the probability of a match. The scores of finetuned
+    retrieval say nothing but their order.
     """
     saved, task, tokenizer, model = open_run(args.run)
     texts = [args.text]
     if args.text.endswith(".txt"):
-        texts = open_text(args.text).read().strip().split("\n")
+        with reading(args.text, "texts in UTF-8, one in each line"):
+            texts = Path(args.text).read_text(encoding="utf-8-sig").strip().split("\n")
     for word in sorted(set(split_words(" ".join(texts)))):
         if word not in tokenizer.ids:
             print(f"note: {word!r} is read as {' '.join(tokenizer.split_word(word))}")
+    # As many pieces as in training.
+    most = 38 if saved["task"] == "pretraining" else task.max_tokens
     replies = []
     for picture, image, boxes, features in read_pictures(args, saved):
         for text in texts:
-            ids = tokenizer.encode(text, task.max_tokens)
+            ids = tokenizer.encode(text, most)
             inputs = read(ids, features, boxes, image.size)
             logits, _ = model(**inputs)  # (1, A) or (1, R); (1,) if it ranks
             choice = logits.argmax()
@@ -927,7 +936,8 @@ def read_pictures(args, saved):
             most = about["num_regions"]
             image, boxes, features, _ = picture_regions(detector, picture, most)
         if of_scenes and image.size != (SCENE_PIXELS, SCENE_PIXELS):
-            print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, all this model knows")
+            print(f"note: {picture} is no scene of {SCENE_PIXELS} pixels, and this model knows "
+                "nothing else")
         yield picture, image, boxes, features
 
 
@@ -969,7 +979,7 @@ def parse_args(argv):
     flag(p, "--checkpoint", Path, "pretrained run to start from, or one of this task: to go on "
         "from, or with --epochs 0 to evaluate (default: %(default)s)", Path("runs/pretrain"))
     add("--scratch", action="store_true", default=None,
-        help="start from random weights instead")
+        help="start from random weights; size and words are still those of --checkpoint")
     if task is Refer:
         add("--boxes", choices=["detected", "gt"],
             help="the store to use: features-detected/ or features-gt/ (true boxes)")
@@ -1015,7 +1025,7 @@ def replies_picture(replies, model, tokenizer, layer):
     panels += word_panels(model, pieces, first.image, first.boxes, layer)
     depths = [gate[0].tolist() for gate in out.depths]
     chosen = {"modes": out.modes[0].tolist(), "depths": depths}
-    switches = switches_picture(chosen, "the first text and picture")
+    switches = switches_picture(chosen, "the surest text and picture")
     return stack([stack(panels, columns=4), switches])
 
 

@@ -180,7 +180,7 @@ class Task:
     """What `fit` trains: pretraining, and the three tasks of finetune.py.
 
     A subclass defines:
-        name, unit               what the task and its examples are called, also on disk
+        name, unit               what the task and its examples are called
         examples                 a data set with `lengths` (N,), to sort by, and `captions`
         collate(examples)        a batch of some examples
         model                    a module with a config
@@ -189,7 +189,7 @@ class Task:
         evaluate(model)          {name: score}; and what the switches chose
         headline(scores)         what the printed line says of these scores
         store, tokenizer         where regions and words come from; checkpoints record both
-        missing                  {reason: number of examples left out for it}
+        missing                  {reason, or split: number of examples without features or words}
     """
 
     loss_names = ("loss",)
@@ -254,8 +254,8 @@ class Pretraining(Task):
             check_fits(earlier, store, "num_region_classes")
         elif args.bert:
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
-                missing, unused = load_bert(self.model, args.bert)  # A6
-            say_taken(args.bert, missing, unused)
+                new, unused = load_bert(self.model, args.bert)  # A6
+            say_taken(args.bert, new, unused)
 
     @staticmethod
     def counts(batch):
@@ -272,14 +272,17 @@ class Pretraining(Task):
     def evaluate(self, model):
         """Held-out losses and accuracies with hard switches, and what the switches chose."""
         scores, switches = evaluate(model, self.mixed)
-        of_whole, _ = evaluate(model, self.whole)
-        scores["match"] = of_whole["match"]
+        del scores["match"]
+        if not self.mixed.blind:  # a blind model learns no matching
+            of_whole, _ = evaluate(model, self.whole)
+            scores["match"] = of_whole["match"]
         return scores, switches
 
     @staticmethod
     def headline(scores):
         """The scores of the printed line: shares of words and of pairs that are right."""
-        return f"words {scores['words']:.3f}  match {scores['match']:.3f}"
+        shown = [name for name in ("words", "match") if name in scores]
+        return "  ".join(f"{name} {scores[name]:.3f}" for name in shown)
 
 
 def model_config(size, store, tokenizer, switches, changes=()):
@@ -463,7 +466,7 @@ def anneal_rate(args, task, steps):
     examples = max(1, steps * args.batch)
     share = args.anneal
     if not share:
-        if 1e-6 * examples >= decay:
+        if steps == 0 or 1e-6 * examples >= decay:
             return 1e-6
         share = 0.9
         say(f"switches are hard after 90 % of the run: its {examples:,} {task.unit} are fewer "
@@ -481,9 +484,9 @@ def count_steps(args, task):
     if args.epochs and number < args.batch:
         say(f"--batch {args.batch} is cut: there are only {number} training {task.unit}")
         args.batch = number // parts * parts
-    if args.batch % parts or args.batch == 0:
-        raise BadInput(f"--batch {args.batch}: {number} {task.unit} cannot be cut into equal "
-            f"parts for {WORLD_SIZE} processes x --accum {args.accum}")
+    if args.epochs and (args.batch % parts or args.batch == 0):
+        raise BadInput(f"--batch {args.batch}, of {number} {task.unit}: expected a multiple of "
+            f"{parts}, which is processes ({WORLD_SIZE}) x --accum ({args.accum})")
     return args.epochs * (number // args.batch)
 
 
@@ -524,8 +527,7 @@ def load_parts(args, task, first, steps):
             for part in parts[RANK]:
                 yield [(epoch, int(index)) for index in part]
 
-    loader = load_ahead(task.examples, keys(), task.collate, args.workers)
-    return iter(loader)
+    return iter(load_ahead(task.examples, keys(), task.collate, args.workers))
 
 
 # --- 5. Evaluation ------------------------------------------------------------------------
@@ -564,7 +566,7 @@ class SwitchShares:
         shares = []
         for own in self.sums:
             sums = sum_over_processes(own)
-            samples = sums.sum(dim=-1, keepdim=True)  # to which a switch's options add up
+            samples = sums.sum(dim=-1, keepdim=True)  # weights add up to 1 in each sample
             shares.append((sums / samples).tolist())
         return {"modes": shares[0], "depths": shares[1:]}
 
@@ -614,6 +616,7 @@ def match_scores(model, store, tokenizer, texts, image_ids, max_tokens=38, tempe
     scores = torch.zeros(len(texts), len(image_ids), device=device())
     for start in progress(range(0, len(image_ids), 100), "scoring"):
         store_rows = [store.row(image_id) for image_id in image_ids[start : start + 100]]
+        # To make a batch, images need some text, and texts some image: the first one serves.
         images = [dict(region_inputs(store, row), input_ids=words[0]) for row in store_rows]
         n = len(images)
         block = to_device(model_inputs(images))
@@ -708,7 +711,7 @@ def split_captions(folder, store):
     unused = len(captions) - len(training) - len(held_out)
     if unused:
         say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or "
-            "training captions of its images")
+            "training captions of val's images")
     return training, held_out
 
 
@@ -830,14 +833,15 @@ def add_run_flags(p, data, content, out):
     add = p.add_argument
     gpu = torch.cuda.is_available()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    flag(p, "--data", Path, f"folder with {content}; None: the toy world (default: %(default)s)",
+    flag(p, "--data", Path, f"folder with {content} (default: {data}, else the toy world)",
         data if data.is_dir() else None)
     flag(p, "--out", Path, "folder of the results (default: %(default)s)", out)
     flag(p, "--epochs", NATURAL, "passes over the training examples")
     flag(p, "--batch", COUNT, "examples per step, over all processes")
     flag(p, "--lr", RATE, "peak learning rate")
     flag(p, "--eval-every", COUNT, "steps between evaluations and checkpoints")
-    flag(p, "--anneal", SHARE, "share of the run with tau above 0.2; None: 1e-6 per example")
+    flag(p, "--anneal", SHARE, "share of the run with tau above 0.2; with --data, it falls by "
+        "1e-6 per example, unless the run is too short for that")
     flag(p, "--limit", COUNT, "train on this many examples at most")
     flag(p, "--seed", NATURAL, "seed of everything random")
     flag(p, "--gpus", COUNT, "processes, one per GPU; without GPUs on the CPU (default: 1)", 1)
@@ -1007,7 +1011,8 @@ def stop_signals():
 # metrics.jsonl has lines of two kinds. At most thirty hold the mean weights of the soft switches
 # in that step's training: the frames of switches.gif. One per evaluation holds held-out scores
 # and what hard switches chose: switches.png draws the last one. Both hold the mean losses
-# since the last evaluation: curves.png draws these, scores, lr and temperature.
+# since the last evaluation: curves.png draws these, scores, lr and temperature. A line of step 0,
+# before any training, has scores and switches only.
 #
 #     {"step": 30, "lr": 3.3e-4, "temperature": 4.46, "losses": {"mlm": 4.12, ...},
 #         "soft_switches": {"modes": ..., "depths": ...}}                as in SwitchShares.shares
@@ -1043,11 +1048,11 @@ def mean_losses(args, task, sums, step):
 def check_sound(step, numbers):
     """Raise BadInput unless each of {name: number} is below a thousand in absolute value.
 
-    No loss here starts above 100. So a larger one means that the weights have diverged.
+    No loss here starts above 100. So one of a thousand means that the weights have diverged.
     """
     if not all(abs(number) < 1e3 for number in numbers.values()):  # NaN is never below
         listed = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        raise BadInput(f"by step {step}: diverged ({listed}); the last good checkpoint is kept; "
+        raise BadInput(f"by step {step}: diverged ({listed}), and this step is not saved; "
             "lower --lr, or check the data")
 
 
@@ -1063,13 +1068,13 @@ def begin_record(args, task, first, steps):
     kept = []
     if first:
         kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= first]
-    elif (out / "checkpoint.pt").exists():
+    elif (out / "checkpoint.pt").exists() or (out / "result.json").exists():
         move_aside(out)
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept), mode="w")
     model = task.model
     number = len(task.examples)
     write_json(out / "config.json", dict(settings=vars(args), model=asdict(model.config),
-        data=task.store.folder, examples=number, left_out=task.missing,
+        data=task.store.folder, examples=number, missing=task.missing,
         torch=torch.__version__))
     blind = " without pictures" if args.blind else ""
     resuming = f"; resuming after step {first}" if first else ""
@@ -1109,8 +1114,7 @@ def evaluate_and_report(args, task, steps, watch, line):
     Raises BadInput if training has diverged.
     """
     step = line["step"]
-    seconds = time.time() - watch.since
-    speed = (step - watch.step) * args.batch / seconds
+    speed = (step - watch.step) * args.batch / (time.time() - watch.since)
     scores, switches = task.evaluate(task.model)
     check_sound(step, scores)
     seconds = time.time() - watch.began
@@ -1191,9 +1195,8 @@ def restore(task, optimizer, checkpoint):
     Returns the number of its steps, and the sums of its losses since the last evaluation, of
     this process and on the device. Raises BadInput if the run had other examples.
     """
-    sums = torch.zeros(len(task.loss_names), device=device())
     if checkpoint is None:
-        return 0, sums
+        return 0, torch.zeros(len(task.loss_names), device=device())
     checksum = task.examples.captions.checksum
     known = checkpoint["examples"]
     if known != checksum:
@@ -1202,8 +1205,7 @@ def restore(task, optimizer, checkpoint):
             "its own, or start a new run with another --out")
     task.model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    sums += send(checkpoint["interval"]) / WORLD_SIZE
-    return checkpoint["step"], sums
+    return checkpoint["step"], send(checkpoint["interval"]) / WORLD_SIZE
 
 
 def check_fits(checkpoint, store, *more):
@@ -1343,8 +1345,8 @@ def draw_switches(folder):
 
 def draw_curves(folders):
     """How runs went, a PIL image: a panel per loss, rate and score, twelve at most."""
-    curves = defaultdict(lambda: defaultdict(list))  # name -> (colour, width) -> points
-    for folder, colour in zip(folders, COLOURS):
+    curves = defaultdict(lambda: defaultdict(list))  # name -> (run, width) -> points
+    for run_number, folder in enumerate(folders):
         for line in reversed(read_metrics(folder)):  # the last one has all names
             rates = {name: line[name] for name in ("lr", "temperature") if name in line}
             training = line.get("losses", {}) | rates
@@ -1352,7 +1354,7 @@ def draw_curves(folders):
             step = line["step"]
             for width, values in ((2, training), (5, held_out)):
                 for name, value in values.items():
-                    curves[name][colour, width].append((step, value))
+                    curves[name][run_number, width].append((step, value))
     image, _ = canvas(WIDTH, 40 + 20 * len(folders), "thin: training, thick: held out", folders)
     names = list(curves)[:12]
     for row in np.array_split(names, math.ceil(len(names) / 3)):
@@ -1362,15 +1364,16 @@ def draw_curves(folders):
 
 
 def curve_panel(name, lines, width):
-    """A panel, so many pixels wide. lines: {(colour, width): [(step, value), ...]}."""
-    points = np.concatenate(list(lines.values()))  # (points, 2)
-    low = points.min(0)  # of steps and of values
+    """A panel, so many pixels wide. lines: {(run's number, width): [(step, value), ...]}."""
+    all_points = np.concatenate(list(lines.values()))  # (points, 2)
+    low = all_points.min(0)  # of steps and of values
     low[0] = 0  # steps count from 0
-    high = points.max(0)
+    high = all_points.max(0)
     panel, draw = canvas(width, 200,
         f"{name}: {low[1]:.4g} to {high[1]:.4g}\nsteps 0 to {high[0]:.0f}")
     draw.rectangle([10, 48, width - 10, 192], outline="lightgrey")
-    for (colour, thickness), points in lines.items():
+    for (run_number, thickness), points in lines.items():
+        colour = COLOURS[run_number]
         shares = (points - low) / (high - low + 1e-9)
         pixels = (13, 188) + shares * (width - 26, -136)
         draw.line(list(pixels.flat), colour, thickness)
@@ -1389,6 +1392,8 @@ def show_runs(argv):
         help="what all switches chose, beside it curves.png; None: first RUN/switches.png")
     args = parser.parse_args(argv)
     out = args.out or args.runs[0] / "switches.png"
+    if out.name == "curves.png":
+        parser.error("--out: curves.png is the name of the second picture; choose another")
     draw_runs(args.runs, out)
     for folder in args.runs:
         scores = {}
@@ -1396,6 +1401,7 @@ def show_runs(argv):
             scores |= line.get("scores", {})
         for path in folder.glob("result.json"):
             scores |= read_json(path)["results"].get("val", {"hard": {}})["hard"]
+        scores.pop("images", None)  # a count, not a score
         numbers = [f"{name} {value:.3f} " for name, value in scores.items()]
         text = " ".join(numbers)
         print(f"{folder!s:24} {text}")

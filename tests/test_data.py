@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -28,8 +29,8 @@ from PIL import ImageColor
 import data
 from data import (COUNT, MATCH, MISMATCH, NATURAL, RATE, SHARE, SPECIALS, BadInput, FeatureStore,
     PretrainingDataset, Scene, StoreWriter, WordPiece, build_vocab, canonical_id, collate,
-    import_features, mask_tokens, normalise_boxes, only_run_in, read_captions, read_json, run,
-    split_words, write_whole)
+    import_features, mask_tokens, normalise_boxes, only_run_in, read_captions, read_json, reading,
+    run, split_words, write_whole)
 
 SLOW = pytest.mark.slow
 
@@ -253,7 +254,7 @@ def rows_shown(example, store):
 def test_masking_rates_are_15_percent_and_80_10_10_and_specials_are_never_drawn(tokenizer):
     rng = np.random.default_rng(0)
     ids = np.array(tokenizer.encode("a small red star left of the ring " * 9999, 100_000))
-    shown, positions = mask_tokens(ids, tokenizer, rng)
+    shown, positions = mask_tokens(ids, tokenizer, rng, rate=0.15)
     others = np.delete(np.arange(len(ids)), positions)
     assert np.array_equal(shown[others], ids[others])
     share = len(set(positions)) / len(ids)
@@ -390,10 +391,11 @@ def test_positions_count_on_from_pair_to_pair(two):
 
 
 def test_captions_without_words_or_features_are_counted_and_left_out(store, tokenizer):
-    captions = [("77", "a ring")] + CAPTIONS + [("3", "  ")]
+    """One that lacks both is counted once."""
+    captions = [("77", "a ring"), ("77", "")] + CAPTIONS + [("3", "  ")]
     pairs = PretrainingDataset(store, captions, tokenizer)
     assert len(pairs) == 20
-    assert pairs.skipped == {"without features": 1, "without words": 1}
+    assert pairs.skipped == {"without features": 2, "without words": 1}
     assert same(pairs[5], pairs_of(store, tokenizer)[5])
     assert pairs.lengths.tolist() == list(range(20))  # in spaces
 
@@ -860,6 +862,13 @@ def test_a_file_that_git_lfs_has_not_fetched_is_named(tmp_path):
         FeatureStore(path.parent)
 
 
+def test_an_error_is_not_hidden_by_what_cannot_be_the_name_of_a_file():
+    """As --set with many fields: a name has at most 255 bytes."""
+    with pytest.raises(BadInput, match="xxx: not a model .no such field"):
+        with reading("x" * 300, "a model"):
+            raise ValueError("no such field")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = write(tmp_path / "x.txt", "old")
 
@@ -900,6 +909,14 @@ def test_a_folder_is_held_by_one_process_until_that_one_ends_even_by_sigkill(tmp
     holder.join()
     with only_run_in(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_cannot_be_removed_does_not_hide_why_a_run_failed(tmp_path, monkeypatch):
+    """As the folder in which the run was started."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="the reason"):
+        with only_run_in(Path()):
+            raise BadInput("the reason")
 
 
 def make_locks_fail(monkeypatch, number):
@@ -973,6 +990,8 @@ def signals():
     (BadInput("a.tsv: line 3"), 1, "error: a.tsv: line 3\n"),
     (OSError(28, "No space left on device", "x.npy"), 1, "error: [Errno 28] No space"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "fewer --workers"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory? Try"),
+    (MemoryError(), 1, "out of memory? Try"),
     (be_stopped, 130, "stopped")])
 def test_a_script_ends_with_a_sentence(capsys, signals, fault, status, words):
     with pytest.raises(SystemExit) as end:

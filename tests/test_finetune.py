@@ -300,6 +300,20 @@ def test_a_picture_that_stands_twice_is_not_its_own_hard_negative(tokenizer, tmp
     assert retrieval.nearest[:3] == [2, 2, 0]
 
 
+def test_a_picture_is_not_its_own_hard_negative_where_products_are_rounded(make, monkeypatch):
+    """With TF32, its similarity to itself may be rounded to less than 1: here it is .81."""
+    monkeypatch.setattr(F, "normalize", lambda means: 0.9 * means / means.norm(dim=1, keepdim=True))
+    nearest = make(Retrieval).nearest
+    assert len(nearest) == 10
+    assert all(other != image for image, other in enumerate(nearest))
+
+
+def test_retrieval_that_is_only_evaluated_looks_for_no_hard_negatives(make, monkeypatch):
+    """It would read the features of all training images."""
+    monkeypatch.setattr(Retrieval, "nearest_images", lambda _: pytest.fail("it looked"))
+    make(Retrieval, "--epochs 0")
+
+
 @parametrize("images, said", [
     (1000, []),
     (5000, []),
@@ -624,6 +638,14 @@ def test_vqas_files_are_read_as_they_are_published(tmp_path):
     }
 
 
+def test_questions_of_a_test_set_need_no_annotations_for_a_submission(tmp_path):
+    write_questions(tmp_path / "1.json", "test2015", [3002])
+    assert VQA.from_folder(tmp_path, None).keys() == {"test2015"}
+    write_questions(tmp_path / "2.json", "val2014", [3003])
+    with pytest.raises(BadInput, match="questions: 0 of 2 found in the annotations"):
+        VQA.from_folder(tmp_path, None)
+
+
 @pytest.fixture
 def six_files(tmp_path):
     """Two subsets with three answers to each question, three without any, and a strange file."""
@@ -915,7 +937,7 @@ def test_no_step_is_zero_shot_or_from_scratch_also_below_a_batch(
     ("vqa", "--epochs 0", {"train": []}, "no training questions, so no answers"),
     ("retrieval", "", {"train": [caption(1), caption(2), caption(99)]}, "fewer than three"),
     ("vqa", "--checkpoint refer", {}, "checkpoint of pretraining or vqa, .* .it is one of refer"),
-    ("refer", "--checkpoint refer", {}, "refer: a new run there would replace it"),
+    ("refer", "--checkpoint refer", {}, "refer: a new run would take its place"),
     ("vqa", "--checkpoint other.pt", {}, "feature_size is 12, .* trained with 2048"),
     ("refer", "--resume --boxes gt", {}, "--boxes gt: the run that is resumed has detected"),
 ])
@@ -1001,7 +1023,8 @@ def test_ask_says_the_same_of_a_picture_and_of_its_row_in_a_store(run, asked, ki
 def test_a_pretrained_checkpoint_matches_texts_of_a_file_with_pictures(
         asked, config, weights, store, tokenizer):
     """As zero-shot retrieval does: the log odds of a match, here as a probability."""
-    texts = ["a small red star", "left of the ring", "a large blue circle", "a ring"]
+    long = "a ring " * 17  # 36 pieces, of which finetuned retrieval would read 30
+    texts = ["a small red star", "left of the ring", "a large blue circle", long.strip()]
     pictures = ["1", "2", "3", "4", "5"]
     Path("texts.txt").write_text("\n".join(texts) + "\n")
     lines = asked("pretrained.pt", "texts.txt", *pictures)[:-1]
@@ -1016,6 +1039,12 @@ def test_a_pretrained_checkpoint_matches_texts_of_a_file_with_pictures(
     for text, row in zip(texts, scores.sigmoid().tolist()):
         for picture, probability in zip(pictures, row):
             assert said[f"{picture}: {text}"] == pytest.approx(probability, rel=6e-3)
+
+
+def test_a_file_of_texts_must_be_utf_8(asked):
+    Path("texts.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(BadInput, match="texts.txt: not texts in UTF-8"):
+        asked("pretrained.pt", "texts.txt", "1")
 
 
 def test_words_that_the_vocabulary_lacks_are_named(asked):

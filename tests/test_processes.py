@@ -318,7 +318,7 @@ def test_finetuning_in_two_processes_is_finetuning_in_one(start, undisturbed, tm
 
 @SLOW
 @parametrize("batch, message", [
-    (5, "--batch 5: 30 pairs cannot be cut into equal parts for 2 processes"),
+    (5, "--batch 5, of 30 pairs: expected a multiple of 2, which is processes "),
     (6, "Is a directory: .*checkpoint.pt"),
 ], ids=["of all", "of the first alone, while it trains"])
 def test_the_error_of_one_process_ends_all_and_is_one_sentence(

@@ -339,6 +339,20 @@ def test_a_new_run_moves_an_earlier_one_to_the_next_free_name(plain, tmp_path):
         assert saved(tmp_path / name)["settings"]["lr"] == rate
 
 
+def test_an_earlier_run_that_was_only_evaluated_is_moved_too(plain, tmp_path):
+    """It has a result, but no checkpoint."""
+    plain("run", "--epochs 0")
+    write_json(tmp_path / "run/result.json", {})
+    plain("run")
+    assert (tmp_path / "run-1/result.json").exists()
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_what_is_only_evaluated_needs_no_batch_of_equal_parts(plain):
+    task = plain("run", "--epochs 0 --accum 5")
+    assert task.result is not None
+
+
 def test_a_batch_is_cut_to_the_data(plain, capsys):
     task = plain("run", "--batch 64 --accum 4")
     said = capsys.readouterr().out
@@ -379,6 +393,8 @@ def test_a_run_too_short_for_the_papers_rate_has_hard_switches_after_nine_tenths
     assert "its 1,000,000 pairs are fewer than the 3,218,876 of" in capsys.readouterr().out
     assert last_temperatures(330) == approx([5 * math.exp(-2.64), 5 * math.exp(-2.97)])
     assert last_temperatures(330, "--anneal 0.9") == approx(short)
+    args, _ = train.parse_args("--data x --batch 100".split())
+    train.anneal_rate(args, task, 0)  # a finished run, which is only evaluated
     assert not capsys.readouterr().out
 
 
@@ -610,7 +626,7 @@ def test_a_blind_run_sees_no_picture(folder, monkeypatch):
 
     monkeypatch.setattr(FeatureStore, "__getitem__", fail)
     scores = pretrain(folder, "--blind")
-    assert not any("R@" in name for name in scores)
+    assert scores.keys() == {"mlm", "mrc", "itm", "words"}  # it learns no matching
 
 
 def images_of(captions):
@@ -942,8 +958,8 @@ def test_damaged_checkpoints_are_refused(plain, tmp_path, change, message):
 
 @parametrize("flags, message", [
     ("--resume --lr 0.5", "--lr 0.5: the run that is resumed has 1e-12"),
-    ("--accum 5", "--batch 12: 50 numbers cannot be cut into equal parts for 1 processes x "),
-    ("--batch 64 --accum 51", "--batch 0: 50 numbers cannot be cut into equal parts"),
+    ("--accum 5", "--batch 12, of 50 numbers: expected a multiple of 5"),
+    ("--batch 64 --accum 51", "--batch 0, of 50 numbers: expected a multiple of 51"),
 ])
 def test_flags_that_do_not_fit_are_refused(plain, flags, message):
     plain("run", "--lr 1e-12")
@@ -1106,13 +1122,16 @@ def test_twelve_curves_are_drawn_losses_first_and_more_runs_than_colours(write_r
     first_row = picture.crop((0, 0, picture.width, legend + 200))
     heights = [drawn(first_row, colour, panels=3)[:, 1].max() for colour in train.COLOURS[1:7]]
     assert heights == sorted(set(heights))  # a loss each, the higher the earlier
+    # The first and the last, of one colour, are not joined.
+    alike = drawn(first_row, train.COLOURS[0], panels=3)[:, 1]
+    assert not ((20 < alike) & (alike < 120)).any()
 
 
 def test_show_prints_final_scores_with_recalls(write_run, capsys):
     old = write_run("old", {5: {"scores": {"words": 0.25}}, 9: {"scores": {"words": 0.5}}})
     new = write_run("new", {9: {"scores": {"words": 0.75}}, 10: {"lr": 1.0}})
     test = write_run("test", {9: {"scores": {"accuracy": 0.125}}})
-    hard = {"words": 0.7, "image R@1": 0.875}
+    hard = {"words": 0.7, "image R@1": 0.875, "images": 100}
     write_json(new / "result.json", {"results": {"val": {"hard": hard}}})
     write_json(test / "result.json", {"results": {"test2015": {"hard": {}, "soft": {}}}})
     train.main(["show", str(old), str(new), str(test)])
@@ -1125,6 +1144,13 @@ def test_show_prints_final_scores_with_recalls(write_run, capsys):
     ]
     curves = Image.open(old / "curves.png")
     assert curves.width == Image.open(old / "switches.png").width
+
+
+def test_show_does_not_draw_both_pictures_into_one_file(write_run, capsys):
+    run = write_run("run", {9: {"scores": {"words": 0.5}}})
+    with pytest.raises(SystemExit):
+        train.main(["show", str(run), "-o", str(run / "curves.png")])
+    assert "curves.png is the name of the second picture" in capsys.readouterr().err
 
 
 def test_pictures_name_the_modes_the_runs_and_the_range_of_a_curve(write_run, monkeypatch):
