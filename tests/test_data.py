@@ -1150,9 +1150,9 @@ REFUSED = [  # (what is called, what lies at its path, words of the message behi
     (writing(features=np.ones((0, 3)), boxes=np.ones((0, 4))), None, f"{RECORD}0 regions in"),
     (writing(size=(0, 80)), None, f"{RECORD}2 regions in a picture of"),
     (writing(boxes=np.ones((1, 4))), None, rf"{RECORD}.*boxes \(2, 4\), found \(1, 4\)"),
-    (writing_box(5, 5, 140, 9), None, OUTSIDE),
-    (writing_box(5, 5, 9, 90), None, OUTSIDE),
-    (writing_box(-3, 5, 9, 9), None, OUTSIDE),
+    (writing_box(5, 5, 101.5, 9), None, OUTSIDE),
+    (writing_box(5, 5, 9, 81.5), None, OUTSIDE),
+    (writing_box(-1.5, 5, 9, 9), None, OUTSIDE),
     (writing_box(5, 5, 4, 9), None, OUTSIDE),
     (writing_box(5, 5, 9, np.nan), None, OUTSIDE)]
 

@@ -169,7 +169,8 @@ def test_no_model_waits_for_a_gpu_or_leaves_it(gpu, make, switches, precision):
 
 
 def test_operations_and_bytes_of_a_sum_by_hand():
-    """2 x, its product with w and the sum are three operations; a view is none.
+    """2 x, its product with w and the sum are three operations; a view is none, nor is a tensor
+    without elements.
 
     The product 2 x reads 40 numbers and writes 40; the sum of a matrix of 10 x 5 reads 50 and
     writes 1. A number has 4 bytes. Of a matrix product no bytes are counted.
@@ -177,6 +178,7 @@ def test_operations_and_bytes_of_a_sum_by_hand():
     x = torch.ones(10, 4)
     w = torch.ones(4, 5)
     with benchmark.Count() as count:
+        torch.empty(0)
         (2 * x.view(10, 4) @ w).sum()
     assert count.operations == 3
     assert count.bytes == 4 * (40 + 40) + 4 * (50 + 1)

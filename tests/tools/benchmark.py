@@ -155,7 +155,8 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 class Count(TorchDispatchMode):
     """Counts the operations that torch dispatches, and the bytes that they read and write.
 
-    A view is no operation. A matrix product is one, but its bytes do not count, because its time
+    A view is no operation, nor is what returns a tensor without elements, as older versions of
+    `checkpoint` make twice: neither asks the device for anything. A matrix product is one, but its bytes do not count, because its time
     is that of its arithmetic. Elsewhere a GPU waits for its memory, so bytes are time; and its
     host needs some microseconds for an operation of any size. Fused attention counts as its
     parts, as on a CPU with dropout; on a GPU it is one operation.
@@ -172,7 +173,8 @@ class Count(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         aliases = [value.alias_info for value in operation._schema.returns]
         is_view = any(alias and not alias.is_write for alias in aliases)
-        if is_view or name == "_unsafe_view" or operation.namespace == "prim":
+        is_empty = torch.is_tensor(result) and result.numel() == 0
+        if is_view or is_empty or name == "_unsafe_view" or operation.namespace == "prim":
             return result
         self.operations += 1
         if name not in PRODUCTS:
