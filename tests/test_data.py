@@ -884,7 +884,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="No space left on device: .*x.txt"):
         write_whole(path, fill_the_disk)
     assert path.read_text() == "old"
-    write_whole(path, lambda file: file.write(b"new"))
+    with open(path) as reader:
+        write_whole(path, lambda file: file.write(b"new"))
+        assert reader.read() == "old"  # who has opened the old one reads it to its end
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
