@@ -359,9 +359,10 @@ class FeatureStore:
             fixed["class_weight"] = np.float32(weight)
             fixed["class_bias"] = np.float32(bias)
             num_region_classes = len(bias)
+        # int: numpy's integers could not be read back.
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(keys),
-            num_regions=num_regions, feature_size=feature_size,
-            num_region_classes=num_region_classes, class_names=[],
+            num_regions=int(num_regions), feature_size=int(feature_size),
+            num_region_classes=int(num_region_classes), class_names=[],
             class_head=bool(class_head), detector="", id_bytes=keys.itemsize) | more
         images = {}
         for key, image in zip(keys.tolist(), ids):
@@ -373,7 +374,8 @@ class FeatureStore:
 
 
 class StoreWriter:
-    """Fill a store row by row, in any order, from any number of processes.
+    """Fill a store row by row, in any order, from any number of processes. One process creates it;
+    when `create` has returned there, others may call it, too.
 
     for row in writer.pending(): writer.write(row, features, boxes, size)
     store = writer.finish()
@@ -385,6 +387,7 @@ class StoreWriter:
 
     def __init__(self, folder, meta, fixed):
         self.folder = folder
+        meta = json.loads(json.dumps(meta, default=str))  # as it is read back: a Path is a text
         self.meta = meta
         if not (folder / "store.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -428,6 +431,8 @@ class StoreWriter:
         pending, if a number is unusable: a NaN in a store would show only as a NaN loss,
         thousands of images later. A box may leave the picture by a pixel, through rounding.
         """
+        if shutil.disk_usage(self.folder).free < 1e7:  # it would kill the process
+            raise OSError(errno.ENOSPC, "the disk is full", str(self.folder))
         n = len(features)
         values = dict(features=features, boxes=boxes)
         with reading(
@@ -460,6 +465,12 @@ class StoreWriter:
         with open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(reason.split())}\n")
         self.arrays["counts"][row] = 0
+
+    def retry(self):
+        """Make failed rows pending again: what failed may have been the disk, not the picture."""
+        counts = self.arrays["counts"]
+        counts[counts == 0] = -1
+        self.folder.joinpath("failed.txt").unlink(missing_ok=True)
 
     def finish(self):
         """Mark the store complete and return its reader; BadInput if a row is pending."""
@@ -1398,12 +1409,20 @@ def reading(path, what, unit="entry"):
 def files_below(folder, ending):
     """The files below a folder whose names have an ending, a regular expression; sorted.
 
-    Links are followed, but no folder is visited twice. Hidden files and folders ('._a.jpg' of
+    Links are followed, but no folder is visited twice. A folder without permission is named and
+    left out; any other error ends the search. Hidden files and folders ('._a.jpg' of
     macOS, '.ipynb_checkpoints') and feature stores are left out.
     """
+    def stop(error):
+        """os.walk would hide that a folder cannot be listed."""
+        if isinstance(error, PermissionError):
+            say(f"{error}: it is left out")
+        elif not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise error
+
     files = []
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited or "store.json" in names:
             folders.clear()
@@ -1633,6 +1652,7 @@ def run(main):
     if hasattr(signal, "SIGHUP"):  # Windows has none
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     on_stop()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a log need not be able to spell a caption
     status = 1
     try:
         return main(sys.argv[1:])

@@ -416,6 +416,7 @@ def open_picture(path):
     """
     with reading(path, "a picture that can be read"):
         image = Image.open(path)
+        image.load()  # a damaged picture fails here, but a second time it would open, partly blank
         # If its EXIF block is broken, the picture stays as it lies.
         with contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
@@ -542,9 +543,13 @@ def extract(args):
 
     With --gpus, the first process starts others, which come here too, and completes the store.
     """
+    if args.gpus < WORLD_SIZE:
+        raise BadInput("start one process, without torchrun; --gpus N starts the others")
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS_ADVICE[args.detector]}")
+    if args.out.resolve() == args.images.resolve():
+        raise BadInput(f"--out {args.out}: that is the folder of pictures; choose another")
     paths = files_below(args.images, PICTURES)
     if args.images.is_file():
         paths = [args.images]
@@ -564,8 +569,9 @@ def extract(args):
     with output_folder(args.out):
         writer = FeatureStore.create(args.out, paths, args.regions or most,
             precision=args.precision, boxes_file=args.boxes and args.boxes.name, **model.about)
-        pending = len(writer.pending())
         if WORLD_SIZE == 1:
+            writer.retry()
+            pending = len(writer.pending())
             say(f"{args.out}: {pending:,} of {len(paths):,} pictures to extract")
         if args.gpus > WORLD_SIZE:
             start_processes(args.gpus)
@@ -585,7 +591,7 @@ def report(store):
         reason = re.split("[\t\n]", failed.read_text("utf-8"))[1]
         raise BadInput(f"{result}; for example, {reason}")
     if extracted < len(store):
-        result += f"; {failed} lists the others; to try again, remove the store"
+        result += f"; {failed} lists the others; the same command tries them again"
     say(result)
 
 
@@ -609,7 +615,8 @@ def output_folder(folder):
             counts = folder / "counts.npy"
             if counts in new and not (np.load(counts) > 0).any():
                 for path in new:
-                    path.unlink()
+                    with contextlib.suppress(OSError):  # Windows keeps files that are mapped
+                        path.unlink()
 
 
 def stored_picture(folder, which):

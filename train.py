@@ -725,7 +725,10 @@ def read_folder(folder, store):
     def pairs():
         """Yield (image id, caption) of all files."""
         for number, path in enumerate(paths):
-            if path.is_dir() or path.suffix.lower() in (".tsv", ".json"):
+            has_captions = path.suffix.lower() in (".tsv", ".json")
+            if path.is_dir():  # not a BERT, or a detector's vocabulary
+                has_captions = not list(path.glob("*vocab.txt"))
+            if has_captions:
                 for image_id, text, split in caption_records(path):
                     sources.append(number)
                     splits.append(split)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,23 @@ def fill(writer, rows=(0, 1, 2)):
         features = np.full((2, 3), row)
         writer.write(row, features, np.full((2, 4), row), (10, 10))
     return writer
+
+
+def test_a_store_is_made_with_numpys_integers_and_paths_too(tmp_path):
+    about = dict(num_regions=np.int64(2), feature_size=np.int32(3), source=Path("a.tsv"))
+    for _ in range(2):  # the second finds the first's store
+        writer = FeatureStore.create(tmp_path, ["a"], **about)
+    fill(writer, [0])
+    assert writer.finish().meta["source"] == "a.tsv"
+
+
+def test_a_disk_that_has_become_full_is_said(tmp_path, monkeypatch):
+    """Else the system would kill the process that writes to a mapped file."""
+    writer = make_writer(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Mock(free=0))
+    with pytest.raises(OSError, match="the disk is full"):
+        fill(writer, [0])
+    assert writer.pending() == [0, 1, 2]
 
 
 ROW_OF = {"9": 2, 9: 2, 10: 1, "zebra": 0, "café": 3, "COCO_val2014_000000000200.jpg": 5,
@@ -528,6 +546,28 @@ def test_the_captions_of_a_folder_lie_beside_its_pictures(folder, capsys):
     assert dict(read_captions(folder)) == expected
     words = f"{folder}: 4 of 8 .txt files are captions, beside 4 pictures"
     assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_not_lost_in_silence(
+        tmp_path, monkeypatch, capsys, number):
+    """One without permission is named; a disk that fails ends the search."""
+    write(tmp_path / "a.jpg", "")
+    write(tmp_path / "sub/b.jpg", "")
+    scandir = os.scandir
+
+    def list_folder(folder):
+        if str(folder).endswith("sub"):
+            raise OSError(number, os.strerror(number), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", list_folder)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="sub"):
+            data.files_below(tmp_path, data.PICTURES)
+    else:
+        assert data.files_below(tmp_path, data.PICTURES) == [tmp_path / "a.jpg"]
+        assert "sub': it is left out" in capsys.readouterr().out
 
 
 def test_a_folder_without_pictures_has_captions_alone(tmp_path, capsys):
@@ -1000,6 +1040,13 @@ def test_a_script_ends_with_a_sentence(capsys, signals, fault, status, words):
         run(Mock(side_effect=fault))
     assert end.value.code == status
     assert words in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_spell_a_caption_gets_its_characters_by_number(signals, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run(lambda _: print("caf\u00e9", flush=True))
+    assert written.getvalue() == b"caf\\xe9\n"
 
 
 def test_a_bug_ends_a_script_with_its_traceback(signals):

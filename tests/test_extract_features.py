@@ -264,19 +264,46 @@ def test_what_is_no_picture_costs_itself_and_nothing_else(tmp_path, weights, cap
     (folder / "cut.jpg").write_bytes(sound.read_bytes()[:30_000])
     noise(2, (1, 500)).save(folder / "thin.png")
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")  # 200 million pixels
+    noise(3).save(folder / "torn.png")
+    torn = bytearray((folder / "torn.png").read_bytes())
+    torn[5000:5050] = bytes(50)  # in the middle; its end is there
+    (folder / "torn.png").write_bytes(torn)
     noise(4).save(folder / "._a.png")  # hidden, as macOS leaves them on foreign disks
     main(flags(folder, store, weights))
     said = capsys.readouterr().out
-    assert f"2 of 5 pictures extracted; {store}/failed.txt lists the others" in said
+    assert f"2 of 6 pictures extracted; {store}/failed.txt lists the others" in said
     lines = (store / "failed.txt").read_text().splitlines()
     reasons = dict(line.split("\t") for line in lines)
-    assert list(reasons) == ["cut", "huge", "thin"]
+    assert list(reasons) == ["cut", "huge", "thin", "torn"]
     assert re.search(r"cut\..*not a picture that can be read", reasons["cut"])
     assert re.search(r"huge\..*not a picture that can be read", reasons["huge"])
+    assert re.search(r"torn\..*not a picture that can be read", reasons["torn"])
     assert "a strip of (1, 500) pixels" in reasons["thin"]
     opened = FeatureStore(store)
     assert opened.row("cut") is None
     assert opened[opened.row("b")]["size"] == (400, 300)
+
+
+def test_the_same_command_tries_failed_pictures_again(tmp_path, weights, capsys):
+    """The disk, not the picture, may have been at fault."""
+    folder = tmp_path / "images"
+    store = tmp_path / "store"
+    folder.mkdir()
+    noise(1).save(folder / "a.png")
+    (folder / "b.png").touch()
+    (folder / "c.png").touch()
+    main(flags(folder, store, weights))
+    before = np.array(FeatureStore(store)[0]["features"])
+    noise(2).save(folder / "b.png")
+    main(flags(folder, store, weights))
+    said = capsys.readouterr().out
+    assert f"{store}: 2 of 3 pictures to extract" in said
+    assert f"{store}: 2 of 3 pictures extracted" in said
+    failed = (store / "failed.txt").read_text()
+    assert [line.split("\t")[0] for line in failed.splitlines()] == ["c"]
+    opened = FeatureStore(store)
+    assert np.array_equal(opened[0]["features"], before)
+    assert opened.row("b") == 1
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -330,6 +357,19 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
     assert re.search(problem, said), said
     assert "Errno" not in said
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_pictures_and_store_have_a_folder_each(tmp_path, weights):
+    """A store's folder is left out where pictures are searched: no run could go on."""
+    noise(1).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="that is the folder of pictures"):
+        main(flags(tmp_path, tmp_path / "x/..", weights))
+
+
+def test_processes_that_torchrun_started_are_refused(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(extract_features, "WORLD_SIZE", 2)
+    with pytest.raises(BadInput, match="without torchrun; --gpus N starts the others"):
+        main(flags(tmp_path, tmp_path / "store", weights))
 
 
 def test_a_missing_picture_or_store_is_called_missing(detector, tmp_path):

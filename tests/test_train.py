@@ -684,16 +684,18 @@ def test_two_data_sets_that_count_from_0_are_not_mixed(folder, other, image_id, 
 
 def test_every_file_of_a_data_folder_is_accounted_for(folder, capsys):
     """What is found of each, what is not read, and splits that are not used."""
-    for name in ("00000.tar", "captions.csv", "._b.tsv", "images/3.jpg", "vqa/q.json"):
+    for name in ("00000.tar", "captions.csv", "._b.tsv", "images/3.jpg", "vqa/q.json",
+            "uncased/vocab.txt", "frcnn/objects_vocab.txt"):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text("{}")
+        path.write_text("a cat")
     write_splits(folder / "c.json",
         [(1, "train"), (2, "dev"), (3, "test"), (99, "test"), (98, "test")])
     store = FeatureStore(folder / "features")
     train.split_captions(folder, store)
     said = capsys.readouterr().out.replace(str(folder), "data")
-    assert "data: no captions are read from 00000.tar, captions.csv, images, vqa\n" in said
+    unread = "00000.tar, captions.csv, frcnn, images, uncased, vqa"
+    assert f"data: no captions are read from {unread}\n" in said
     assert "data/a.tsv: captions: 40 of 40 found in data/features\n" in said
     assert "data/c.json: captions: 3 of 5 found in data/features\n" in said
     assert "data: 4 captions are not used: test, val beyond 1,000, or training captions" in said

@@ -156,10 +156,11 @@ class Count(TorchDispatchMode):
     """Counts the operations that torch dispatches, and the bytes that they read and write.
 
     A view is no operation, nor is what returns a tensor without elements, as older versions of
-    `checkpoint` make twice: neither asks the device for anything. A matrix product is one, but its bytes do not count, because its time
-    is that of its arithmetic. Elsewhere a GPU waits for its memory, so bytes are time; and its
-    host needs some microseconds for an operation of any size. Fused attention counts as its
-    parts, as on a CPU with dropout; on a GPU it is one operation.
+    `checkpoint` make twice: neither asks the device for anything. A matrix product is one, but
+    its bytes do not count, because its time is that of its arithmetic. Elsewhere a GPU waits for
+    its memory, so bytes are time; and its host needs some microseconds for an operation of any
+    size. Fused attention counts as its parts, as on a CPU with dropout; on a GPU it is one
+    operation.
     """
 
     def __init__(self):
