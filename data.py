@@ -894,7 +894,8 @@ def _folder_captions(folder):
     pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
     candidates = [file for file in texts
         if file.parent / canonical_id(file) in pictures or file.with_suffix(".json").exists()]
-    if not candidates and not pictures:
+    of_task = any(folder.glob("features*"))  # then its texts are notes
+    if not candidates and not pictures and not of_task:
         candidates = texts
     count = 0
     for file in candidates:
@@ -1499,6 +1500,7 @@ def only_run_in(folder):
                     "choose another --out") from None
             # Windows, and network disks without locks, end here.
             say(f"{folder}: cannot be locked; start no second run there")
+            file.close()  # Windows renames no folder that has an open file
         try:
             yield
         finally:
@@ -1589,10 +1591,12 @@ def leave_group(_):
     """Move a loading process into a session of its own. It still ends with the training.
 
     No signal to the training's process group reaches it there. On such a signal the training
-    takes a last step and saves, and until then it needs its loading processes.
+    takes a last step and saves, and until then it needs its loading processes. SLURM and systemd
+    signal each process of a job: after SIGTERM, this one goes on for a minute.
     """
     if hasattr(os, "setsid"):  # Windows has none
         os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def start_processes(count):

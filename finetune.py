@@ -463,7 +463,7 @@ def read_vqa(folder):
                 else:
                     item = dict(image_id=picture_name(record["image_id"]), answers=[],
                         text=text_of(record, "question"), question_id=record["question_id"])
-                    key = (content["data_subtype"], number)
+                    key = (content["data_subtype"].lower(), number)
                     # Two subsets may share a question. Two questions may not share an id.
                     repeated = key in questions or items.setdefault(number, item) != item
                     questions[key] = item
@@ -883,7 +883,10 @@ def ask(args):
     texts = [args.text]
     if args.text.endswith(".txt"):
         with reading(args.text, "texts in UTF-8, one in each line"):
-            texts = Path(args.text).read_text(encoding="utf-8-sig").strip().split("\n")
+            content = Path(args.text).read_text(encoding="utf-8-sig")
+            texts = [line for line in content.split("\n") if line.strip()]
+            if not texts:
+                raise ValueError("found none")
     for word in sorted(set(split_words(" ".join(texts)))):
         if word not in tokenizer.ids:
             print(f"note: {word!r} is read as {' '.join(tokenizer.split_word(word))}")

@@ -707,7 +707,9 @@ def split_captions(folder, store):
     """(training, held-out) captions of all files in a folder: of train, and 1,000 of val."""
     captions, splits = read_folder(folder, store)
     training = captions[splits == b"train"]
-    held_out = captions[splits == b"val"][:1000]
+    val = captions[splits == b"val"]
+    order = np.argsort(store.rows(val.ids) < 0, kind="stable")  # those with features first
+    held_out = val[order[:1000]]
     unused = len(captions) - len(training) - len(held_out)
     if unused:
         say(f"{folder}: {unused:,} captions are not used: test, val beyond 1,000, or "
@@ -754,8 +756,8 @@ def hold_out(ids, splits, store):
     """The splits (N,) of captions, such that no image is in train and in val.
 
     Training captions of an image of val are of no split, b"". If there is no val, it becomes
-    1 % of the training images that have features, at least 5: those whose ids have the
-    smallest crc32. That does not depend on the order of files.
+    1 % of the training images that have features, at least 5, but at most half of them: those
+    whose ids have the smallest crc32. That does not depend on the order of files.
     """
     training = splits == b"train"
     held_out = splits == b"val"
@@ -765,7 +767,8 @@ def hold_out(ids, splits, store):
     codes = np.fromiter(map(zlib.crc32, ids), np.uint32)
     has_features = store.rows(ids) >= 0
     images = np.unique(codes[training & has_features])
-    chosen = images[: max(5, len(images) // 100)]
+    wanted = max(5, len(images) // 100)
+    chosen = images[: min(wanted, len(images) // 2)]
     return np.where(training & np.isin(codes, chosen), b"val", splits)
 
 
@@ -835,7 +838,7 @@ def add_run_flags(p, data, content, out):
     """
     add = p.add_argument
     gpu = torch.cuda.is_available()
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     flag(p, "--data", Path, f"folder with {content} (default: {data}, else the toy world)",
         data if data.is_dir() else None)
     flag(p, "--out", Path, "folder of the results (default: %(default)s)", out)
@@ -879,7 +882,8 @@ def fill_settings(parser, argv, toy, full, task):
         settings = checkpoint["settings"]
     for name, value in settings.items():
         given = getattr(args, name, value)
-        if given is None:
+        was_cut = checkpoint and name == "batch" and given and given > checkpoint["examples"][0]
+        if given is None or was_cut:
             setattr(args, name, value)
         elif checkpoint and given != value:
             raise BadInput(f"--{name.replace('_', '-')} {given}: the run that is resumed has "
@@ -979,7 +983,8 @@ def compile_layers(model):
     """
     torch._dynamo.config.suppress_errors = True  # without a compiler, layers run as they are
     for layer in model.bert.layers:
-        layer.block = torch.compile(layer.block, dynamic=True)
+        with contextlib.suppress(RuntimeError):  # a Python that this torch does not know yet
+            layer.block = torch.compile(layer.block, dynamic=True)
 
 
 @contextlib.contextmanager
@@ -1129,7 +1134,10 @@ def evaluate_and_report(args, task, steps, watch, line):
         f"{' '.join(losses)} | {task.headline(scores)} | {speed:.0f} {task.unit}/s, "
         f"{seconds:.0f} s")
     if RANK == 0:
-        draw_runs([args.out], args.out / "switches.png")
+        try:
+            draw_runs([args.out], args.out / "switches.png")
+        except Exception as error:  # a picture must not cost hours of training
+            say(f"{args.out}: the pictures could not be drawn: {error!r}")
     watch.restart(step)
     return scores
 
@@ -1360,7 +1368,8 @@ def draw_curves(folders):
                     curves[name][run_number, width].append((step, value))
     image, _ = canvas(WIDTH, 40 + 20 * len(folders), "thin: training, thick: held out", folders)
     names = list(curves)[:12]
-    for row in np.array_split(names, math.ceil(len(names) / 3)):
+    rows = math.ceil(len(names) / 3)
+    for row in np.array_split(names, rows) if names else []:
         panels = [curve_panel(name, curves[name], WIDTH // len(row)) for name in row]
         image = stack([image, stack(panels, columns=len(row))])
     return image

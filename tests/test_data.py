@@ -570,6 +570,12 @@ def test_a_folder_that_cannot_be_listed_is_not_lost_in_silence(
         assert "sub': it is left out" in capsys.readouterr().out
 
 
+def test_the_notes_of_a_tasks_folder_are_no_captions(tmp_path):
+    write(tmp_path / "readme.txt", "captions of Flickr30k")
+    (tmp_path / "features").mkdir()
+    assert list(read_captions(tmp_path)) == []
+
+
 def test_a_folder_without_pictures_has_captions_alone(tmp_path, capsys):
     write(tmp_path / "x.txt", "a cat")
     write(tmp_path / "info.json", "{}")
@@ -986,6 +992,18 @@ def test_a_disk_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch,
 
 
 # --- machine room: flags, processes, ends ---
+
+
+def test_loading_processes_outlive_a_request_to_stop():
+    """SLURM sends SIGTERM to every process, and the last step still needs its batches."""
+    numbers = list(range(40))
+    batches = [[number] for number in numbers]
+    loaded = iter(data.load_ahead(numbers, batches, list, workers=2))
+    found = [next(loaded), next(loaded)]  # one from each: both have begun
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+    found += loaded
+    assert found == batches
 
 
 @pytest.mark.parametrize("number, fits, refused", [

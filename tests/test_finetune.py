@@ -639,7 +639,7 @@ def test_vqas_files_are_read_as_they_are_published(tmp_path):
 
 
 def test_questions_of_a_test_set_need_no_annotations_for_a_submission(tmp_path):
-    write_questions(tmp_path / "1.json", "test2015", [3002])
+    write_questions(tmp_path / "1.json", "Test2015", [3002])
     assert VQA.from_folder(tmp_path, None).keys() == {"test2015"}
     write_questions(tmp_path / "2.json", "val2014", [3003])
     with pytest.raises(BadInput, match="questions: 0 of 2 found in the annotations"):
@@ -1025,7 +1025,7 @@ def test_a_pretrained_checkpoint_matches_texts_of_a_file_with_pictures(
     """As zero-shot retrieval does: the log odds of a match, here as a probability."""
     texts = ["a small red star", "left of the ring", "a large blue circle", "a ring"]
     pictures = ["1", "2", "3", "4", "5"]
-    Path("texts.txt").write_text("\n".join(texts) + "\n")
+    Path("texts.txt").write_text("\n\n".join(texts) + "\n \n")  # empty lines are no texts
     lines = asked("pretrained.pt", "texts.txt", *pictures)[:-1]
     said = {}
     for line, sure in zip(lines[::2], lines[1::2], strict=True):
@@ -1058,6 +1058,9 @@ def test_ask_reads_as_much_of_a_text_as_training_did(run, asked, monkeypatch):
 def test_a_file_of_texts_must_be_utf_8(asked):
     Path("texts.txt").write_bytes("a café".encode("latin-1"))
     with pytest.raises(BadInput, match="texts.txt: not texts in UTF-8"):
+        asked("pretrained.pt", "texts.txt", "1")
+    Path("texts.txt").write_text("\n")
+    with pytest.raises(BadInput, match="texts.txt: not texts in .*found none"):
         asked("pretrained.pt", "texts.txt", "1")
 
 

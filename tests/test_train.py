@@ -348,6 +348,22 @@ def test_an_earlier_run_that_was_only_evaluated_is_moved_too(plain, tmp_path):
     assert not (tmp_path / "run/result.json").exists()
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_run(plain, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "draw_runs", Mock(side_effect=OSError("switches.png is open")))
+    assert plain("run").result is not None
+    assert "run: the pictures could not be drawn: OSError('switches.png is open')" in (
+        capsys.readouterr().out)
+    assert saved(tmp_path / "run")["step"] == 16
+
+
+def test_a_run_whose_batch_was_cut_is_resumed_by_the_same_command(plain, tmp_path):
+    plain("run", "--batch 64", stop_at=2)
+    plain("run", "--batch 64 --resume")
+    assert saved(tmp_path / "run")["step"] == 4
+    with pytest.raises(BadInput, match="--batch 20: the run that is resumed has 50"):
+        plain("run", "--batch 20 --resume")
+
+
 def test_what_is_only_evaluated_needs_no_batch_of_equal_parts(plain):
     task = plain("run", "--epochs 0 --accum 5")
     assert task.result is not None
@@ -646,6 +662,23 @@ def test_held_out_images_are_in_no_training_pair(folder):
     assert str(missing) not in images_of(held_out)
 
 
+@parametrize("images, number", [(20, 5), (10, 5), (5, 2), (2, 1)])
+def test_of_few_images_at_most_half_are_held_out(tmp_path, images, number):
+    store = write_store(tmp_path / "few", range(images))
+    ids = np.array([b"%d" % image for image in range(images)])
+    splits = train.hold_out(ids, np.full(images, b"train"), store)
+    assert (splits == b"val").sum() == number
+
+
+def test_captions_with_features_are_held_out_first(folder):
+    """A store may have regions of a few pictures only: here of 40."""
+    lost = [(image, "dev") for image in range(5000, 6100)]
+    write_splits(folder / "c.json", lost + [(3, "val"), (4, "val")])
+    _, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
+    assert len(held_out) == 1000
+    assert list(held_out[:3]) == [("3", "val"), ("4", "val"), ("5000", "dev")]
+
+
 def test_a_held_out_image_leaves_all_files(folder):
     write_splits(folder / "c.json", [(0, "test"), (1, "restval"), (2, "train"), (3, "val")])
     training, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
@@ -889,6 +922,16 @@ def test_constants_are_not_sent_in_every_step(plain, monkeypatch):
     known = getattr(DistributedDataParallel, "broadcast_buffers", None)
     source = inspect.getsource(DistributedDataParallel)
     assert isinstance(known, property) or "self.broadcast_buffers = " in source
+
+
+def test_layers_run_as_they_are_where_torch_does_not_know_this_python(config, monkeypatch):
+    """As torch 2.9 under Python 3.14."""
+    refused = Mock(side_effect=RuntimeError("torch.compile is not supported on Python 3.14+"))
+    monkeypatch.setattr(torch, "compile", refused)
+    model = SwitchBert(config)
+    train.compile_layers(SimpleNamespace(bert=model))
+    assert refused.called
+    assert "block" not in vars(model.layers[0])
 
 
 @pytest.mark.slow
@@ -1146,6 +1189,14 @@ def test_show_prints_final_scores_with_recalls(write_run, capsys):
     ]
     curves = Image.open(old / "curves.png")
     assert curves.width == Image.open(old / "switches.png").width
+
+
+def test_a_run_without_scores_is_shown(write_run):
+    """As that of a submission: only the switches are known."""
+    run = write_run("run", {0: {"scores": {}}})
+    train.main(["show", str(run)])
+    assert Image.open(run / "curves.png").height < 100
+    assert Image.open(run / "switches.png").height > 100
 
 
 def test_show_does_not_draw_both_pictures_into_one_file(write_run, capsys):
