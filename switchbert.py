@@ -27,8 +27,8 @@ layer learns its own step, separately for text and vision, and which earlier lay
                         | pooled (B, P)
                        ITM, VQA, retrieval                          referring reads region_states
 
-    Every s (but layer 0's, which has one depth to read) and every g has its own gate, which
-    decides for text and for vision separately:
+    Every s (but layer 0's, which has one depth to read) and every g has its own gate. A gate
+    feeds two switches, one for text and one for vision:
 
         mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 
@@ -146,6 +146,7 @@ class SwitchBertConfig:
     switches: str = "learned"  # or "attention", "input"; or frozen: "single", "II,XX", ...
 
     def __post_init__(self):
+        # In a model of N layers: [IXJ]{2}(,[IXJ]{2}){0,N-1}
         pair = f"[{LETTERS}]{{2}}"
         path = f"{pair}(,{pair}){{0,{self.num_hidden_layers - 1}}}"
         if self.switches not in PATHS and not re.fullmatch(path, self.switches):
@@ -180,6 +181,11 @@ class SwitchBertConfig:
 # A switch turns a gate's logits into weights that sum to 1. In training it is soft, so that
 # every option gets a gradient, and noisy. As the temperature falls, each draw becomes nearly
 # one-hot.
+#
+# The gradient comes from the loss of the task: through the bias of attention scores (section 3)
+# for modes, through the mixture (section 4) for depths. At the logit of an option it is
+# proportional to the option's weight. So a gate learns little while one option outweighs the
+# others, and most from samples in which noise brings two options near a tie.
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
@@ -226,25 +232,25 @@ def switch(logits, temperature, training, start=0.0):
         # P(-log(E) < x) = P(E > e^-x) = exp(-e^-x). On Apple's GPUs a draw can be 0.
         draws = torch.empty_like(logits).exponential_().clamp(min=1e-30)
         logits = logits - draws.log()
-    odds = logits / temperature + start / min(temperature, 1)
-    return torch.softmax(odds, dim=-1)
+    log_odds = logits / temperature + start / min(temperature, 1)
+    return torch.softmax(log_odds, dim=-1)
 
 
-# ASSUMPTION A10: one option of each switch starts ahead of all others together: the newest depth,
-# and the mode of ViLBERT's path, in which layers within a modality and layers across alternate. So
-# training begins as a network that is known to work, and departs from it where that pays. If all
-# options start with equal odds, nearly every layer learns joint attention. Joint attention is
-# probably a local optimum: it can imitate the other modes, and a single layer that leaves it loses
-# sight of one modality. The alternation predicts masked words better, but to reach it, several
-# layers must change at once.
+# ASSUMPTION A10: one option of each switch starts ahead. It is the newest depth, or the mode of
+# ViLBERT's path, in which layers within a modality and layers across alternate. Its odds are high
+# against all other options together. So training begins with a network that is known to work, and
+# departs from it where that pays. If all options start with equal odds, nearly every layer learns
+# joint attention. Joint attention is probably a local optimum: it can imitate the other modes, and
+# a single layer that leaves it loses sight of one modality. The alternation predicts masked words
+# better, but to reach it, several layers must change at once.
 #
-# The temperature divides logits and noise always, but the start only below 1. So a hot switch
-# hardly feels logits and noise, and still takes the option that is ahead: training begins with a
-# network that works, not with an average of all options. Below 1, logits, noise and start are
-# divided alike. Then the option with the largest sum stays the same while the temperature falls:
-# the choice becomes sharper, but does not change. (If the start were never divided, a sum at .2
-# would be (z + G) / .2 + 5 = (z + G + 1) / .2: the start would count as one logit, and noise, whose
-# standard deviation is 1.3, would decide.)
+# The temperature divides logits and noise always, but the start only below 1. So at a high
+# temperature a switch hardly feels logits and noise, and takes the option that is ahead: training
+# does not begin with an average of all options. Below 1, logits, noise and start are divided
+# alike. So for given logits and noise, a lower temperature makes the choice sharper and never
+# another one: the option with the largest sum stays the same. (If the start were never divided, a
+# sum at .2 would be (z + G) / .2 + 5 = (z + G + 1) / .2: the start would count as one logit, and
+# noise, whose standard deviation is 1.3, would decide.)
 #
 # The odds of the start are e^5 = 148 to 1 in a model of four layers, and in one of N layers N / 4
 # times as high. So with four layers, from temperature 1 down to the end, noise overrules an
@@ -262,7 +268,7 @@ def full_precision(states):
 
 
 class Gate(nn.Module):
-    """A linear layer on the mean states of both modalities, and the switch that it feeds.
+    """A linear layer on the mean states of both modalities, and the two switches that it feeds.
 
     ASSUMPTION A3: it reads both means, and decides per sample, for text and vision separately.
     forward(states (B, L, D), averages (B, 2, L) of the Layout, temperature) -> weights
@@ -356,10 +362,10 @@ def layout_of(mask, num_text, sees=SEES):
     """The Layout of a mask (B, L), 1 = real, whose first num_text tokens are text."""
     position = torch.arange(mask.shape[1], device=mask.device)  # (L,)
     is_vision = (position >= num_text).long()
-    is_first = (position == 0) | (position == num_text)
+    is_rest = (position != 0) & (position != num_text)  # not [CLS], not the global region
     modality = F.one_hot(is_vision, 2).float()  # (L, 2)
     # 0 [CLS], 1 word, 2 global region, 3 region
-    group = F.one_hot(2 * is_vision + ~is_first, 4).float()  # (L, 4)
+    group = F.one_hot(2 * is_vision + is_rest, 4).float()  # (L, 4)
     averages = averaging(modality.T * mask[:, None])  # (B, 2, L)
     padding = CLOSED * (mask[:, None] == 0)  # (B, 1, L)
     return Layout(modality, group, averages, padding, sees)
@@ -390,8 +396,8 @@ def open_to(modes, layout):
 def switch_bias(modes, layout):
     """log open(q, k) of all pairs of tokens, CLOSED where it is 0: (B, 2, M) -> (B, L, L)"""
     opened = open_to(modes, layout)  # (B, 2, 4)
-    # Zeros become CLOSED below, whatever their logarithm. The clamp is for the backward pass: there
-    # they get gradient 0, and 0 times the logarithm's infinite slope would be NaN.
+    # masked_fill replaces the logarithm of a 0, and gives it the gradient 0. The clamp keeps the
+    # slope of that logarithm finite: 0 times an infinite slope would be a gradient of NaN.
     logarithm = opened.clamp(min=1e-18).log()
     bias = logarithm.masked_fill(opened == 0, CLOSED)  # (B, 2, 4)
     with full_precision(modes):
@@ -868,7 +874,7 @@ class SwitchBertForRetrieval(TaskModel):
         can rank without finetuning (zero-shot retrieval), and finetuning starts from there.
         """
         model = cls(config)
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias"):  # of classifier.1; classifier.0 is the dropout
             # Along dimension 0, `diff` gives row MATCH, 1, minus row MISMATCH, 0.
             difference = weights[f"itm_classifier.{name}"].diff(dim=0)  # (1, P) or (1,)
             weights = weights | {f"classifier.1.{name}": difference}

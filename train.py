@@ -9,7 +9,7 @@ Where this stands
           |                                          SwitchBertForPretraining (switchbert.py)
           v                                                          |
     +--------------------------- fit -----------------------+        |
-    |  sums of losses / counts of all processes  <----------|--------+
+    |  summed losses, divided by counts of all processes <--|--------+
     |  backward, clip, AdamW                                |
     |  now and then: evaluate, record, save a checkpoint    |
     +-------------------------------------------------------+
@@ -18,7 +18,8 @@ Where this stands
           |
           +--> finetune.py, whose tasks are trained by the same `fit`
 
-Letters: T word pieces, M options of a switch, l a layer's number from 0.
+Letters: T word pieces, M options of a switch, l a layer's number from 0. A tensor of shape
+(losses,) has one number for each loss of the task, (3,) in pretraining.
 
 Map of the file (* = read these first)
 
@@ -184,8 +185,8 @@ class Task:
         examples                 a data set with `lengths` (N,), to sort by, and `captions`
         collate(examples)        a batch of some examples
         model                    a module with a config
-        counts(batch)            (losses,): the number of terms that each loss is the mean of
-        sums(model, batch, tau)  (losses,): the sums of these terms; and the encoder's output
+        counts(batch)            a tensor (losses,): of how many terms is each loss the mean?
+        sums(model, batch, tau)  a tensor (losses,): the sums of the terms; and the encoder's output
         evaluate(model)          {name: score}; and what the switches chose
         headline(scores)         what the printed line says of these scores
         store, tokenizer         where regions and words come from; checkpoints record both
@@ -201,7 +202,8 @@ class Task:
     # How fast gates learn, as a multiple of the learning rate. Pretraining makes them slow, so that
     # they do not settle while the model is still untrained (A10). In finetuning the model is
     # already trained, and gates learn as fast as the rest. They should decide soon: while a gate is
-    # undecided, noise sends samples along paths that evaluation will not take.
+    # undecided, noise sends samples along paths that evaluation will not take. In long pretraining
+    # such samples help; a short finetuning may not have the time to profit. (Not measured.)
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
@@ -316,19 +318,21 @@ def model_config(size, store, tokenizer, switches, changes=()):
 #     restore                takes up the state of a checkpoint, if there is one
 #     sum_over_processes     an all-reduce; every process must call it
 #     Watch                  a stopwatch: pairs per second, seconds since the start
-#     begin_record, record   begin metrics.jsonl; append a line to it
+#     begin_record, record   begins metrics.jsonl; appends a line to it
 #     mean_losses            means since the last evaluation; BadInput if they have diverged
-#     stop_signals           hold back Ctrl-C and SIGTERM until a step is complete; stop_asked(step)
-#                            then is True, in all processes after the same step
+#     stop_signals           holds back Ctrl-C and SIGTERM until a step is complete; then
+#                            stop_asked(step) is True, in all processes after the same step
 
-LOOK_EVERY = 10  # steps: has the run diverged, was it asked to stop?
+# Has the run diverged? Was one of several processes asked to stop? fit looks after so many steps.
+LOOK_EVERY = 10
 
 
 def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args: the settings. checkpoint: the one to resume from. Raises BadInput if training diverges.
     """
-    # 1. Model, AdamW, number of steps done, and the mean losses summed since the last evaluation.
+    # 1. Model, AdamW, the number of steps done, and totals (losses,): the mean losses of the
+    #    steps since the last evaluation, added up.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, totals = restore(task, optimizer, checkpoint)
@@ -340,7 +344,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     wrapped = wrap(model, args)
-    # Evaluate before the first step of finetuning, or if no step is left: a finished run.
+    # Evaluate before the first step of finetuning; and, for the scores to return, a finished run.
     if first >= steps or (first == 0 and task.evaluates_at_start):
         scores, switches = task.evaluate(model)
         if first == 0:
@@ -363,7 +367,7 @@ def fit(args, task, checkpoint=None):
             # 5. Clip it, and update the weights.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
             optimizer.step()
-            totals += losses + 0 * norm  # NaN if the gradient is not finite: see mean_losses
+            totals += losses + 0 * norm  # 0 * inf is NaN, which mean_losses refuses
 
             # 6. To see a number, the host must wait for the GPU: it looks only now and then, and
             #    records up to thirty times a run (for curves.png and switches.gif).
@@ -827,7 +831,7 @@ def toy_texts(numbers):
 
 # --- 7. Machine room ----------------------------------------------------------------------
 #
-# You need none of it to understand the sections above.
+# Of this, the sections above need only the few names that section 3 lists.
 
 # --- Flags ---
 
@@ -1004,7 +1008,7 @@ def stop_signals():
             return len(requests) > 0
         if step % LOOK_EVERY:
             return False
-        orphaned = os.getppid() != parent
+        orphaned = os.getppid() != parent  # torchrun has ended
         return sum_over_processes(torch.tensor(len(requests) + orphaned)) > 0
 
     on_stop(lambda *_: requests.append(1))
@@ -1041,13 +1045,15 @@ class Watch:
         self.since = time.time()
 
 
-def mean_losses(args, task, sums, step):
-    """{name: mean loss} since the last evaluation; sums: of this process. All must call it.
+def mean_losses(args, task, totals, step):
+    """{name: mean loss} since the last evaluation. All processes must call it.
+
+    totals (losses,): this process's share of the mean losses, added up over these steps.
 
     Raises BadInput if training has diverged.
     """
-    steps = (step - 1) % args.eval_every + 1
-    means = sum_over_processes(sums) / steps
+    steps = (step - 1) % args.eval_every + 1  # since the last evaluation
+    means = sum_over_processes(totals) / steps
     means = dict(zip(task.loss_names, means.tolist()))
     check_sound(step, means)
     return means
@@ -1159,11 +1165,11 @@ def read_metrics(folder):
 CHECKPOINT_FORMAT = "switchbert-7"  # in 6, a start did not depend on the number of layers
 
 
-def save_checkpoint(args, task, optimizer, step, losses):
+def save_checkpoint(args, task, optimizer, step, totals):
     """Save all that a resumed run, finetuning or a reader needs.
 
-    That is the run's state, its settings, and what the model fits. losses: the sums since the
-    last evaluation. No state of a random generator is needed: every step seeds its own.
+    That is the run's state, its settings, and what the model fits. totals: those of fit, of all
+    processes. No state of a random generator is needed: every step seeds its own.
     """
     if RANK > 0:
         return
@@ -1173,7 +1179,7 @@ def save_checkpoint(args, task, optimizer, step, losses):
     content = dict(format=CHECKPOINT_FORMAT, task=task.name, step=step, settings=settings,
         config=asdict(model.config), vocab=task.tokenizer.pieces, labels=task.labels,
         store=task.store.meta, model=model.state_dict(), examples=captions.checksum,
-        interval=losses, optimizer=optimizer.state_dict())
+        interval=totals, optimizer=optimizer.state_dict())
     path = args.out / "checkpoint.pt"
     write_whole(path, lambda file: torch.save(content, file))
 
@@ -1203,8 +1209,8 @@ def load_checkpoint(path, *tasks):
 def restore(task, optimizer, checkpoint):
     """Take up the state of a checkpoint; None: a new run.
 
-    Returns the number of its steps, and the sums of its losses since the last evaluation, of
-    this process and on the device. Raises BadInput if the run had other examples.
+    Returns the number of its steps, and the totals of fit, on the device. Raises BadInput if the
+    run had other examples.
     """
     if checkpoint is None:
         return 0, torch.zeros(len(task.loss_names), device=device())
@@ -1216,6 +1222,7 @@ def restore(task, optimizer, checkpoint):
             "its own, or start a new run with another --out")
     task.model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    # The totals were those of all processes. Equal shares add up to them again.
     return checkpoint["step"], send(checkpoint["interval"]) / WORLD_SIZE
 
 
