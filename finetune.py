@@ -292,11 +292,6 @@ class Task(train.Task):
         """
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
-    @staticmethod
-    def counts(batch):
-        """(1,): the number of examples; every loss here is a mean over them."""
-        return torch.tensor([len(batch["targets"])])
-
     def sums(self, model, batch, tau):
         """(1,): the loss, summed over a batch; and the encoder's output."""
         inputs = dict(batch)
@@ -766,10 +761,9 @@ def evaluate_splits(args, task):
     split without answers becomes a submission, in the form that the evaluation server takes.
     """
     results = {}
-    predictions = {}
     lines = {}
     for split, items in task.held_out.items():
-        hard, _, predictions[split] = task.evaluate_items(task.model, items)
+        hard, _, predictions = task.evaluate_items(task.model, items)
         soft = {}
         if hard:
             soft, _, _ = task.evaluate_items(task.model, items, FINAL_TEMPERATURE)
@@ -780,17 +774,17 @@ def evaluate_splits(args, task):
         if not hard:
             say(f"  no answers to compare with; the model's are in submission-{split}.json")
             if RANK == 0:
-                write_json(args.out / f"submission-{split}.json", predictions[split])
+                write_json(args.out / f"submission-{split}.json", predictions)
         lines[split] = [{"image_id": item["image_id"], "text": item["text"],
             "truth": item.get(task.truth)} | prediction
-            for item, prediction in zip(items, predictions[split])]
+            for item, prediction in zip(items, predictions)]
     if RANK == 0:
         write_json(args.out / "predictions.json", lines)
         write_json(args.out / "result.json",
             vars(args) | {"without_features": task.missing, "results": results})
-        if "val" in predictions:
+        if "val" in lines:
             try:
-                draw_examples(args, task, predictions["val"])
+                draw_examples(args, task, lines["val"])
             except Exception as error:  # a picture must not cost hours of training
                 say(f"{args.out}/examples.png could not be drawn: {error!r}")
     say(f"the results are in {args.out}")
@@ -978,9 +972,9 @@ def parse_args(argv):
         add("-o", "--out", default="answer.png", help="picture to write")
         return p.parse_args(argv), None
     task = TASKS[command]
-    add_run_flags(p, Path("data", command), task.files, Path("runs", command))
+    add_run_flags(p, f"data/{command}", task.files, f"runs/{command}")
     flag(p, "--checkpoint", Path, "pretrained run to start from, or one of this task: to go on "
-        "from, or with --epochs 0 to evaluate (default: %(default)s)", Path("runs/pretrain"))
+        "from, or with --epochs 0 to evaluate (default: %(default)s)", "runs/pretrain")
     add("--scratch", action="store_true", default=None,
         help="start from random weights; size and words are still those of --checkpoint")
     if task is Refer:

@@ -174,7 +174,7 @@ class SwitchBertConfig:
         small = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=32, max_position_embeddings=40, region_feature_size=12,
             num_region_classes=7, pooler_size=16)
-        return cls(**{**small, **changes})
+        return cls(**(small | changes))
 
 
 # --- 2. Switches ------------------------------------------------------------------------
@@ -522,9 +522,8 @@ class SwitchBertLayer(nn.Module):
         learns_modes = config.switches in ("learned", "attention")
         self.switch_input = SwitchInput(config, layer) if learns_depths else None
         path = path_of(config.switches, config.num_hidden_layers)[layer]  # (text, vision)
-        self.mode_gate = None
-        if learns_modes:  # on the starting path, text and vision have the same mode
-            self.mode_gate = Gate(config, len(MODES), ahead=path[0])
+        # On the starting path, text and vision have the same mode.
+        self.mode_gate = Gate(config, len(MODES), ahead=path[0]) if learns_modes else None
         constant = F.one_hot(torch.tensor(path), len(MODES)).float()  # (2, M)
         self.register_buffer("constant_modes", constant, persistent=False)
         self.attention = SwitchAttention(config)
@@ -943,7 +942,7 @@ def load_bert(model, folder):
     defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute",
         "layer_norm_eps": 1e-12}
     expected = defaults | {size: getattr(model.config, size) for size in BERT_SIZES}
-    theirs = defaults | json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theirs = defaults | json.loads((folder / "config.json").read_bytes())
     for name, value in expected.items():
         if theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}, but this model has {value!r}")

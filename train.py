@@ -76,7 +76,6 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict, namedtuple
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def parse_args(argv):
     """(settings, the checkpoint to resume from or None) of a command line."""
     p = argparse.ArgumentParser(
         description="Pretrain Switch-BERT; `train.py show RUN ...` compares runs.")
-    add_run_flags(p, Path("data"), "features/ and captions", Path("runs/pretrain"))
+    add_run_flags(p, "data", "features/ and captions", "runs/pretrain")
     flag(p, "--switches", str, f"one of {', '.join(PATHS)} (the first three learn "
         "switches: both, or one of them; the others freeze them), or any path such as "
         "II,XX,JJ,IJ, text and vision per layer: I own modality, X the other, J both")
@@ -185,7 +184,6 @@ class Task:
         examples                 a data set with `lengths` (N,), to sort by, and `captions`
         collate(examples)        a batch of some examples
         model                    a module with a config
-        counts(batch)            a tensor (losses,): of how many terms is each loss the mean?
         sums(model, batch, tau)  a tensor (losses,): the sums of the terms; and the encoder's output
         evaluate(model)          {name: score}; and what the switches chose
         headline(scores)         what the printed line says of these scores
@@ -193,7 +191,8 @@ class Task:
         missing                  {reason, or split: number of examples without features or words}
     """
 
-    loss_names = ("loss",)
+    # {loss: the entry of a batch that has one row for each term of which the loss is the mean}
+    loss_terms = {"loss": "targets"}
     labels = None  # the answers that the model chooses from; None where none are fixed
     # The rest are finetuning's settings [supp. 2], A7.
     clip = 1.0  # the largest norm that a gradient may have
@@ -207,6 +206,10 @@ class Task:
     gate_rate = 1.0
     evaluates_at_start = True  # before the first step: what does pretraining contribute?
 
+    def counts(self, batch):
+        """A tensor (losses,): the number of terms of each loss in a batch."""
+        return torch.tensor([len(batch[entry]) for entry in self.loss_terms.values()])
+
 
 class Pretraining(Task):
     """Masked words, masked regions and matching, on captions. [supp. 1]
@@ -217,7 +220,7 @@ class Pretraining(Task):
 
     name = "pretraining"
     unit = "pairs"
-    loss_names = ("mlm", "mrc", "itm")
+    loss_terms = {"mlm": "mlm_labels", "mrc": "mrc_positions", "itm": "itm_labels"}
     clip = 5.0  # A7, supp. 2
     weight_decay = 0.01
     initial_temperature = 5.0
@@ -247,7 +250,7 @@ class Pretraining(Task):
             say(f"{store.folder} has no class distributions: training without MRC")
         flags = ["--switches", args.switches, "--set"] + args.set
         with reading(" ".join(flags), "a model"):
-            config = model_config(args.model, store, self.tokenizer, args.switches, args.set)
+            config = model_config(args, store, self.tokenizer)
             torch.manual_seed(args.seed)
             self.model = SwitchBertForPretraining(config)
         if earlier and args.init:  # a new run that takes over weights
@@ -258,12 +261,6 @@ class Pretraining(Task):
             with reading(args.bert, "a Hugging Face BERT of this model's size"):
                 new, unused = load_bert(self.model, args.bert)  # A6
             say_taken(args.bert, new, unused)
-
-    @staticmethod
-    def counts(batch):
-        """(3,): predicted words, predicted regions, pairs that are judged."""
-        names = ("mlm_labels", "mrc_positions", "itm_labels")
-        return torch.tensor([len(batch[name]) for name in names])
 
     def sums(self, model, batch, tau):
         """(3,): the three losses, summed; and the encoder's output."""
@@ -287,24 +284,23 @@ class Pretraining(Task):
         return "  ".join(f"{name} {scores[name]:.3f}" for name in shown)
 
 
-def model_config(size, store, tokenizer, switches, changes=()):
-    """A model's configuration: the paper's, or the toy run's, under a million parameters.
-
-    changes: "field=value" of SwitchBertConfig. Raises AttributeError, TypeError, ValueError.
+def model_config(args, store, tokenizer):
+    """A model's configuration: the paper's, or the toy run's, under a million parameters; and
+    what --set changes. Raises AttributeError, TypeError, ValueError.
     """
     # initializer_range: BERT's .02 is for 768 inputs; for 128, .02 sqrt(768 / 128) = .05. With
     # .02, matching was learned twice as late. There is no dropout, because a usual run sees
     # each pair only four times.
     fields = {}
-    if size == "small":
+    if args.model == "small":
         fields = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
             pooler_size=128, intermediate_size=256, max_position_embeddings=40,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05)
-    for change in changes:
+    for change in args.set:
         field, _, value = change.partition("=")
         convert = type(getattr(SwitchBertConfig, field))  # int or float
         fields[field] = convert(value)
-    return SwitchBertConfig(vocab_size=len(tokenizer), switches=switches, **fields,
+    return SwitchBertConfig(vocab_size=len(tokenizer), switches=args.switches, **fields,
         region_feature_size=store.feature_size, num_region_classes=store.num_region_classes)
 
 
@@ -411,7 +407,7 @@ def forward_backward(args, task, model, parts, step, tau):
     for number, part in enumerate(parts, RANK * args.accum):
         # The noise of dropout and switches depends on the part, not on its process.
         rng = np.random.default_rng([args.seed, step, number])
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.manual_seed(rng.integers(2**63))
         # DistributedDataParallel exchanges gradients with the last part only, which saves
         # time. It averages them over processes, but we need their sum: hence WORLD_SIZE.
         model.require_backward_grad_sync = part is parts[-1]
@@ -452,9 +448,8 @@ def make_optimizer(model, weight_decay, gate_rate):
         decay = weight_decay if parameter.ndim > 1 else 0.0
         scale = gate_rate if "gate." in name else 1.0
         groups[decay, scale].append(parameter)
-    settings = []
-    for (decay, scale), parameters in groups.items():
-        settings.append(dict(params=parameters, weight_decay=decay, scale=scale))
+    settings = [dict(params=parameters, weight_decay=decay, scale=scale)
+        for (decay, scale), parameters in groups.items()]
     return torch.optim.AdamW(settings, eps=1e-6, fused=True)  # betas: .9, .999
 
 
@@ -661,7 +656,6 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
 # Where pairs, regions and words come from. Captions are held out by image: if a held-out
 # image were in a training pair too, the model could recognise its picture.
 
-NUM_HELD_OUT = 400  # scenes for losses and accuracies; the first 100 of them for retrieval
 # What a run trains on: regions (a FeatureStore), training and held-out pairs (image id, text)
 # as Captions or a list, and words (a WordPiece).
 Data = namedtuple("Data", "store captions held_out_captions tokenizer")
@@ -683,10 +677,7 @@ def load_data(folder, bert=None, words=None):
         store = FeatureStore(folder / "features")
         training, held_out = split_captions(folder, store)
         texts = training.texts
-    if words:
-        tokenizer = WordPiece(words)
-    else:
-        tokenizer = find_words(folder, bert, texts)
+    tokenizer = WordPiece(words) if words else find_words(folder, bert, texts)
     return Data(store, training, held_out, tokenizer)
 
 
@@ -803,7 +794,8 @@ def toy_world():
     number, which is also its seed. No model is trained on held-out scenes.
     """
     training = range(3600)
-    held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + NUM_HELD_OUT)
+    # 400 for losses and accuracies; the first 100 of them for retrieval.
+    held_out = range(HELD_OUT_SCENES, HELD_OUT_SCENES + 400)
     features = Path("runs/world/features-3600")
     if RANK == 0:
         try:
@@ -840,32 +832,32 @@ def add_run_flags(p, data, content, out):
 
     data, out: the usual folders of data and results. content: what the data folder holds.
     """
-    add = p.add_argument
+    add = functools.partial(flag, p)
     gpu = torch.cuda.is_available()
     native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    flag(p, "--data", Path, f"folder with {content} (default: {data}, else the toy world)",
-        data if data.is_dir() else None)
-    flag(p, "--out", Path, "folder of the results (default: %(default)s)", out)
-    flag(p, "--epochs", NATURAL, "passes over the training examples")
-    flag(p, "--batch", COUNT, "examples per step, over all processes")
-    flag(p, "--lr", RATE, "peak learning rate")
-    flag(p, "--eval-every", COUNT, "steps between evaluations and checkpoints")
-    flag(p, "--anneal", SHARE, "share of the run with tau above 0.2; with --data, it falls by "
+    add("--data", Path, f"folder with {content} (default: {data}, else the toy world)",
+        data if Path(data).is_dir() else None)
+    add("--out", Path, "folder of the results (default: %(default)s)", out)
+    add("--epochs", NATURAL, "passes over the training examples")
+    add("--batch", COUNT, "examples per step, over all processes")
+    add("--lr", RATE, "peak learning rate")
+    add("--eval-every", COUNT, "steps between evaluations and checkpoints")
+    add("--anneal", SHARE, "share of the run with tau above 0.2; with --data, it falls by "
         "1e-6 per example, unless the run is too short for that")
-    flag(p, "--limit", COUNT, "train on this many examples at most")
-    flag(p, "--seed", NATURAL, "seed of everything random")
-    flag(p, "--gpus", COUNT, "processes, one per GPU; without GPUs on the CPU (default: 1)", 1)
-    flag(p, "--accum", COUNT,
+    add("--limit", COUNT, "train on this many examples at most")
+    add("--seed", NATURAL, "seed of everything random")
+    add("--gpus", COUNT, "processes, one per GPU; without GPUs on the CPU (default: 1)", 1)
+    add("--accum", COUNT,
         "parts per process and step: less memory, other noise (default: 1)", 1)
-    flag(p, "--workers", NATURAL, "loading processes per process (default: %(default)s; on a CPU, "
+    add("--workers", NATURAL, "loading processes per process (default: %(default)s; on a CPU, "
         "which is busy, none)", min(4, os.cpu_count()) if gpu else 0)
-    flag(p, "--threads", COUNT, "CPU threads per process; None: all cores. Busy machine: 1")
-    add("--resume", action="store_true", help="continue from the checkpoint in --out")
-    add("--blind", action="store_true", default=None,
+    add("--threads", COUNT, "CPU threads per process; None: all cores. Busy machine: 1")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    p.add_argument("--blind", action="store_true", default=None,
         help="no pictures: what do words alone give?")
-    add("--compile", action=argparse.BooleanOptionalAction, default=gpu,
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu,
         help="torch.compile the layers, if they are more than the small model's four")
-    add("--precision", default="bf16" if native else "fp32",
+    p.add_argument("--precision", default="bf16" if native else "fp32",
         choices=["bf16", "fp32"], help="of matrix products, fp32 with TF32 where a GPU has "
         "it; softmax, losses: fp32 (default: %(default)s)")
 
@@ -1054,7 +1046,7 @@ def mean_losses(args, task, totals, step):
     """
     steps = (step - 1) % args.eval_every + 1  # since the last evaluation
     means = sum_over_processes(totals) / steps
-    means = dict(zip(task.loss_names, means.tolist()))
+    means = dict(zip(task.loss_terms, means.tolist()))
     check_sound(step, means)
     return means
 
@@ -1087,7 +1079,7 @@ def begin_record(args, task, first, steps):
     write_whole(out / "metrics.jsonl", lambda file: file.writelines(kept), mode="w")
     model = task.model
     number = len(task.examples)
-    write_json(out / "config.json", dict(settings=vars(args), model=asdict(model.config),
+    write_json(out / "config.json", dict(settings=vars(args), model=vars(model.config),
         data=task.store.folder, examples=number, missing=task.missing,
         torch=torch.__version__))
     blind = " without pictures" if args.blind else ""
@@ -1177,7 +1169,7 @@ def save_checkpoint(args, task, optimizer, step, totals):
     captions = task.examples.captions
     settings = {name: vars(args)[name] for name in TOY if name in args}
     content = dict(format=CHECKPOINT_FORMAT, task=task.name, step=step, settings=settings,
-        config=asdict(model.config), vocab=task.tokenizer.pieces, labels=task.labels,
+        config=vars(model.config), vocab=task.tokenizer.pieces, labels=task.labels,
         store=task.store.meta, model=model.state_dict(), examples=captions.checksum,
         interval=totals, optimizer=optimizer.state_dict())
     path = args.out / "checkpoint.pt"
@@ -1213,10 +1205,9 @@ def restore(task, optimizer, checkpoint):
     run had other examples.
     """
     if checkpoint is None:
-        return 0, torch.zeros(len(task.loss_names), device=device())
-    checksum = task.examples.captions.checksum
+        return 0, torch.zeros(len(task.loss_terms), device=device())
     known = checkpoint["examples"]
-    if known != checksum:
+    if known != task.examples.captions.checksum:
         raise BadInput(f"{task.store.folder.parent}: the run that is resumed had other "
             f"{task.unit}, {known[0]:,} of them, here are {len(task.examples):,}; give it "
             "its own, or start a new run with another --out")

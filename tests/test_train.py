@@ -60,7 +60,7 @@ class Plain(train.Task, torch.utils.data.Dataset):
 
     name = "pretraining"
     unit = "numbers"
-    loss_names = ("all", "odd")
+    loss_terms = {"all": "x", "odd": "odd"}
     clip = 1.05
     weight_decay = 0.0
     initial_temperature = 3.0
@@ -101,10 +101,7 @@ class Plain(train.Task, torch.utils.data.Dataset):
     def collate(self, examples):
         x = torch.tensor([x for x, _ in examples])
         odd = torch.tensor([odd for _, odd in examples])
-        return {"x": x, "odd": odd}
-
-    def counts(self, batch):
-        return torch.tensor([len(batch["x"]), batch["odd"].sum()])
+        return {"x": x, "odd": odd.nonzero()[:, 0]}
 
     def sums(self, model, batch, tau):
         self.noise.append(torch.rand(1).item())
@@ -427,7 +424,8 @@ def data(store, tokenizer):
 
 @pytest.fixture
 def model(store, tokenizer):
-    return SwitchBertForPretraining(train.model_config("small", store, tokenizer, "learned"))
+    args = SimpleNamespace(**train.TOY)
+    return SwitchBertForPretraining(train.model_config(args, store, tokenizer))
 
 
 def new_task(flags, data, checkpoint=None):
