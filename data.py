@@ -120,10 +120,11 @@ def split_words(text):
 
 @functools.cache
 def _spaced(char):
-    # Whitespace becomes a space. Invisible characters and accents vanish. A punctuation mark
-    # or a Chinese character becomes a word.
+    # A tab or a line's end becomes a space; split_words splits at any other space, too.
+    # Invisible characters and accents vanish. A punctuation mark or a Chinese character
+    # becomes a word.
     category = unicodedata.category(char)
-    if char in "\t\n\r" or category == "Zs":
+    if char in "\t\n\r":
         return " "
     # U+FFFD stands for undecodable bytes; the categories are control, invisible, accent.
     if char == "\ufffd" or category in ("Cc", "Cf", "Mn"):
@@ -144,7 +145,6 @@ class WordPiece:
     def __init__(self, vocab):
         self.pieces = vocab if isinstance(vocab, list) else read_vocab(Path(vocab))
         self.ids = {piece: index for index, piece in enumerate(self.pieces)}
-        self.mask_id = self.ids["[MASK]"]
 
     def __len__(self):
         return len(self.pieces)  # V, the model's vocab_size
@@ -183,7 +183,7 @@ def read_vocab(path):
     capitals would never be found.
     """
     with reading(path, f"BERT's vocabulary: one word piece per line, {SPECIALS} among them"):
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        text = path.read_text("utf-8").removesuffix("\n")
         # Not splitlines(): a piece may be a character that Python counts as a line's end.
         pieces = text.split("\n")
         for special in SPECIALS:
@@ -304,7 +304,7 @@ class FeatureStore:
         # A search for sorted keys visits neighbouring memory, and is several times faster.
         unique, inverse = np.unique(keys, return_inverse=True)
         ranks = np.searchsorted(self._keys, unique, sorter=self._order)[inverse]
-        rows = self._order[ranks.clip(max=len(self) - 1)]
+        rows = self._order.take(ranks, mode="clip")
         found = (self._keys[rows] == keys) & (self.counts[rows] > 0)
         return np.where(found, rows, -1)
 
@@ -356,8 +356,7 @@ class FeatureStore:
         fixed = {"ids": keys}  # arrays known from the start; `write` fills the others
         if class_head:
             weight, bias = class_head
-            fixed["class_weight"] = np.float32(weight)
-            fixed["class_bias"] = np.float32(bias)
+            fixed |= {"class_weight": np.float32(weight), "class_bias": np.float32(bias)}
             num_region_classes = len(bias)
         # int: numpy's integers could not be read back.
         meta = dict(version=STORE_VERSION, complete=False, num_images=len(keys),
@@ -390,9 +389,9 @@ class StoreWriter:
         meta = json.loads(json.dumps(meta, default=str))  # as it is read back: a Path is a text
         self.meta = meta
         if not (folder / "store.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._allocate(fixed | {"counts": -1})
+            allocate_store(folder, meta, fixed | {"counts": -1})
         stored, self.arrays = open_store(folder, mode="r+")
+        self.counts = self.arrays["counts"]
         stored |= self.arrays
         asked = meta | fixed
         # Older versions recorded less, so only what both have is compared. The weights' file may
@@ -404,25 +403,9 @@ class StoreWriter:
                 f"differs in {', '.join(sorted(differ))}); choose another folder, or remove "
                 "this one")
 
-    def _allocate(self, start):
-        # Mapped files take space as they fill: a full disk would kill the process silently.
-        layout = store_layout(self.meta)
-        size = sum(np.dtype(dtype).itemsize * math.prod(shape)
-            for dtype, shape in layout.values())
-        if size > shutil.disk_usage(self.folder).free:
-            raise BadInput(
-                f"{self.folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
-        for name, (dtype, shape) in layout.items():
-            # 'w+' makes a sparse file: a row takes no disk space until it is written.
-            path = self.folder / f"{name}.npy"
-            array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-            if name in start:
-                array[:] = start[name]
-        write_json(self.folder / "store.json", self.meta)  # last: now all arrays exist
-
     def pending(self):
         """Rows not yet written."""
-        return np.flatnonzero(self.arrays["counts"] < 0).tolist()
+        return np.flatnonzero(self.counts < 0).tolist()
 
     def write(self, row, features, boxes, size, class_probs=None):
         """Store one image: features (n, F), boxes (n, 4) in pixels, size (W, H); 1 <= n <= R.
@@ -439,10 +422,9 @@ class StoreWriter:
                 f"image {self.arrays['ids'][row].decode()}", "regions that can be stored"):
             if n < 1 or min(size) < 1:
                 raise ValueError(f"{n} regions in a picture of {size} pixels")
-            if not (np.abs(features) <= 65504).all():  # the largest float16; False for NaN
+            if not (abs(features) <= 65504).all():  # the largest float16; False for NaN
                 raise ValueError("features with NaN or infinity")
-            low = boxes[:, :2]
-            high = boxes[:, 2:]
+            low, high = np.hsplit(boxes, 2)
             inside = (low >= -1) & (low <= high) & (high <= np.add(size, 1))
             if not inside.all():
                 raise ValueError(
@@ -457,19 +439,21 @@ class StoreWriter:
                     raise ValueError(f"expected {name} {target.shape}, found {value.shape}")
                 target[:] = value
         self.arrays["sizes"][row] = size
-        self.arrays["counts"][row] = n  # last: marks the row as written
+        self.counts[row] = n  # last: marks the row as written
 
     def fail(self, row, reason):
-        """Mark an image as failed: its row stays empty, and failed.txt says why."""
+        """Mark an image as failed: its row stays empty, and failed.txt says why.
+
+        reason: an error, or a text.
+        """
         path = self.folder / "failed.txt"
         with open(path, "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(reason.split())}\n")
-        self.arrays["counts"][row] = 0
+            file.write(f"{self.arrays['ids'][row].decode()}\t{' '.join(str(reason).split())}\n")
+        self.counts[row] = 0
 
     def retry(self):
         """Make failed rows pending again: what failed may have been the disk, not the picture."""
-        counts = self.arrays["counts"]
-        counts[counts == 0] = -1
+        self.counts[self.counts == 0] = -1
         self.folder.joinpath("failed.txt").unlink(missing_ok=True)
 
     def finish(self):
@@ -480,6 +464,22 @@ class StoreWriter:
             view.base.flush()  # the map goes to the disk before store.json says complete
         write_json(self.folder / "store.json", self.meta | {"complete": True})
         return FeatureStore(self.folder)
+
+
+def allocate_store(folder, meta, start):
+    """Make the files of a new store. start: {name: what is in an array from the start}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Mapped files take space as they fill: a full disk would kill the process silently.
+    layout = store_layout(meta)
+    size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in layout.values())
+    if size > shutil.disk_usage(folder).free:
+        raise BadInput(f"{folder}: expected {size / 1e9:,.2f} GB of free disk, found less")
+    for name, (dtype, shape) in layout.items():
+        # 'w+' makes a sparse file: a row takes no disk space until it is written.
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+        if name in start:
+            array[:] = start[name]
+    write_json(folder / "store.json", meta)  # last: now all arrays exist
 
 
 def open_store(folder, mode="r"):
@@ -562,11 +562,12 @@ class PretrainingDataset:
     (N,), the number of spaces in each caption, to sort by length.
     """
 
-    def __init__(self, store, captions, tokenizer, max_tokens=38, seed=0, mismatch=0.5,
-            masking=True, blind=False, name="captions"):
+    max_tokens = 38  # of a caption, as in VOLTA (A7)
+
+    def __init__(self, store, captions, tokenizer, seed=0, mismatch=0.5, masking=True,
+            blind=False, name="captions"):
         self.store = store
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self.seed = seed
         self.whole = 1.0  # the share of pairs that are shown whole
         if masking:
@@ -647,7 +648,7 @@ def mask_tokens(ids, tokenizer, rng, rate):
     for place in positions:
         draw = rng.random()
         if draw < 0.8:
-            shown[place] = tokenizer.mask_id
+            shown[place] = tokenizer.ids["[MASK]"]
         elif draw < 0.9:
             shown[place] = rng.integers(len(tokenizer))
             while tokenizer.pieces[shown[place]] in SPECIALS:
@@ -891,7 +892,7 @@ def _folder_captions(folder):
     # JSON files of img2dataset, a caption lies beside one of them; a README.txt or a detector's
     # labels/12.txt does not. And a caption is more than numbers.
     texts = files_below(folder, r"\.txt")
-    pictures = {file.parent / canonical_id(file) for file in files_below(folder, PICTURES)}
+    pictures = {file.parent / canonical_id(file) for file in files_below(folder)}
     candidates = [file for file in texts
         if file.parent / canonical_id(file) in pictures or file.with_suffix(".json").exists()]
     of_task = any(folder.glob("features*"))  # then its texts are notes
@@ -900,7 +901,7 @@ def _folder_captions(folder):
     count = 0
     for file in candidates:
         with reading(file, "a caption in UTF-8"):
-            text = file.read_text(encoding="utf-8-sig")
+            text = file.read_text("utf-8-sig")
         if re.search(r"[^\W\d_e]", text):  # a letter other than the e in 5e-05
             count += 1
             yield file.name, text, "train"
@@ -980,30 +981,29 @@ def import_features(paths, folder):
     broken line ends the import; an image with unusable numbers fails alone. Returns the
     FeatureStore.
     """
-    first_line = {}  # image id -> the number of the first line with regions of this image
+    rows = {}  # image id -> row, of the images with a region
     counts = []  # regions of each line
     for image_id, record in read_tsv(paths):
         n = len(record["features"])
         if n:
-            first_line.setdefault(image_id, len(counts))
+            rows.setdefault(image_id, len(rows))
         counts.append(n)
-    if not first_line:
+    if not rows:
         raise BadInput(f"{paths[0]}: no image with a region")
-    left_out = len(counts) - len(first_line)
-    say(f"{len(counts):,} lines hold {len(first_line):,} images; {left_out:,} lines are left "
-        "out: of an image that came before, or without regions")
+    say(f"{len(counts):,} lines hold {len(rows):,} images; {len(counts) - len(rows):,} "
+        "lines are left out: of an image that came before, or without regions")
     # All lines have the same widths, so those of the last one serve for all.
-    writer = FeatureStore.create(folder, first_line, max(counts), record["features"].shape[1],
+    writer = FeatureStore.create(folder, rows, max(counts), record["features"].shape[1],
         record["class_probs"].shape[1], detector="vg", source=[Path(p).name for p in paths])
-    rows = {line: row for row, line in enumerate(first_line.values())}
     pending = set(writer.pending())
-    for line, (_, record) in enumerate(read_tsv(paths)):
-        row = rows.get(line)
-        if row in pending:
+    for image_id, record in read_tsv(paths):
+        row = rows.get(image_id)
+        if row in pending and len(record["features"]):
+            pending.remove(row)  # only its first line counts
             try:
                 writer.write(row, **record)
             except BadInput as error:
-                writer.fail(row, str(error))
+                writer.fail(row, error)
     return writer.finish()
 
 
@@ -1407,7 +1407,7 @@ def reading(path, what, unit="entry"):
 
 # --- Files ---
 
-def files_below(folder, ending):
+def files_below(folder, ending=PICTURES):
     """The files below a folder whose names have an ending, a regular expression; sorted.
 
     Links are followed, but no folder is visited twice. A folder without permission is named and
@@ -1467,7 +1467,7 @@ def write_json(path, content):
 def read_json(path):
     """The content of a JSON file."""
     with reading(path, "a whole JSON file"):
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_bytes())
 
 
 def save_png(path, image):
@@ -1636,8 +1636,9 @@ def start_processes(count):
 # it. But a torchrun that you have started passes it on, and half a minute later ends its
 # processes.
 STOPS = [signal.SIGTERM, signal.SIGINT]
-if WORLD_SIZE > 1 and hasattr(signal, "SIGHUP"):  # Windows has none
-    STOPS.append(signal.SIGHUP)
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+if WORLD_SIZE > 1 and HANGUP:
+    STOPS.append(HANGUP)
 
 
 def on_stop(handler=signal.default_int_handler):
@@ -1653,8 +1654,8 @@ def run(main):
     the status is 1. After Ctrl-C or SIGTERM it is 130, a shell's status for Ctrl-C. A closed
     terminal ends nothing. Any other exception is a bug and keeps its traceback.
     """
-    if hasattr(signal, "SIGHUP"):  # Windows has none
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if HANGUP:
+        signal.signal(HANGUP, signal.SIG_IGN)
     on_stop()
     sys.stdout.reconfigure(errors="backslashreplace")  # a log need not be able to spell a caption
     status = 1

@@ -53,7 +53,7 @@ from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 # Before torch: data.py sets a variable that torch reads on import.
-from data import (COUNT, NATURAL, PICTURES, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
+from data import (COUNT, NATURAL, RANK, SCENE_PIXELS, TOY_CLASSES, BadInput,
     FeatureStore, Scene, WORLD_SIZE, canonical_id, device, encode_ids, files_below, flag,
     load_ahead, only_run_in, picture_names, progress, read_json, reading, run, save_png, say,
     say_found, start_processes, write_whole)
@@ -128,7 +128,6 @@ class VGTransform(nn.Module):
     but the long one at most 1000.
     """
 
-    mean = (102.9801, 115.9465, 122.7717)  # blue, green, red
     min_size = 600
     max_size = 1000
 
@@ -140,8 +139,8 @@ class VGTransform(nn.Module):
         enlarge = self.min_size / min(sides)
         shrink = min(1, self.max_size / (enlarge * max(sides)))
         resized = [max(1, int(enlarge * side * shrink + 0.5)) for side in sides]
-        mean = batch.new_tensor(self.mean)[:, None, None]
-        batch = 255 * batch.flip(1) - mean
+        blue_green_red = batch.new_tensor([102.9801, 115.9465, 122.7717])
+        batch = 255 * batch.flip(1) - blue_green_red[:, None, None]
         batch = nn.functional.interpolate(batch, resized, mode="bilinear")
         return detection.image_list.ImageList(batch, [resized] * len(batch)), None
 
@@ -183,9 +182,8 @@ def vg_detector():
     # layer4 keeps 14 x 14 bins: it dilates by 2 where it would have a stride of 2.
     net = resnet.resnet101(norm_layer=FrozenBatchNorm2d,
         replace_stride_with_dilation=[False, False, True])
-    convolution = net.layer4[0].conv2  # torchvision dilates only the blocks after the first
-    convolution.dilation = (2, 2)
-    convolution.padding = (2, 2)
+    # torchvision dilates only the blocks after the first.
+    net.layer4[0].conv2 = resnet.conv3x3(512, 512, dilation=2)
     net.maxpool = nn.MaxPool2d(3, stride=2, ceil_mode=True)  # as in Caffe
     for layer in (net.layer2, net.layer3):
         block = layer[0]
@@ -198,12 +196,11 @@ def vg_detector():
     # torchvision's RPN head has one width throughout; Caffe's goes from 1024 to 512.
     rpn_head = detection.rpn.RPNHead(512, num_anchors=12)
     rpn_head.conv = Conv2dNormActivation(1024, 512, norm_layer=None)
-    classifier = nn.Linear(2048, 1601)
     # The 6,000 best anchors -> NMS at IoU .7 -> 300 proposals.
     model = detection.FasterRCNN(backbone, rpn_anchor_generator=anchors, rpn_head=rpn_head,
         rpn_pre_nms_top_n_test=6000, rpn_post_nms_top_n_test=300, box_score_thresh=0.0,
         box_head=Res5Head({"layer4": net.layer4}),
-        box_predictor=nn.ModuleDict({"cls_score": classifier}))
+        box_predictor=nn.ModuleDict({"cls_score": nn.Linear(2048, 1601)}))
     model.transform = VGTransform()
     model.roi_heads.box_roi_pool = C4RoIPool()
     return model
@@ -218,15 +215,14 @@ VG_NAMES = {"backbone.stem.": "backbone.", "res2.": "layer1.", "res3.": "layer2.
     "proposal_generator.rpn_head.objectness_logits.": "rpn.head.cls_logits.",
     "proposal_generator.rpn_head.anchor_deltas.": "rpn.head.bbox_pred.",
     "proposal_generator.anchor_generator.cell_anchors.0": "rpn.anchor_generator.cells"}
-# Not needed: the final box regression, the attributes ("red", "wooden"), the pixels' mean.
-VG_UNUSED = "bbox_pred|cls_embedding|fc_attr|attr_score|pixel_"
 
 
 def convert_vg_weights(published):
     """torchvision's state dict from Hugging Face's, where the background is the last class."""
     converted = {}
     for name, value in published.items():
-        if re.search(VG_UNUSED, name):
+        # Not needed: the final box regression, attributes ("red", "wooden"), the pixels' mean.
+        if re.search("bbox_pred|cls_embedding|fc_attr|attr_score|pixel_", name):
             continue
         for theirs, ours in VG_NAMES.items():
             name = name.replace(theirs, ours)
@@ -342,9 +338,9 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     reduced = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
     with reduced:
-        feature_map = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
-    # Boxes are computed in fp32: bf16 would round them to 4 pixels, even out of the picture.
-    maps = {"0": feature_map.float()}
+        # The map (B, c, H/s, W/s) in fp32, and so the boxes: bf16 would round them to 4
+        # pixels, even out of the picture.
+        maps = {"0": model.backbone(prepared.tensors).float()}
     _, _, height, width = images.shape
     prepared_height, prepared_width = prepared.image_sizes[0]
     scale = images.new_tensor([prepared_width / width, prepared_height / height] * 2)
@@ -496,9 +492,8 @@ def extract_scenes(model, numbers, folder):
     computed whole, even if some of its rows have been written already.
     """
     writer = FeatureStore.create(folder, numbers, TOY_REGIONS, **model.about)
-    blocks = sorted({row // 16 for row in writer.pending()})
-    for block in progress(blocks, "extracting"):
-        first = 16 * block
+    blocks = sorted({row - row % 16 for row in writer.pending()})
+    for first in progress(blocks, "extracting"):
         images = draw_scenes(numbers[first : first + 16]) / 255
         results = regions(model, images, TOY_REGIONS)
         for row, (boxes, features, _) in enumerate(results, first):
@@ -506,14 +501,14 @@ def extract_scenes(model, numbers, folder):
     return writer.finish()
 
 
-def fill(writer, model, paths, boxes=None, precision="fp32", workers=0, gpus=1):
-    """Extract this process's share of the pending pictures, if `gpus` processes share them.
+def fill(writer, model, paths, boxes, args):
+    """Extract this process's share of the pending pictures; --gpus processes share them.
 
-    boxes: None, or {id: given boxes}. A process that starts late sees fewer pending rows, so
-    the number of a row, not its place among those, decides who extracts it.
+    args: the settings. boxes: None, or {id: given boxes}. A process that starts late sees fewer
+    pending rows, so the number of a row, not its place among those, decides who extracts it.
     """
-    rows = [row for row in writer.pending() if row % gpus == RANK]
-    loader = load_ahead(paths, [[row] for row in rows], load_picture, workers)
+    rows = [row for row in writer.pending() if row % args.gpus == RANK]
+    loader = load_ahead(paths, [[row] for row in rows], load_picture, args.workers)
     most = writer.meta["num_regions"]
     for row, image in zip(rows, progress(loader, "extracting")):
         try:
@@ -524,10 +519,10 @@ def fill(writer, model, paths, boxes=None, precision="fp32", workers=0, gpus=1):
             given = None
             if boxes:
                 given = clip_boxes(boxes[canonical_id(paths[row])], size)
-            kept, features, _ = regions(model, image / 255, most, given, precision)[0]
+            kept, features, _ = regions(model, image / 255, most, given, args.precision)[0]
             writer.write(row, features, kept, size)
         except BadInput as error:
-            writer.fail(row, str(error))
+            writer.fail(row, error)
 
 
 def load_picture(paths):
@@ -550,7 +545,7 @@ def extract(args):
             f"{WEIGHTS_ADVICE[args.detector]}")
     if args.out.resolve() == args.images.resolve():
         raise BadInput(f"--out {args.out}: that is the folder of pictures; choose another")
-    paths = files_below(args.images, PICTURES)
+    paths = files_below(args.images)
     if args.images.is_file():
         paths = [args.images]
     if not paths:
@@ -571,13 +566,12 @@ def extract(args):
             precision=args.precision, boxes_file=args.boxes and args.boxes.name, **model.about)
         if WORLD_SIZE == 1:
             writer.retry()
-            pending = len(writer.pending())
-            say(f"{args.out}: {pending:,} of {len(paths):,} pictures to extract")
+            say(f"{args.out}: {len(writer.pending()):,} of {len(paths):,} pictures to extract")
         if args.gpus > WORLD_SIZE:
             start_processes(args.gpus)
         else:
             model.to(device())
-            fill(writer, model, paths, boxes, args.precision, args.workers, args.gpus)
+            fill(writer, model, paths, boxes, args)
         if WORLD_SIZE == 1:
             report(writer.finish())
 
@@ -613,7 +607,7 @@ def output_folder(folder):
         finally:
             new = set(folder.glob("[!.]*")) - known
             counts = folder / "counts.npy"
-            if counts in new and not (np.load(counts) > 0).any():
+            if counts in new and np.load(counts).max() < 1:
                 for path in new:
                     with contextlib.suppress(OSError):  # Windows keeps files that are mapped
                         path.unlink()

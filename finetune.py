@@ -52,7 +52,7 @@ from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 # Before torch: data.py sets a variable that torch reads on import.
-from data import (COUNT, PICTURES, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
+from data import (COUNT, RANK, SCENE_PIXELS, BadInput, Captions, FeatureStore, Scene,
     WordPiece, canonical_id, canonical_split, column, device, files_below, flag, load_ahead,
     model_inputs, normalise_boxes, pad, picture_names, progress, read_json,
     reading, region_inputs, run, save_png, say, say_found, split_words, write_json)
@@ -825,7 +825,7 @@ def picture_of(image_id, folder):
     if folder is None:
         return Scene(int(image_id)).draw()
     with contextlib.suppress(BadInput):
-        for path in files_below(folder / "images", PICTURES):
+        for path in files_below(folder / "images"):
             if canonical_id(path) == canonical_id(image_id):
                 return open_picture(path)
     return Image.new("RGB", (640, 640), "grey")

@@ -190,19 +190,19 @@ class SwitchBertConfig:
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 
 
-def temperature(pairs_seen, initial=5.0, final=FINAL_TEMPERATURE, rate=1e-6):
-    """The Gumbel-softmax's temperature after n = pairs_seen: max(final, initial e^(-rate n)).
+def temperature(pairs_seen, initial=5.0, rate=1e-6):
+    """The Gumbel-softmax's temperature after n = pairs_seen: max(.2, initial e^(-rate n)).
 
         pairs_seen   0      100,000   1,000,000   3,000,000   3,218,876 and later
         temperature  5.000  4.524     1.839       0.249       0.200
 
     ASSUMPTION A5: the paper's anneal_rate 1e-6 [supp. 2] counts training pairs, not optimiser
-    steps. The floor is then reached at n = ln(initial / final) / rate = 3.22 million, one
+    steps. The floor is then reached at n = ln(initial / .2) / rate = 3.22 million, one
     epoch of Conceptual Captions (3.3 million). Ten epochs at batch 256 are 130,000 *steps*:
     counted in steps, training would end at 4.4, where one logit more is still worth a factor
     of only e^(1 / 4.4) = 1.26. A run with fewer pairs takes a faster rate: see train.py.
     """
-    return max(final, initial * math.exp(-rate * pairs_seen))
+    return max(FINAL_TEMPERATURE, initial * math.exp(-rate * pairs_seen))
 
 
 def switch(logits, temperature, training, start=0.0):
