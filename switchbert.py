@@ -183,9 +183,9 @@ class SwitchBertConfig:
 # one-hot.
 #
 # The gradient comes from the loss of the task: through the bias of attention scores (section 3)
-# for modes, through the mixture (section 4) for depths. At the logit of an option it is
-# proportional to the option's weight. So a gate learns little while one option outweighs the
-# others, and most from samples in which noise brings two options near a tie.
+# for modes, through the mixture (section 4) for depths. At the logit of an option of weight g it
+# is proportional to g (1 - g). So a gate learns little while one option outweighs the others, and
+# most from samples in which noise brings two options near a tie.
 
 FINAL_TEMPERATURE = 0.2  # [supp. 2]
 

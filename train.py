@@ -136,8 +136,8 @@ def parse_args(argv):
 # --- 2. Pretraining -----------------------------------------------------------------------
 #
 # The model predicts masked words, the classes of masked regions, and whether a caption
-# belongs to its image. Often only the picture reveals what the masked word is: so the switches
-# learn to look there.
+# belongs to its image. Often only the picture reveals what the masked word is, so the model must
+# look there.
 
 
 def pretrain(args, checkpoint=None):
@@ -340,7 +340,7 @@ def fit(args, task, checkpoint=None):
     rate_per_pair = anneal_rate(args, task, steps)
     loader = load_parts(args, task, first, steps)
     wrapped = wrap(model, args)
-    # Evaluate before the first step of finetuning; and, for the scores to return, a finished run.
+    # Evaluate before the first step of finetuning; also where no step is left, to return scores.
     if first >= steps or (first == 0 and task.evaluates_at_start):
         scores, switches = task.evaluate(model)
         if first == 0:
