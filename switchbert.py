@@ -27,8 +27,8 @@ layer learns its own step, separately for text and vision, and which earlier lay
                         | pooled (B, P)
                        ITM, VQA, retrieval                          referring reads region_states
 
-    Every s (but layer 0's, which has one depth to read) and every g has its own gate. A gate
-    feeds two switches, one for text and one for vision:
+    In every layer one gate gives s (not in layer 0, which has one depth to read), and one gives
+    g. A gate feeds two switches, one for text and one for vision:
 
         mean text and vision state (B, 2D) --linear--> logits --Gumbel-softmax(tau)--> s, g
 

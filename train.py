@@ -327,8 +327,8 @@ def fit(args, task, checkpoint=None):
     """Train a task. Returns the scores of its last evaluation, or None if it was stopped.
     args: the settings. checkpoint: the one to resume from. Raises BadInput if training diverges.
     """
-    # 1. Model, AdamW, the number of steps done, and totals (losses,): the mean losses of the
-    #    steps since the last evaluation, added up.
+    # 1. Model, AdamW, the number of steps done, and totals (losses,): this process's shares of the
+    #    mean losses (see forward_backward), added up over the steps since the last evaluation.
     model = place(task.model, args)
     optimizer = make_optimizer(model, task.weight_decay, task.gate_rate)
     first, totals = restore(task, optimizer, checkpoint)
@@ -408,8 +408,8 @@ def forward_backward(args, task, model, parts, step, tau):
         # The noise of dropout and switches depends on the part, not on its process.
         rng = np.random.default_rng([args.seed, step, number])
         torch.manual_seed(rng.integers(2**63))
-        # DistributedDataParallel exchanges gradients with the last part only, which saves
-        # time. It averages them over processes, but we need their sum: hence WORLD_SIZE.
+        # DistributedDataParallel exchanges gradients only in the last part's backward pass, which
+        # saves time. It averages them over processes, but we need their sum: hence WORLD_SIZE.
         model.require_backward_grad_sync = part is parts[-1]
         part_sums, output = task.sums(model, to_device(part), tau)
         loss = WORLD_SIZE * (part_sums / counts).sum()
