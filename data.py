@@ -320,16 +320,13 @@ class FeatureStore:
         say_found(what, ids, rows >= 0, self.folder, self._keys[self.counts > 0])
         return rows
 
-    def class_probs(self, row, chosen=slice(None)):
-        """(k, C) float32: distributions over classes, background first; None without classes.
-
-        chosen: a numpy index that selects k of the image's n regions.
-        """
+    def class_probs(self, row):
+        """(n, C) float32: distributions, background first; None without classes."""
         if not self.num_region_classes:
             return None
         if "class_probs" in self.arrays:
-            return self._of("class_probs", row)[chosen].astype(np.float32)
-        features = self._of("features", row)[chosen]
+            return self._of("class_probs", row).astype(np.float32)
+        features = self._of("features", row)
         return self.classify(torch.tensor(features)).numpy()
 
     def classify(self, features):
@@ -617,8 +614,8 @@ class PretrainingDataset:
         regions = region_inputs(self.store, None if self.blind else row)
         hidden = choose(len(regions["region_boxes"]), rng, rate)
         predicted = np.flatnonzero(hidden & (self.store.num_region_classes > 0))
-        stored = "class_probs" in self.store.arrays  # else see class_targets
-        targets = self.store.class_probs(row, predicted) if stored else None  # (k, C)
+        stored = self.store.arrays.get("class_probs")  # (N, R, C); None: see class_targets
+        targets = None if stored is None else stored[row, predicted]  # (k, C)
         return dict(regions, input_ids=input_ids, region_hidden=hidden, mlm_positions=words,
             mlm_labels=np.array(ids)[words], mrc_positions=predicted, mrc_targets=targets,
             itm_positions=np.arange(len(match)), itm_labels=np.array(match, np.int64))
@@ -1409,6 +1406,7 @@ def reading(path, what, unit="entry"):
 
 def files_below(folder, ending=PICTURES):
     """The files below a folder whose names have an ending, a regular expression; sorted.
+    A file in place of the folder is returned alone, whatever its ending.
 
     Links are followed, but no folder is visited twice. A folder without permission is named and
     left out; any other error ends the search. Hidden files and folders ('._a.jpg' of
@@ -1418,9 +1416,11 @@ def files_below(folder, ending=PICTURES):
         """os.walk would hide that a folder cannot be listed."""
         if isinstance(error, PermissionError):
             say(f"{error}: it is left out")
-        elif not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        elif not isinstance(error, FileNotFoundError):
             raise error
 
+    if folder.is_file():
+        return [folder]
     files = []
     visited = set()
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):

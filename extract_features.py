@@ -546,8 +546,6 @@ def extract(args):
     if args.out.resolve() == args.images.resolve():
         raise BadInput(f"--out {args.out}: that is the folder of pictures; choose another")
     paths = files_below(args.images)
-    if args.images.is_file():
-        paths = [args.images]
     if not paths:
         raise BadInput(f"{args.images}: expected a picture or a folder of pictures, found none")
     boxes = None

@@ -210,9 +210,7 @@ def test_distributions_over_classes_follow_from_the_detectors_last_layer(tmp_pat
     writer = FeatureStore.create(tmp_path, ["7"], 5, 12, class_head=[weight, bias])
     writer.write(0, features, boxes=np.ones((4, 4)), size=(10, 10))
     probs = writer.finish().class_probs
-    chosen = np.array([True, False, True, False])
     assert probs(0) == pytest.approx(expected, abs=1e-3)
-    assert probs(0, chosen) == pytest.approx(expected[chosen], abs=1e-3)
 
 
 def test_what_lies_outside_a_picture_is_cut_off():

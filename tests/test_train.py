@@ -438,6 +438,8 @@ def new_task(flags, data, checkpoint=None):
 def test_losses_belong_to_counts_and_reach_every_parameter(data, flags, classes, monkeypatch):
     """Several processes wait for the gradient of each."""
     monkeypatch.setattr(data.store, "num_region_classes", classes)
+    if not classes:
+        monkeypatch.delitem(data.store.arrays, "class_probs")
     task = new_task(flags, data)
     batch = task.collate([task.examples[index] for index in range(8)])
     sums, _ = task.sums(task.model.eval(), batch, 9.0)
