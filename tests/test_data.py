@@ -660,9 +660,11 @@ def test_published_features_are_read_as_they_are(tmp_path, columns, capsys):
 
 
 def test_lines_without_a_region_may_come_first_and_last(tmp_path):
+    """Also of an image that another line has regions of."""
     lines = published_lines(13)
     empty = lines[2]
-    file = write(tmp_path / "a.tsv", empty + lines[0] + empty)
+    empty_9 = empty.replace(f"{11:012d}", f"{9:012d}")
+    file = write(tmp_path / "a.tsv", empty + empty_9 + lines[0] + empty)
     store = import_features([file], tmp_path / "store")
     assert store.ids.tolist() == [b"9"]
     assert store.num_region_classes == 9

@@ -14,7 +14,7 @@ from torch import nn
 from switchbert import (MATCH, MISMATCH, MODES, TEXT, VISION, Gate,
     SwitchAttention, SwitchBert, SwitchBertConfig, SwitchBertForPretraining,
     SwitchBertForReferring, SwitchBertForRetrieval, SwitchBertForVQA, SwitchBertLayer,
-    SwitchInput, attention_weights, layout_of, load_bert, switch, switch_attention,
+    SwitchInput, attention_weights, layout_of, load_bert, sees_of, switch, switch_attention,
     switch_bias, temperature)
 
 parametrize = pytest.mark.parametrize
@@ -210,6 +210,15 @@ def test_a_hard_switch_finds_its_keys_however_far_their_scores_lie_below_the_oth
     assert switch_bias(inter, layout).to(dtype).isfinite().all()
     for gradient in torch.autograd.grad(context.sum(), [query, key, value, inter]):
         assert gradient.abs().max() < 1e3  # which NaN is not
+
+
+def test_a_mode_may_see_the_first_token_of_each_modality_alone():
+    """[CLS] and the global region: the mode that an exercise of the README adds."""
+    sees = sees_of({"summary": (1, 0, 1, 0)})
+    layout = layout_of(torch.ones(1, 5), 2, sees)  # [CLS] word | global region region
+    query = key = torch.zeros(1, 1, 5, 1)
+    weights = attention_weights(query, key, torch.ones(1, 2, 1), layout)[0, 0]
+    assert weights.tolist() == 5 * [[0.5, 0, 0.5, 0, 0]]
 
 
 @parametrize("share", [1e-10, 1e-17, 1e-19, 1e-30])

@@ -259,6 +259,18 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(plain, tmp_path, st
     assert metrics(run, "step") == metrics(tmp_path / "whole", "step")
 
 
+def test_processes_resume_equal_shares_of_the_totals(plain, tmp_path, monkeypatch):
+    """The saved ones are sums over all processes, whatever their number was."""
+    task = plain("run", stop_at=12 * 7)
+    checkpoint = saved(tmp_path / "run")
+    optimizer = plain_sgd(task.model)
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    step, totals = train.restore(task, optimizer, checkpoint)
+    assert step == 8
+    assert totals.all()
+    assert (3 * totals).tolist() == pytest.approx(checkpoint["interval"].tolist())
+
+
 @parametrize("score", [math.nan, 1e30, -1000.0])
 def test_a_score_that_has_diverged_stops_the_run_and_is_not_saved(plain, tmp_path, score):
     """A thousand or more has diverged; the first evaluation is that of step 5."""
