@@ -988,7 +988,7 @@ def asked(checkpoints, store, monkeypatch, capsys):
 
 @parametrize("kind", [VQA, Refer])
 def test_ask_says_of_a_picture_what_the_run_said_and_how_sure_it_is(run, asked, kind, store):
-    items = splits_of(kind, store)["train"][:10]
+    items = splits_of(kind, store)["train"][:5]
     run(kind.name, val=items)
     predictions = read_json(f"{kind.name}/predictions.json")["val"]
     for item, prediction in zip(items, predictions, strict=True):
@@ -1002,7 +1002,7 @@ def test_ask_says_of_a_picture_what_the_run_said_and_how_sure_it_is(run, asked, 
 
 def test_ask_names_the_picture_first_that_finetuned_retrieval_found(run, asked, store):
     """Whatever the order; and only the order counts, so it says nothing else."""
-    items = splits_of(Retrieval, store)["train"][:10]
+    items = splits_of(Retrieval, store)["train"][:5]
     run("retrieval", val=items)
     predictions = read_json("retrieval/predictions.json")["val"]
     pictures = sorted({item["image_id"] for item in items})
@@ -1015,7 +1015,7 @@ def test_ask_names_the_picture_first_that_finetuned_retrieval_found(run, asked, 
 @EACH_TASK
 def test_ask_says_the_same_of_a_picture_and_of_its_row_in_a_store(run, asked, kind, store):
     run(kind.name)
-    for item in splits_of(kind, store)["train"][:10]:
+    for item in splits_of(kind, store)["train"][:3]:
         words = [kind.name, item["text"], item["image_id"]]
         assert asked(*words, "--store", store.folder) == asked(*words)
 

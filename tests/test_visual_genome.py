@@ -306,16 +306,15 @@ def test_proposals_are_the_best_anchors_moved_clipped_and_thinned_out(
     np.testing.assert_allclose(proposals[0], expected, atol=0.02)
 
 
-@pytest.fixture
-def fifty_proposals(detector, monkeypatch):
-    """Instead of 300, which take long."""
-    monkeypatch.setitem(detector.rpn._post_nms_top_n, "testing", 50)
+@pytest.fixture(scope="module")
+def found(detector):
+    """The 36 best regions of the picture, of its 40 proposals."""
+    return regions(detector, PICTURE, 36)[0]
 
 
-@pytest.mark.usefixtures("fifty_proposals")
-def test_36_regions_are_kept_or_all_where_there_are_fewer(detector, monkeypatch):
+def test_36_regions_are_kept_or_all_where_there_are_fewer(detector, found, monkeypatch):
     """Without regard to how sure the detector is."""
-    boxes, features, probs = regions(detector, PICTURE, 36)[0]
+    boxes, features, probs = found
     assert boxes.shape == (36, 4)
     assert features.shape == (36, 2048)
     assert probs.shape == (36, 1601)
@@ -326,10 +325,9 @@ def test_36_regions_are_kept_or_all_where_there_are_fewer(detector, monkeypatch)
     assert len(boxes) == 3
 
 
-@pytest.mark.usefixtures("fifty_proposals")
-def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector):
+def test_given_boxes_come_back_with_the_features_of_exactly_those_boxes(detector, found):
     """In lower precision, too: a feature then changes by less than 1 % of the largest one."""
-    boxes, features, _ = regions(detector, PICTURE, 36)[0]
+    boxes, features, _ = found
     chosen = [7, 0, 20]
     same, again, _ = regions(detector, PICTURE, 36, boxes[chosen])[0]
     assert np.array_equal(same, boxes[chosen])
