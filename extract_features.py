@@ -338,9 +338,9 @@ def regions(model, images, num_regions, boxes=None, precision="fp32"):
     reduced = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     prepared, _ = model.transform(list(images))
     with reduced:
-        # The map (B, c, H/s, W/s) in fp32, and so the boxes: bf16 would round them to 4
-        # pixels, even out of the picture.
-        maps = {"0": model.backbone(prepared.tensors).float()}
+        feature_map = model.backbone(prepared.tensors)  # (B, c, H/s, W/s)
+    # Boxes are computed in fp32: bf16 would round them to 4 pixels, even out of the picture.
+    maps = {"0": feature_map.float()}
     _, _, height, width = images.shape
     prepared_height, prepared_width = prepared.image_sizes[0]
     scale = images.new_tensor([prepared_width / width, prepared_height / height] * 2)
