@@ -992,6 +992,7 @@ def import_features(paths, folder):
     # All lines have the same widths, so those of the last one serve for all.
     writer = FeatureStore.create(folder, rows, max(counts), record["features"].shape[1],
         record["class_probs"].shape[1], detector="vg", source=[Path(p).name for p in paths])
+    writer.retry()  # the file may have been mended
     pending = set(writer.pending())
     for image_id, record in read_tsv(paths):
         row = rows.get(image_id)

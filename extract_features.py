@@ -543,8 +543,8 @@ def extract(args):
     if not args.weights:
         raise BadInput(f"--weights: the {args.detector} detector needs its weights; "
             f"{WEIGHTS_ADVICE[args.detector]}")
-    if args.out.resolve() == args.images.resolve():
-        raise BadInput(f"--out {args.out}: that is the folder of pictures; choose another")
+    if args.images.resolve().is_relative_to(args.out.resolve()):
+        raise BadInput(f"--out {args.out}: the pictures are there; choose another folder")
     paths = files_below(args.images)
     if not paths:
         raise BadInput(f"{args.images}: expected a picture or a folder of pictures, found none")
@@ -556,7 +556,10 @@ def extract(args):
         known = encode_ids(paths)
         if WORLD_SIZE == 1:  # the processes of --gpus start after this check
             say_found(f"{args.boxes}: images", ids, np.isin(ids, known), args.images, known)
-        paths = [path for path in paths if canonical_id(path) in boxes]
+        wanted = [path for path in paths if canonical_id(path) in boxes]
+        if WORLD_SIZE == 1 and len(wanted) < len(paths):
+            say(f"left out: {len(paths) - len(wanted):,} pictures without boxes")
+        paths = wanted
         most = max(len(boxes[canonical_id(path)]) for path in paths)
     model = build_detector(args.detector, args.weights, args.classes)
     with output_folder(args.out):

@@ -444,6 +444,8 @@ def read_vqa(folder):
     for path in sorted(folder.glob("[!.]*.json")):
         content = read_json(path)
         with reading(path, "questions or annotations of VQA v2") as at:
+            if isinstance(content, list):  # such as VQA v2's complementary pairs
+                content = {}
             picture_name = picture_names(content)
             records = content.get("questions", []) + content.get("annotations", [])
             for at.entry, record in enumerate(records):
@@ -534,7 +536,7 @@ class Retrieval(Task):
             # Copies of the image under other names are no negatives, nor is the image itself,
             # whose similarity TF32 may round to less.
             similarity[similarity > 0.99999] = -1
-            similarity[:, 1000 * number :].fill_diagonal_(-1)
+            similarity[:, 1000 * number :].fill_diagonal_(-2)
             nearest += similarity.argmax(dim=1).tolist()
         return nearest
 
@@ -639,7 +641,9 @@ class Refer(Task):
             picture_name = picture_names(instances)
             for at.entry, record in enumerate(instances["annotations"]):
                 x, y, width, height = map(float, record["bbox"])
-                boxes[record["id"]] = [x, y, x + width, y + height]
+                box = [x, y, x + width, y + height]
+                if boxes.setdefault(record["id"], box) != box:
+                    raise ValueError(f"annotation {record['id']} comes twice")
         paths = list(folder.glob("refs*.p"))
         if len(paths) != 1:
             raise BadInput(f"{folder}: expected one file refs(unc).p, or (umd) or (google); found "
@@ -759,10 +763,12 @@ def evaluate_splits(args, task):
     """Evaluate every split: print a table and write result.json (settings and scores),
     predictions.json (every text, the truth and the prediction) and examples.png (of val). A
     split without answers becomes a submission, in the form that the evaluation server takes.
+    Without held-out splits, they are those of the first training examples.
     """
     results = {}
     lines = {}
-    for split, items in task.held_out.items():
+    splits = task.held_out or {"train": task.items[: task.looked_at]}
+    for split, items in splits.items():
         hard, _, predictions = task.evaluate_items(task.model, items)
         soft = {}
         if hard:
@@ -875,7 +881,7 @@ def ask(args):
     """
     saved, task, tokenizer, model = open_run(args.run)
     texts = [args.text]
-    if args.text.endswith(".txt"):
+    if args.text.lower().endswith(".txt"):
         with reading(args.text, "texts in UTF-8, one in each line"):
             content = Path(args.text).read_text(encoding="utf-8-sig")
             texts = [line for line in content.split("\n") if line.strip()]

@@ -271,7 +271,7 @@ class Pretraining(Task):
     def evaluate(self, model):
         """Held-out losses and accuracies with hard switches, and what the switches chose."""
         scores, switches = evaluate(model, self.mixed)
-        del scores["match"]
+        scores.pop("match", None)
         if not self.mixed.blind:  # a blind model learns no matching
             of_whole, _ = evaluate(model, self.whole)
             scores["match"] = of_whole["match"]
@@ -382,9 +382,12 @@ def fit(args, task, checkpoint=None):
                 totals.zero_()
             if evaluates or stops:
                 save_checkpoint(args, task, optimizer, done, sum_over_processes(totals))
-            if stops and done < steps:
-                say(f"stopped after step {done}; --resume continues from here")
-                return None
+            if stops:
+                break
+        # Also for a request in the last step, or in its evaluation: what follows may take hours.
+        if first < steps and stop_asked(0):  # 0: all processes ask now
+            say(f"stopped after step {done}; --resume continues from here")
+            return None
     return scores
 
 
@@ -584,8 +587,11 @@ def evaluate(model, dataset, batch_size=200):
         counts += torch.tensor(out.counts)
         switches.add(out.encoder)
     model.train()
-    means = sum_over_processes(sums) / sum_over_processes(counts).clamp(min=1)
-    scores = dict(zip(("mlm", "mrc", "itm", "words", "match"), means.tolist()))
+    counts = sum_over_processes(counts)
+    means = sum_over_processes(sums) / counts.clamp(min=1)
+    names = ("mlm", "mrc", "itm", "words", "match")
+    # What nothing was predicted of, such as regions without classes, has no score.
+    scores = {name: mean for name, mean, count in zip(names, means.tolist(), counts) if count}
     return scores, switches.shares()
 
 
@@ -645,7 +651,8 @@ def recall_at(scores, image_of_text, ks=(1, 5)):
     recalls = {}
     for name, candidates in (("image", 1), ("text", 0)):  # the dimension that is searched
         best = right.amax(candidates, keepdim=True)
-        rank = ((scores >= best) & wrong).sum(candidates)  # 0 is best
+        # 0 is the best rank. `not less` counts a NaN against the model, too.
+        rank = (~(scores < best) & wrong).sum(candidates)
         for k in ks:
             recalls[f"{name} R@{k}"] = (rank < k).float().mean().item()
     return recalls
@@ -735,6 +742,12 @@ def read_folder(folder, store):
     sources = np.array(sources, np.uint32)
     splits = np.array(splits, "S5")
     read = np.unique(sources)
+    worded = captions.texts != ""
+    if not worded.all():
+        say(f"{folder}: left out: {(~worded).sum():,} captions without words")
+        captions = captions[worded]
+        sources = sources[worded]
+        splits = splits[worded]
     unread = [path.name for number, path in enumerate(paths) if number not in read]
     if unread:
         say(f"{folder}: no captions are read from {', '.join(unread)}")
@@ -764,6 +777,7 @@ def hold_out(ids, splits, store):
     images = np.unique(codes[training & has_features])
     wanted = max(5, len(images) // 100)
     chosen = images[: min(wanted, len(images) // 2)]
+    say(f"no file names val: {len(chosen):,} of {len(images):,} images are held out")
     return np.where(training & np.isin(codes, chosen), b"val", splits)
 
 
@@ -978,6 +992,9 @@ def compile_layers(model):
     One graph serves training at any length, and three evaluation: hard, soft, a single pair.
     """
     torch._dynamo.config.suppress_errors = True  # without a compiler, layers run as they are
+    # DistributedDataParallel would split a base layer, which is larger than its bucket of 25 MiB,
+    # and then compile it for each temperature anew. Between layers it overlaps in any case.
+    torch._dynamo.config.optimize_ddp = False
     for layer in model.bert.layers:
         with contextlib.suppress(RuntimeError):  # a Python that this torch does not know yet
             layer.block = torch.compile(layer.block, dynamic=True)

@@ -362,7 +362,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
 def test_pictures_and_store_have_a_folder_each(tmp_path, weights):
     """A store's folder is left out where pictures are searched: no run could go on."""
     noise(1).save(tmp_path / "a.png")
-    with pytest.raises(BadInput, match="that is the folder of pictures"):
+    with pytest.raises(BadInput, match="the pictures are there"):
         main(flags(tmp_path, tmp_path / "x/..", weights))
 
 
