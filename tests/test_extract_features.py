@@ -362,8 +362,10 @@ def test_what_cannot_be_extracted_is_refused_in_one_sentence_and_leaves_nothing(
 def test_pictures_and_store_have_a_folder_each(tmp_path, weights):
     """A store's folder is left out where pictures are searched: no run could go on."""
     noise(1).save(tmp_path / "a.png")
-    with pytest.raises(BadInput, match="the pictures are there"):
-        main(flags(tmp_path, tmp_path / "x/..", weights))
+    (tmp_path / "photos").mkdir()
+    for images in (tmp_path, tmp_path / "photos"):
+        with pytest.raises(BadInput, match="the pictures are there"):
+            main(flags(images, tmp_path / "x/..", weights))
 
 
 def test_processes_that_torchrun_started_are_refused(tmp_path, weights, monkeypatch):
@@ -410,7 +412,8 @@ def test_a_store_that_an_earlier_run_began_keeps_its_reasons(tmp_path, weights, 
 # --- Extraction -----------------------------------------------------------------------------------
 
 
-def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, detector, pictures):
+def test_features_of_given_boxes_are_stored_in_their_order(
+        tmp_path, weights, detector, pictures, capsys):
     """Pictures without boxes are left out. A box is cut where it leaves its picture, of 90 x 60, by
     more than a pixel, which is rounding; a box that lies outside fails its picture.
     """
@@ -421,6 +424,8 @@ def test_features_of_given_boxes_are_stored_in_their_order(tmp_path, weights, de
     main(flags(pictures, tmp_path / "store", weights, "--boxes", file))
     store = FeatureStore(tmp_path / "store")
     assert len(store) == 2
+    without = len(list(pictures.iterdir())) - 2
+    assert f"left out: {without} pictures without boxes" in capsys.readouterr().out
     assert store.num_regions == 3
     given = np.float32([[10, 20, 40.5, 35], [-0.5, 0, 90, 60.5], [1, 1, 90, 10]])
     _, features, _ = regions(detector, batch_of(noise(3)), 9, given)[0]

@@ -300,6 +300,16 @@ def test_a_picture_that_stands_twice_is_not_its_own_hard_negative(tokenizer, tmp
     assert retrieval.nearest[:3] == [2, 2, 0]
 
 
+def test_where_all_pictures_are_alike_none_is_its_own_hard_negative(tokenizer, tmp_path):
+    writer = FeatureStore.create(tmp_path, range(3), 1, 3)
+    for row in range(3):
+        writer.write(row, np.ones((1, 3)), np.float32([[1, 1, 5, 5]]), (9, 9))
+    args, _ = finetune.parse_args(["retrieval"])
+    splits = {"train": [caption(image) for image in range(3)]}
+    nearest = Retrieval(writer.finish(), tokenizer, splits, args).nearest
+    assert all(other != image for image, other in enumerate(nearest))
+
+
 def test_a_picture_is_not_its_own_hard_negative_where_products_are_rounded(make, monkeypatch):
     """With TF32, its similarity to itself may be rounded to less than 1: here it is .81."""
     monkeypatch.setattr(F, "normalize", lambda means: 0.9 * means / means.norm(dim=1, keepdim=True))
@@ -677,10 +687,12 @@ def test_questions_are_joined_by_their_ids_as_they_are_written(six_files):
 
 
 def test_what_is_unusual_in_vqas_files_is_said(six_files, capsys):
+    write_json(six_files / "complementary_pairs.json", [[7, 8]])  # VQA v2 has such a file
     VQA.from_folder(six_files, None)
     said = capsys.readouterr().out
     assert "questions: 3 of 5 found in the annotations" in said
-    assert "other.json: has no questions and no annotations, so it is not read" in said
+    for name in ("other.json", "complementary_pairs.json"):
+        assert f"{name}: has no questions and no annotations, so it is not read" in said
     assert "3 questions have neither 1 answer nor 10" in said
 
 
@@ -791,6 +803,8 @@ def test_two_files_of_expressions_are_refused(tmp_path):
     (VQA, {"annotations": [dict(answers=[], question_id=1)]},
         "entry 0: KeyError 'multiple_choice_answer'"),
     (Refer, {"annotations": [{"id": 1, "bbox": "abcd"}]}, "not RefCOCO's instances"),
+    (Refer, {"annotations": [{"id": 1, "bbox": [0, 0, 5, 5]}, {"id": 1, "bbox": [0, 0, 5, 6]}]},
+        "entry 1: annotation 1 comes twice"),
 ])
 def test_files_that_are_not_as_published_are_refused(tmp_path, kind, content, message):
     write_json(tmp_path / "instances.json", content)
@@ -839,6 +853,14 @@ def run(checkpoints, store, monkeypatch):
         return finetune.finetune(args, checkpoint)
 
     return start
+
+
+def test_without_held_out_items_the_result_is_of_the_training(run, store):
+    results = run("refer", val=[])
+    assert results.keys() == {"train"}
+    assert results["train"]["hard"]["accuracy"] >= 0
+    items = splits_of(Refer, store)["train"]
+    assert len(read_json("refer/predictions.json")["train"]) == len(items)
 
 
 @EACH_TASK

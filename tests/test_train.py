@@ -561,6 +561,12 @@ def test_recall_equals_a_brute_force_ranking_also_with_ties(levels):
         assert train.recall_at(scores, image_of_text, (1, 2, 5)) == approx(expected)
 
 
+def test_scores_that_are_no_numbers_are_no_hits():
+    scores = torch.full((6, 3), math.nan)
+    recalls = train.recall_at(scores, torch.tensor([0, 0, 1, 1, 2, 2]), ks=(1,))
+    assert recalls == {"image R@1": 0, "text R@1": 0}
+
+
 # --- Data folders ---
 
 
@@ -694,6 +700,18 @@ def test_captions_with_features_are_held_out_first(folder):
     _, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
     assert len(held_out) == 1000
     assert list(held_out[:3]) == [("3", "val"), ("4", "val"), ("5000", "dev")]
+
+
+def test_captions_without_words_are_left_out_of_all_splits(folder, capsys):
+    texts = [" ", "a dog"] * 20
+    write_captions(folder / "a.tsv", enumerate(texts))
+    training, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
+    assert len(training) == 15
+    assert len(held_out) == 5
+    assert set(training.texts) == set(held_out.texts) == {"a dog"}
+    said = capsys.readouterr().out
+    assert "left out: 20 captions without words" in said
+    assert "no file names val: 5 of 20 images are held out" in said
 
 
 def test_a_held_out_image_leaves_all_files(folder):
@@ -949,6 +967,37 @@ def test_layers_run_as_they_are_where_torch_does_not_know_this_python(config, mo
     train.compile_layers(SimpleNamespace(bert=model))
     assert refused.called
     assert "block" not in vars(model.layers[0])
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_layers_larger_than_a_bucket_compile_to_one_graph_in_several_processes(
+        inputs, process_group, monkeypatch):
+    """Buckets of gradients are of 25 MiB. DistributedDataParallel cut larger layers, and compiled
+    them for each temperature anew.
+    """
+    compile_without_compiler = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_without_compiler)
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    config = SwitchBertConfig(vocab_size=60, region_feature_size=12, num_hidden_layers=5)
+    layer = SwitchBert(config).layers[1]
+    assert 4 * sum(parameter.numel() for parameter in layer.parameters()) > 25 * 2**20
+    model = SwitchBertForRetrieval(config)
+    args = SimpleNamespace(compile=True)
+    wrapped = train.wrap(model, args)
+    torch._dynamo.reset()  # of what other tests have compiled
+    torch._dynamo.utils.counters.clear()
+    for tau in (5.0, 3.0, 0.7, 0.2):
+        scores, _ = wrapped(**inputs, temperature=tau)
+        scores.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
