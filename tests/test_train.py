@@ -712,6 +712,9 @@ def test_captions_without_words_are_left_out_of_all_splits(folder, capsys):
     said = capsys.readouterr().out
     assert "left out: 20 captions without words" in said
     assert "no file names val: 5 of 20 images are held out" in said
+    write_splits(folder / "c.json", [(1, "val"), (3, "val")])
+    _, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
+    assert list(held_out) == [("1", "val"), ("3", "val")]
 
 
 def test_a_held_out_image_leaves_all_files(folder):
