@@ -613,6 +613,10 @@ class RegionEmbeddings(nn.Module):
         # One row of ones in front, then x1 = y1 = 0: 0, 0, 1, 1, 1 is the whole picture's box.
         boxes = F.pad(region_boxes, (0, 0, 1, 0), value=1)  # (B, 1+R, 5)
         boxes[:, 0, :2] = 0
+        # Pitfall: of a hidden region, `feature` returns its bias alone, which starts at 0. There
+        # the slope of LayerNorm is 1e6. So at first the gradient of this bias outweighs all others,
+        # and clipping shrinks them, for 60 of the toy run's 900 steps. AdamW evens most of that
+        # out, and another start of the bias was no better (tests/ABLATION.md).
         content = self.feature_norm(self.feature(features))  # (B, 1+R, D)
         position = self.box_norm(self.box(2 * boxes - 1))
         return self.dropout(self.norm(content + position))  # (B, 1+R, D)
