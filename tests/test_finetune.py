@@ -1047,8 +1047,8 @@ def test_a_pretrained_checkpoint_matches_texts_of_a_file_with_pictures(
     """As zero-shot retrieval does: the log odds of a match, here as a probability."""
     texts = ["a small red star", "left of the ring", "a large blue circle", "a ring"]
     pictures = ["1", "2", "3", "4", "5"]
-    Path("texts.txt").write_text("\n\n".join(texts) + "\n \n")  # empty lines are no texts
-    lines = asked("pretrained.pt", "texts.txt", *pictures)[:-1]
+    Path("Texts.TXT").write_text("\n\n".join(texts) + "\n \n")  # empty lines are no texts
+    lines = asked("pretrained.pt", "Texts.TXT", *pictures)[:-1]
     said = {}
     for line, sure in zip(lines[::2], lines[1::2], strict=True):
         said[line] = float(sure.removeprefix("  sure: "))
