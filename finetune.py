@@ -502,7 +502,10 @@ class Retrieval(Task):
         captions, split_names = read_folder(folder, store)
         splits = defaultdict(list)
         for (image_id, text), split in zip(captions, split_names):
-            splits[split.decode()].append(dict(image_id=image_id, text=text))
+            if text:
+                splits[split.decode()].append(dict(image_id=image_id, text=text))
+        if empty := (captions.texts == "").sum():
+            say(f"{folder}: left out: {empty:,} captions without words")
         splits.pop("", None)  # training captions of val's images: see train.hold_out
         return splits
 

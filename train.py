@@ -243,9 +243,10 @@ class Pretraining(Task):
         self.mixed = PretrainingDataset(store, held_out, **common)
         self.whole = PretrainingDataset(store, held_out, masking=False, **common)
         self.missing = self.examples.skipped
-        for reason, count in self.missing.items():
-            if count:
-                say(f"left out: {count} captions {reason}")
+        for name, pairs in (("captions", self.examples), ("held-out captions", self.whole)):
+            for reason, count in pairs.skipped.items():
+                if count:
+                    say(f"left out: {count} {name} {reason}")
         if not store.num_region_classes:
             say(f"{store.folder} has no class distributions: training without MRC")
         flags = ["--switches", args.switches, "--set"] + args.set
@@ -742,12 +743,6 @@ def read_folder(folder, store):
     sources = np.array(sources, np.uint32)
     splits = np.array(splits, "S5")
     read = np.unique(sources)
-    worded = captions.texts != ""
-    if not worded.all():
-        say(f"{folder}: left out: {(~worded).sum():,} captions without words")
-        captions = captions[worded]
-        sources = sources[worded]
-        splits = splits[worded]
     unread = [path.name for number, path in enumerate(paths) if number not in read]
     if unread:
         say(f"{folder}: no captions are read from {', '.join(unread)}")

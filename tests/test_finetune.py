@@ -712,15 +712,18 @@ def test_repeated_ids_and_unknown_splits_are_refused(tmp_path, first, second, me
         VQA.from_folder(tmp_path, None)
 
 
-def test_karpathys_splits_are_read_as_they_are_published(tmp_path, store):
+def test_karpathys_splits_are_read_as_they_are_published(tmp_path, store, capsys):
+    """A caption without words, of any split, is left out, and said."""
     images = []
     for k, split in enumerate(("train", "test", "restval", "val")):
-        images.append(dict(filename=f"{k}.jpg", split=split, sentences=[{"raw": split}]))
+        sentences = [{"raw": " "}, {"raw": split}]
+        images.append(dict(filename=f"{k}.jpg", split=split, sentences=sentences))
     write_json(tmp_path / "dataset_coco.json", {"images": images})
     texts = {}
     for split, items in Retrieval.from_folder(tmp_path, store).items():
         texts[split] = [item["text"] for item in items]
     assert texts == {"train": ["train", "restval"], "val": ["val"], "test": ["test"]}
+    assert "left out: 4 captions without words" in capsys.readouterr().out
 
 
 def test_retrieval_reads_the_captions_that_pretraining_reads(store, tmp_path):

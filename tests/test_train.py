@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import zlib
 from dataclasses import replace
@@ -702,19 +703,18 @@ def test_captions_with_features_are_held_out_first(folder):
     assert list(held_out[:3]) == [("3", "val"), ("4", "val"), ("5000", "dev")]
 
 
-def test_captions_without_words_are_left_out_of_all_splits(folder, capsys):
+def test_captions_without_words_are_counted_in_training_and_in_what_is_held_out(folder, capsys):
     texts = [" ", "a dog"] * 20
     write_captions(folder / "a.tsv", enumerate(texts))
-    training, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
-    assert len(training) == 15
-    assert len(held_out) == 5
-    assert set(training.texts) == set(held_out.texts) == {"a dog"}
+    task = new_task("", train.load_data(folder))
     said = capsys.readouterr().out
-    assert "left out: 20 captions without words" in said
-    assert "no file names val: 5 of 20 images are held out" in said
-    write_splits(folder / "c.json", [(1, "val"), (3, "val")])
-    _, held_out = train.split_captions(folder, FeatureStore(folder / "features"))
-    assert list(held_out) == [("1", "val"), ("3", "val")]
+    assert "no file names val: 5 of 40 images are held out" in said
+    counts = re.findall(r"left out: (\d+) (captions|held-out captions) without words", said)
+    (training, _), (held_out, _) = counts
+    assert int(training) + int(held_out) == 20
+    assert task.missing["without words"] == int(training)
+    for pairs in (task.examples, task.mixed, task.whole):
+        assert set(pairs.captions.texts) == {"a dog"}
 
 
 def test_a_held_out_image_leaves_all_files(folder):
